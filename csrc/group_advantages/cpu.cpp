@@ -1,0 +1,208 @@
+#include <cstdlib>
+
+#include "common/parallel.h"
+#include "group_advantages/formula.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+namespace {
+
+constexpr int64_t kGroupsPerChunk = 256;
+
+// Calls body(begin, end) with the range of positions of every group.
+template <typename Body>
+void for_each_group(const Grouping& g, int threads, const Body& body) {
+  if (g.order == nullptr) {
+    parallel_rows(g.batch / g.group_size, threads, kGroupsPerChunk, [&](int64_t first, int64_t last) {
+      for (int64_t group = first; group < last; ++group) body(group * g.group_size, (group + 1) * g.group_size);
+    });
+    return;
+  }
+  for (int64_t begin = 0; begin < g.batch;) {
+    int64_t end = begin + 1;
+    while (end < g.batch && g.sorted_ids[end] == g.sorted_ids[begin]) ++end;
+    body(begin, end);
+    begin = end;
+  }
+}
+
+// Statistics of `count` values, in order, NaN left out.
+Statistics statistics(const double* values, int64_t count, int correction) {
+  double pivot = 0.0, shifted = 0.0, squared = 0.0;
+  int64_t live = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_nan(values[i])) continue;
+    if (live == 0) pivot = values[i];
+    shifted += values[i] - pivot;
+    ++live;
+  }
+  const double mean = mean_from_sum(pivot, shifted, live);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!is_nan(values[i])) squared += (values[i] - mean) * (values[i] - mean);
+  }
+  return {mean, std_from_sum(squared, live, correction), live};
+}
+
+template <typename T>
+void convert(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, double* values) {
+  const T* rewards = static_cast<const T*>(a.rewards);
+  for (int64_t p = begin; p < end; ++p) values[p - begin] = double(to_arithmetic(rewards[sample_at(a.grouping, p)]));
+}
+
+// Total rewards of a group, in float64, by position. The usual case, one function without a weight, is a mere conversion.
+void total_rewards(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, double* values) {
+  if (a.functions > 1 || a.weights != nullptr) {
+    for (int64_t p = begin; p < end; ++p) values[p - begin] = combined_reward(a, sample_at(a.grouping, p));
+    return;
+  }
+  switch (a.dtype) {
+    case kFloat64:
+      return convert<double>(a, begin, end, values);
+    case kBFloat16:
+      return convert<bfloat16>(a, begin, end, values);
+    case kFloat16:
+      return convert<float16>(a, begin, end, values);
+    default:
+      return convert<float>(a, begin, end, values);
+  }
+}
+
+template <typename Out>
+void store_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const Statistics& s, const double* values) {
+  Out* advantages = static_cast<Out*>(a.advantages);
+  Out* mean = static_cast<Out*>(a.mean);
+  Out* std = static_cast<Out*>(a.std);
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t sample = sample_at(a.grouping, p);
+    mean[sample] = Out(s.mean);
+    std[sample] = Out(s.std);
+    if (values == nullptr) continue;
+    const double value = values[p - begin];
+    const double difference = centred(a, s, value);
+    const double result = a.normalize_by == kNormalizeGroup ? scaled(difference, s.std, a.eps) : difference;
+    advantages[sample] = is_scored(a, sample, value) ? Out(result) : Out(0);
+  }
+}
+
+// The z-scores of every function's rewards in their group, weighted and summed, in `sums` (by sample).
+void sum_normalized(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, double* values, double* sums) {
+  for (int64_t p = begin; p < end; ++p) sums[sample_at(a.grouping, p)] = 0.0;
+  for (int k = 0; k < a.functions; ++k) {
+    for (int64_t p = begin; p < end; ++p) {
+      values[p - begin] = load_value(a.rewards, a.dtype, sample_at(a.grouping, p) * a.functions + k);
+    }
+    Statistics s = statistics(values, end - begin, a.correction);
+    apply_singleton(a, s);
+    for (int64_t p = begin; p < end; ++p) {
+      const double value = values[p - begin];
+      if (is_nan(value)) continue;
+      const double z = scaled(centred(a, s, value), s.std, a.eps);
+      sums[sample_at(a.grouping, p)] += a.weights == nullptr ? z : a.weights[k] * z;
+    }
+  }
+}
+
+// Scratch: [0, batch) total rewards of the group at hand, by position; [batch, 2 batch), where a batch statistic follows, the centred
+// rewards or the sums of normalised rewards, by sample.
+void advantages_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end) {
+  double* values = a.scratch + begin;
+  double* by_sample = a.scratch + a.grouping.batch;
+  total_rewards(a, begin, end, values);
+  Statistics s = statistics(values, end - begin, a.correction);
+  apply_singleton(a, s);
+  const bool finished = a.aggregation == kSumThenNormalize && a.normalize_by != kNormalizeBatch;
+  if (a.dtype == kFloat64) {
+    store_group<double>(a, begin, end, s, finished ? values : nullptr);
+  } else {
+    store_group<float>(a, begin, end, s, finished ? values : nullptr);
+  }
+  if (a.aggregation == kNormalizeThenSum) {
+    sum_normalized(a, begin, end, values, by_sample);
+  } else if (a.normalize_by == kNormalizeBatch) {
+    for (int64_t p = begin; p < end; ++p) {
+      by_sample[sample_at(a.grouping, p)] = centred(a, s, values[p - begin]);
+    }
+  }
+}
+
+void normalize_batch(const GroupAdvantagesArgs& a) {
+  const int64_t batch = a.grouping.batch;
+  const bool whiten = a.aggregation == kNormalizeThenSum;
+  const double* by_sample = a.scratch + batch;
+  double* live = a.scratch;  // what the batch statistic is taken over; NaN is left out
+  for (int64_t i = 0; i < batch; ++i) {
+    const double total = combined_reward(a, i);
+    live[i] = whiten && is_scored(a, i, total) ? by_sample[i] : total;
+  }
+  const Statistics s = statistics(live, batch, a.correction);
+  for (int64_t i = 0; i < batch; ++i) {
+    const double difference = whiten ? by_sample[i] - s.mean : by_sample[i];
+    store_value(a.advantages, a.dtype, i, is_scored(a, i, live[i]) ? scaled(difference, s.std, a.eps) : 0.0);
+  }
+}
+
+// Merge sort of sample indices, best first: stable, and n log n for a batch that is one large group.
+void sort_samples(const GroupRankArgs& a, int64_t* samples, int64_t* buffer, int64_t count) {
+  for (int64_t width = 1; width < count; width *= 2) {
+    for (int64_t low = 0; low < count; low += 2 * width) {
+      const int64_t middle = low + width < count ? low + width : count;
+      const int64_t high = low + 2 * width < count ? low + 2 * width : count;
+      int64_t left = low, right = middle;
+      for (int64_t out = low; out < high; ++out) {
+        const bool take_left =
+            left < middle && (right >= high || !ranks_before(load_value(a.scores, a.dtype, samples[right]), samples[right],
+                                                             load_value(a.scores, a.dtype, samples[left]), samples[left]));
+        buffer[out] = take_left ? samples[left++] : samples[right++];
+      }
+    }
+    memcpy(samples, buffer, size_t(count) * sizeof(int64_t));
+  }
+}
+
+}  // namespace
+
+int64_t group_advantages_cpu(const GroupAdvantagesArgs& a, int threads) {
+  for_each_group(a.grouping, threads, [&](int64_t begin, int64_t end) { advantages_of_group(a, begin, end); });
+  if (a.aggregation == kNormalizeThenSum || a.normalize_by == kNormalizeBatch) normalize_batch(a);
+  return -1;
+}
+
+int64_t informative_groups_cpu(const InformativeGroupsArgs& a, int threads) {
+  for_each_group(a.grouping, threads, [&](int64_t begin, int64_t end) {
+    double low = 0.0, high = 0.0;
+    bool any = false;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t sample = sample_at(a.grouping, p);
+      const double value = load_value(a.rewards, a.dtype, sample);
+      if (is_nan(value) || (a.mask != nullptr && !a.mask[sample])) continue;
+      low = !any || value < low ? value : low;
+      high = !any || value > high ? value : high;
+      any = true;
+    }
+    for (int64_t p = begin; p < end; ++p) a.informative[sample_at(a.grouping, p)] = any && high - low > a.tolerance;
+  });
+  return -1;
+}
+
+int64_t group_rank_cpu(const GroupRankArgs& a, int threads) {
+  // Position p of a group owns slot p of both arrays, so that groups can be sorted in parallel.
+  int64_t* samples = static_cast<int64_t*>(malloc(size_t(2 * a.grouping.batch + 1) * sizeof(int64_t)));
+  if (samples == nullptr) return 0;
+  int64_t* buffer = samples + a.grouping.batch;
+  for_each_group(a.grouping, threads, [&](int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t sample = sample_at(a.grouping, p);
+      a.rank[sample] = -1;
+      if (is_nan(load_value(a.scores, a.dtype, sample)) || (a.valid != nullptr && !a.valid[sample])) continue;
+      samples[begin + count++] = sample;
+    }
+    sort_samples(a, samples + begin, buffer + begin, count);
+    for (int64_t i = 0; i < count; ++i) a.rank[samples[begin + i]] = int32_t(i);
+  });
+  free(samples);
+  return -1;
+}
+
+}  // namespace GK_ISA
+}  // namespace grpo_kernels

@@ -1,0 +1,106 @@
+// The maths of group statistics, in float64, for the CPU and CUDA kernels alike.
+//
+// A mean is pivot + mean(value - pivot), the pivot being the first live value, and the variance is a second pass about that mean. Equal
+// values therefore give a deviation of exactly 0, which E[x^2] - E[x]^2 does not.
+#pragma once
+
+#include <cmath>
+
+#include "group_advantages/group_advantages.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+
+GK_HOST_DEVICE bool is_nan(double value) { return value != value; }
+GK_HOST_DEVICE double quiet_nan() { return double(bits_to_float(0x7fc00000u)); }
+
+GK_HOST_DEVICE double load_value(const void* data, int dtype, int64_t index) {
+  switch (dtype) {
+    case kFloat64:
+      return static_cast<const double*>(data)[index];
+    case kBFloat16:
+      return to_arithmetic(static_cast<const bfloat16*>(data)[index]);
+    case kFloat16:
+      return to_arithmetic(static_cast<const float16*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
+  }
+}
+
+GK_HOST_DEVICE void store_value(void* data, int input_dtype, int64_t index, double value) {
+  if (input_dtype == kFloat64) {
+    static_cast<double*>(data)[index] = value;
+  } else {
+    static_cast<float*>(data)[index] = float(value);
+  }
+}
+
+// The sample at a position of the grouped order.
+GK_HOST_DEVICE int64_t sample_at(const Grouping& g, int64_t position) {
+  return g.order == nullptr ? position : g.order[position];
+}
+
+// Weighted sum of the rewards that were scored; NaN if none was.
+GK_HOST_DEVICE double combined_reward(const GroupAdvantagesArgs& a, int64_t sample) {
+  double sum = 0.0;
+  bool scored = false;
+  for (int k = 0; k < a.functions; ++k) {
+    const double value = load_value(a.rewards, a.dtype, sample * a.functions + k);
+    if (is_nan(value)) continue;
+    sum += a.weights == nullptr ? value : a.weights[k] * value;
+    scored = true;
+  }
+  return scored ? sum : quiet_nan();
+}
+
+// Whether any function scored the sample, given its total reward: infinities of both signs also add up to NaN.
+GK_HOST_DEVICE bool is_scored(const GroupAdvantagesArgs& a, int64_t sample, double total) {
+  if (!is_nan(total)) return true;
+  for (int k = 0; k < a.functions && a.functions > 1; ++k) {
+    if (!is_nan(load_value(a.rewards, a.dtype, sample * a.functions + k))) return true;
+  }
+  return false;
+}
+
+struct Statistics {
+  double mean;
+  double std;
+  int64_t count;
+};
+
+GK_HOST_DEVICE double mean_from_sum(double pivot, double shifted_sum, int64_t count) {
+  return count > 0 ? pivot + shifted_sum / double(count) : 0.0;
+}
+
+GK_HOST_DEVICE double std_from_sum(double squared_sum, int64_t count, int correction) {
+  return count > correction ? sqrt(squared_sum / double(count - correction)) : 0.0;
+}
+
+// A group of one has no peers to compare with: zero, or verl's convention of mean 0 and deviation 1.
+GK_HOST_DEVICE void apply_singleton(const GroupAdvantagesArgs& a, Statistics& s) {
+  if (s.count == 1 && a.singleton == kSingletonRaw) {
+    s.mean = 0.0;
+    s.std = 1.0;
+  }
+}
+
+GK_HOST_DEVICE double centred(const GroupAdvantagesArgs& a, const Statistics& s, double value) {
+  const bool uses_group = a.baseline != kBaselineNone || a.normalize_by == kNormalizeGroup;
+  if (s.count == 1 && uses_group) return a.singleton == kSingletonRaw ? value : 0.0;
+  if (a.baseline == kBaselineNone) return value;
+  const double difference = value - s.mean;
+  return a.baseline == kBaselineLeaveOneOut ? difference * (double(s.count) / double(s.count - 1)) : difference;
+}
+
+// 0 / (0 + eps) is 0 for every eps, 0 included: a group of equal rewards teaches nothing.
+GK_HOST_DEVICE double scaled(double difference, double std, double eps) {
+  return difference == 0.0 ? 0.0 : difference / (std + eps);
+}
+
+// Orders samples of a group from best to worst; the lower index wins a tie.
+GK_HOST_DEVICE bool ranks_before(double score, int64_t sample, double other_score, int64_t other_sample) {
+  return score > other_score || (score == other_score && sample < other_sample);
+}
+
+}  // namespace GK_ISA
+}  // namespace grpo_kernels

@@ -1,0 +1,26 @@
+"""Fused kernels for reinforcement learning of language models with GRPO.
+
+The ops run on NVIDIA GPUs (CUDA C++ and Triton), on CPUs (C++), and anywhere else through plain PyTorch. See `grpo-kernels env` for what
+this installation can use.
+"""
+
+from grpo_kernels._dispatch import BackendUnavailable, backend
+from grpo_kernels._version import __version__
+from grpo_kernels.group_advantages import (
+    BestOfGroupOutput,
+    GroupAdvantagesOutput,
+    best_of_group,
+    group_advantages,
+    informative_groups,
+)
+
+__all__ = [
+    "BackendUnavailable",
+    "BestOfGroupOutput",
+    "GroupAdvantagesOutput",
+    "__version__",
+    "backend",
+    "best_of_group",
+    "group_advantages",
+    "informative_groups",
+]

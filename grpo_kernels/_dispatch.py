@@ -1,0 +1,169 @@
+"""Registration of ops with torch.library, and the choice of a backend.
+
+Every op may have up to three implementations: "native" (C++ for the CPU, CUDA C++ for NVIDIA GPUs), "triton" and "reference" (plain
+PyTorch, on any device). The public function resolves one and hands it to the op as its last argument, so that the backward, which
+autograd runs in a thread of its own, takes the same one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grpo_kernels import _extension
+
+BACKENDS = ("native", "triton", "reference")
+MINIMUM_CAPABILITY = (8, 0)
+
+LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for that cannot serve this op, device or dtype; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The backends of an op on each type of device, best first; "reference" follows them."""
+
+    cpu: tuple[str, ...]
+    cuda: tuple[str, ...]
+    interpretable: bool  # its Triton kernels may run on CPU tensors under TRITON_INTERPRET=1
+
+
+_registered: dict[str, Backends] = {}
+_ops: dict[str, str] = {}
+_resolved: dict[tuple[str, str | None, str, int, torch.dtype], str] = {}
+_forced: str | None = None
+
+
+def register_backends(op: str, *, cpu: tuple[str, ...], cuda: tuple[str, ...], interpretable: bool = False) -> None:
+    """States which kernels the public function `op` has."""
+    _registered[op] = Backends(cpu, cuda, interpretable)
+
+
+def define(schema: str, *, package: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Registers one op: `schema` ends with `str backend`; `fake` gives the outputs' metadata and takes all arguments but that.
+
+    The implementation is the function of the op's name in `<package>._native` or `<package>._triton`, imported at the first call.
+    """
+    name = schema.partition("(")[0]
+
+    def implementation(*arguments: Any) -> Any:
+        return _implementation(package, arguments[-1], name)(*arguments[:-1])
+
+    def fake_implementation(*arguments: Any) -> Any:
+        return fake(*arguments[:-1])
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake_implementation, lib=LIBRARY)
+    _ops[name] = package
+    overload: torch._ops.OpOverload = getattr(torch.ops.grpo_kernels, name).default
+    return overload
+
+
+@functools.cache
+def _implementation(package: str, backend: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}._{backend}"), name)
+    return function
+
+
+def registered_ops() -> dict[str, str]:
+    """Name of every op that was registered, and the package that holds it."""
+    return dict(_ops)
+
+
+def public_ops() -> dict[str, Backends]:
+    """Every public function with kernels, and its backends."""
+    return dict(_registered)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Makes every op in the block use one backend: "native", "triton" or "reference".
+
+    An op that cannot use it raises `BackendUnavailable` with the reason; nothing falls back in silence. The choice is global to the
+    process, not to a thread.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    previous = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def resolve(op: str, tensor: torch.Tensor) -> str:
+    """The backend that `op` takes for data like `tensor`.
+
+    Raises:
+        BackendUnavailable: one was asked for with `backend(...)` and cannot be used.
+    """
+    device = tensor.device
+    return _resolve(op, _forced, device.type, -1 if device.index is None else device.index, tensor.dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _resolve(op: str, forced: str | None, device_type: str, index: int, dtype: torch.dtype) -> str:
+    key = (op, forced, device_type, index, dtype)
+    chosen = _resolved.get(key)
+    if chosen is None:
+        chosen = _resolved[key] = _choose(*key)
+    return chosen
+
+
+def _choose(op: str, forced: str | None, device_type: str, index: int, dtype: torch.dtype) -> str:
+    if forced is not None:
+        reason = problem(op, forced, device_type, index, dtype)
+        if reason:
+            raise BackendUnavailable(f"{op}: backend {forced!r} cannot be used on {device_type}: {reason}")
+        return forced
+    for name in candidates(op, device_type):
+        if not problem(op, name, device_type, index, dtype):
+            return name
+    return "reference"
+
+
+def candidates(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends that `op` tries on a type of device, in order; "reference" is last and always works."""
+    backends = _registered[op]
+    return {"cpu": backends.cpu, "cuda": backends.cuda}.get(device_type, ()) + ("reference",)
+
+
+def problem(op: str, name: str, device_type: str, index: int, dtype: torch.dtype) -> str:
+    """Why `op` cannot use the backend `name` there, or "" if it can."""
+    if name == "reference":
+        return ""
+    interpreted = name == "triton" and device_type == "cpu" and _registered[op].interpretable
+    if name not in candidates(op, device_type) and not interpreted:
+        return f"{op} has no {name} kernel for this device"
+    if dtype == torch.float64 and (device_type != "cpu" or name == "triton"):
+        return "its kernels do not take float64"
+    if name == "native":
+        return _extension.cpu_problem() if device_type == "cpu" else _extension.cuda_problem(index)
+    return _triton_problem(device_type, index)
+
+
+def _triton_problem(device_type: str, index: int) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu":
+        return "" if os.environ.get("TRITON_INTERPRET") == "1" else "Triton runs on the CPU only with TRITON_INTERPRET=1"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < MINIMUM_CAPABILITY:
+        return "it needs compute capability 8.0 or higher"
+    return ""

@@ -1,0 +1,58 @@
+"""The compiled module `_C`: loading it, and saying why it, or its CUDA half, cannot be used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch  # before `_C`: both then share torch's OpenMP run time
+
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
+"""How the kernels number element types."""
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("grpo_kernels._C"), ""
+    except ImportError as error:
+        return None, f"the extension is not built ({error})"
+
+
+def extension() -> ModuleType:
+    """The compiled module. Callers have resolved the backend to "native", so it is there."""
+    module, problem = _load()
+    if module is None:
+        raise ImportError(f"grpo_kernels._C: {problem}")
+    return module
+
+
+def cpu_problem() -> str:
+    """Why the native CPU kernels cannot run, or "" if they can."""
+    return _load()[1]
+
+
+@functools.cache
+def cuda_problem(device: int) -> str:
+    """Why the native CUDA kernels cannot run on CUDA device `device`, or "" if they can."""
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch"
+    module, problem = _load()
+    if module is None:
+        return problem
+    result: str = module.cuda_device_problem(device)
+    return result
+
+
+def execution(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a kernel runs: (-1, number of threads) on the CPU, (ordinal, current stream) on CUDA."""
+    if tensor.device.type == "cpu":
+        return -1, torch.get_num_threads()
+    index = tensor.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Address of the data, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,107 @@
+"""Group statistics through the C++ kernels, CPU or CUDA: allocates the outputs and calls the launcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels._extension import DTYPE_CODE, execution, extension, pointer
+
+# The kernels' numbers for the options: csrc/group_advantages/group_advantages.h
+_BASELINE = {"mean": 0, "leave_one_out": 1, "none": 2}
+_NORMALIZE_BY = {"group": 0, "batch": 1, "none": 2}
+_AGGREGATION = {"sum_then_normalize": 0, "normalize_then_sum": 1}
+_SINGLETON = {"zero": 0, "raw": 1}
+
+
+def _sorted_groups(group_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Sample indices in the order of their groups, and the ids in that order. Stable, so sums run in the order of the samples."""
+    if group_ids is None:
+        return None, None
+    sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)
+    return order, sorted_ids
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor | None,
+    reward_weights: Tensor | None,
+    group_size: int,
+    baseline: str,
+    normalize_by: str,
+    aggregation: str,
+    singleton: str,
+    eps: float,
+    correction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rewards = rewards.contiguous()
+    batch = rewards.shape[0]
+    weights = None if reward_weights is None else reward_weights.to(torch.float64).contiguous()
+    order, sorted_ids = _sorted_groups(group_ids)
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    scratch = rewards.new_empty(2 * batch, dtype=torch.float64)
+    advantages = rewards.new_empty(batch, dtype=dtype)
+    mean, std = torch.empty_like(advantages), torch.empty_like(advantages)
+    extension().group_advantages(
+        rewards.data_ptr(),
+        DTYPE_CODE[rewards.dtype],
+        batch,
+        rewards.shape[1] if rewards.ndim == 2 else 1,
+        group_size,
+        pointer(order),
+        pointer(sorted_ids),
+        pointer(weights),
+        _BASELINE[baseline],
+        _NORMALIZE_BY[normalize_by],
+        _AGGREGATION[aggregation],
+        _SINGLETON[singleton],
+        correction,
+        eps,
+        scratch.data_ptr(),
+        advantages.data_ptr(),
+        mean.data_ptr(),
+        std.data_ptr(),
+        *execution(rewards),
+    )
+    return advantages, mean, std
+
+
+def informative_groups(
+    rewards: Tensor, group_ids: Tensor | None, mask: Tensor | None, group_size: int, tolerance: float
+) -> Tensor:
+    rewards = rewards.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    order, sorted_ids = _sorted_groups(group_ids)
+    informative = rewards.new_empty(rewards.shape, dtype=torch.bool)
+    extension().informative_groups(
+        rewards.data_ptr(),
+        DTYPE_CODE[rewards.dtype],
+        rewards.shape[0],
+        group_size,
+        pointer(order),
+        pointer(sorted_ids),
+        pointer(mask),
+        tolerance,
+        informative.data_ptr(),
+        *execution(rewards),
+    )
+    return informative
+
+
+def group_rank(scores: Tensor, group_ids: Tensor | None, valid: Tensor | None, group_size: int) -> Tensor:
+    scores = scores.contiguous()
+    valid = None if valid is None else valid.contiguous()
+    order, sorted_ids = _sorted_groups(group_ids)
+    rank = scores.new_empty(scores.shape, dtype=torch.int32)
+    extension().group_rank(
+        scores.data_ptr(),
+        DTYPE_CODE[scores.dtype],
+        scores.shape[0],
+        group_size,
+        pointer(order),
+        pointer(sorted_ids),
+        pointer(valid),
+        rank.data_ptr(),
+        *execution(scores),
+    )
+    return rank

@@ -1,0 +1,84 @@
+"""Bridge from setuptools to CMake: builds the one extension module, ``grpo_kernels._C``.
+
+It never imports torch and never looks for a GPU, so a wheel can be built anywhere. Environment:
+
+GRPO_KERNELS_CUDA=auto|1|0    CUDA kernels: build them when nvcc is found (auto, the default), require nvcc (1), leave them out (0).
+GRPO_KERNELS_NATIVE=auto|1|0  The extension itself: build it when a C++ compiler is found (auto), require one (1), or make a pure
+                              Python package that runs through the reference backend (0).
+CMAKE_CUDA_ARCHITECTURES, CUDAARCHS, TORCH_CUDA_ARCH_LIST   the CUDA architectures; see CMakeLists.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def switch(name: str) -> str:
+    value = os.environ.get(name, "auto").lower()
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 1 or 0, got {value!r}")
+    return value
+
+
+def compiler_found() -> bool:
+    """Whether CMake will find a C++ compiler, by its own order: $CXX first, then the usual names."""
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return any(shutil.which(name) for name in names)
+
+
+def wants_extension() -> bool:
+    native, cuda = switch("GRPO_KERNELS_NATIVE"), switch("GRPO_KERNELS_CUDA")
+    if native == "0":
+        if cuda == "1":
+            raise SystemExit("GRPO_KERNELS_CUDA=1 needs the extension, but GRPO_KERNELS_NATIVE=0 leaves it out")
+        return False
+    if compiler_found():
+        return True
+    if native == "1" or cuda == "1":
+        raise SystemExit("no C++ compiler was found (tried $CXX, c++, g++, clang++), and the environment asks for native kernels")
+    print("grpo_kernels: no C++ compiler was found; building a pure Python package (reference backend only)", file=sys.stderr)
+    return False
+
+
+def tool(name: str) -> str:
+    """The CMake or ninja that the build environment's packages bring, else the one on PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if not found:
+        raise SystemExit(f"{name} was not found; install it or build with isolation (pip install .)")
+    return found
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DGRPO_KERNELS_OUTPUT_DIR={target.parent}",
+            f"-DGRPO_KERNELS_CUDA={switch('GRPO_KERNELS_CUDA')}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run([tool("cmake"), "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
+
+
+setup(
+    ext_modules=[Extension("grpo_kernels._C", sources=[])] if wants_extension() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
