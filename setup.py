@@ -44,8 +44,13 @@ def wants_extension() -> bool:
     if compiler_found():
         return True
     if native == "1" or cuda == "1":
-        raise SystemExit("no C++ compiler was found (tried $CXX, c++, g++, clang++), and the environment asks for native kernels")
-    print("grpo_kernels: no C++ compiler was found; building a pure Python package (reference backend only)", file=sys.stderr)
+        raise SystemExit(
+            "no C++ compiler was found (tried $CXX, c++, g++, clang++), and the environment asks for native kernels"
+        )
+    print(
+        "grpo_kernels: no C++ compiler was found; building a pure Python package (reference backend only)",
+        file=sys.stderr,
+    )
     return False
 
 

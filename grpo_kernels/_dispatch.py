@@ -163,7 +163,9 @@ def _triton_problem(device_type: str, index: int) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cpu":
-        return "" if os.environ.get("TRITON_INTERPRET") == "1" else "Triton runs on the CPU only with TRITON_INTERPRET=1"
+        return (
+            "" if os.environ.get("TRITON_INTERPRET") == "1" else "Triton runs on the CPU only with TRITON_INTERPRET=1"
+        )
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < MINIMUM_CAPABILITY:
         return "it needs compute capability 8.0 or higher"
     return ""

@@ -47,9 +47,7 @@ def _apply_singleton(mean: Tensor, std: Tensor, count: Tensor, singleton: str) -
     return torch.where(count == 1, 0.0, mean), torch.where(count == 1, 1.0, std)
 
 
-def _centred(
-    values: Tensor, mean: Tensor, count: Tensor, baseline: str, normalize_by: str, singleton: str
-) -> Tensor:
+def _centred(values: Tensor, mean: Tensor, count: Tensor, baseline: str, normalize_by: str, singleton: str) -> Tensor:
     difference = values if baseline == "none" else values - mean
     if baseline == "leave_one_out":
         difference = difference * (count / (count - 1.0).clamp(min=1.0))
@@ -128,7 +126,9 @@ def group_rank(scores: Tensor, group_ids: Tensor | None, valid: Tensor | None, g
     live = ~s.isnan() if valid is None else ~s.isnan() & valid
     index = _group_index(batch, group_size, group_ids, s.device)
     order = torch.argsort(torch.where(live, s, float("-inf")), descending=True, stable=True)
-    order = order[torch.argsort((~live)[order].to(torch.int8), stable=True)]  # a live score of -inf still beats an invalid one
+    order = order[
+        torch.argsort((~live)[order].to(torch.int8), stable=True)
+    ]  # a live score of -inf still beats an invalid one
     order = order[torch.argsort(index[order], stable=True)]
     positions = torch.arange(batch, device=s.device)
     grouped = index[order]
