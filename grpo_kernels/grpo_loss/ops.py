@@ -1,0 +1,46 @@
+"""Schema of the loss. Imports torch alone, so that it exists before anything is traced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import _dispatch
+
+_NONE = 4  # of REDUCTIONS
+_METRICS = 30
+
+_dispatch.register_backends("grpo_loss", cpu=("native",), cuda=("native",))
+
+
+def _grpo_loss_fake(log_probs: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entropy, upstream = arguments[6], arguments[9]
+    options, need_log_probs_grad, need_entropy_grad = arguments[17], arguments[19], arguments[20]
+    per_token = isinstance(options, (list, tuple)) and options[2] == _NONE
+    again = upstream is not None
+    with_grad = again or not per_token
+
+    def like_log_probs(wanted: bool) -> Tensor:
+        return log_probs.new_empty(log_probs.shape if wanted else (0,))
+
+    return (
+        like_log_probs(per_token and not again) if per_token else log_probs.new_empty(()),
+        like_log_probs(with_grad and bool(need_log_probs_grad)),
+        like_log_probs(with_grad and bool(need_entropy_grad) and entropy is not None),
+        log_probs.new_empty((0,) if per_token else (2,)),
+        log_probs.new_empty((0,) if again else (_METRICS,), dtype=torch.float32),
+    )
+
+
+grpo_loss = _dispatch.define(
+    "grpo_loss(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? mask, Tensor? ref_log_probs, "
+    "Tensor? sampler_log_probs, Tensor? token_weights, Tensor? entropy, Tensor? entropy_threshold, Tensor? cu_seqlens, "
+    "Tensor? upstream, Tensor? kl_coef_tensor, float kl_coef, Tensor? entropy_coef_tensor, float entropy_coef, "
+    "Tensor? num_items_tensor, float num_items, SymInt max_length, int[] options, float[] parameters, "
+    "bool need_log_probs_grad, bool need_entropy_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    package="grpo_kernels.grpo_loss",
+    fake=_grpo_loss_fake,
+)
+"""Returns loss, grad_log_probs, grad_entropy, scale, metrics; absent ones are empty. The first gradient is still to
+be multiplied by scale[0], the second by scale[1]. With ``upstream`` (reduction "none", in the backward) the gradients
+are final and the rest is empty."""
