@@ -2,10 +2,15 @@
 
 It never imports torch and never looks for a GPU, so a wheel can be built anywhere. Environment:
 
-GRPO_KERNELS_CUDA=auto|1|0    CUDA kernels: build them when nvcc is found (auto, the default), require nvcc (1), leave them out (0).
-GRPO_KERNELS_NATIVE=auto|1|0  The extension itself: build it when a C++ compiler is found (auto), require one (1), or make a pure
-                              Python package that runs through the reference backend (0).
-CMAKE_CUDA_ARCHITECTURES, CUDAARCHS, TORCH_CUDA_ARCH_LIST   the CUDA architectures; see CMakeLists.txt.
+GRPO_KERNELS_CUDA=auto|1|0
+    CUDA kernels: build them when nvcc is found (auto, the default), require nvcc (1), or leave them out (0).
+GRPO_KERNELS_NATIVE=auto|1|0
+    The extension itself: build it when a C++ compiler is found (auto), require one (1), or make a pure Python package
+    that runs through the reference backend (0).
+CMAKE_CUDA_ARCHITECTURES, CUDAARCHS, TORCH_CUDA_ARCH_LIST
+    The CUDA architectures, the first that is set; cmake/cuda.cmake has the default.
+MAX_JOBS
+    Number of parallel compiler processes.
 """
 
 from __future__ import annotations

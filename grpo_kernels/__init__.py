@@ -1,7 +1,7 @@
 """Fused kernels for reinforcement learning of language models with GRPO.
 
-The ops run on NVIDIA GPUs (CUDA C++ and Triton), on CPUs (C++), and anywhere else through plain PyTorch. See `grpo-kernels env` for what
-this installation can use.
+The ops run on NVIDIA GPUs (CUDA C++ and Triton), on CPUs (C++), and anywhere else through plain PyTorch. See
+`grpo-kernels env` for what this installation can use.
 """
 
 from grpo_kernels._dispatch import BackendUnavailable, backend

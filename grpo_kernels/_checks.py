@@ -1,4 +1,4 @@
-"""Argument checks. Each raises before a kernel starts and names the op, the argument, what was expected and what came."""
+"""Argument checks: each raises before a kernel starts, naming the op, the argument, what it expected and what came."""
 
 from __future__ import annotations
 
@@ -78,8 +78,9 @@ def scalar_argument(
 ) -> tuple[torch.Tensor | None, float]:
     """A coefficient that may change from step to step, as the pair (`Tensor? x_tensor`, `float x`) of an op's schema.
 
-    A 0-d tensor stays on its device, so that no step reads it on the host. A number stays a number, except while torch.compile traces:
-    there it becomes a 0-d tensor, since a number in a schema would be compiled into the graph, once for every value.
+    A 0-d tensor stays on its device, so that no step reads it on the host. A number stays a number, except while
+    torch.compile traces: there it becomes a 0-d tensor, since a number in a schema would be compiled into the graph,
+    once for every value.
     """
     if isinstance(value, torch.Tensor):
         if value.ndim != 0:

@@ -1,8 +1,8 @@
 """Registration of ops with torch.library, and the choice of a backend.
 
-Every op may have up to three implementations: "native" (C++ for the CPU, CUDA C++ for NVIDIA GPUs), "triton" and "reference" (plain
-PyTorch, on any device). The public function resolves one and hands it to the op as its last argument, so that the backward, which
-autograd runs in a thread of its own, takes the same one.
+Every op may have up to three implementations: "native" (C++ for the CPU, CUDA C++ for NVIDIA GPUs), "triton" and
+"reference" (plain PyTorch, on any device). The public function resolves one and hands it to the op as its last
+argument, so that the backward, which autograd runs in a thread of its own, takes the same one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grpo_kernels import _extension
 BACKENDS = ("native", "triton", "reference")
 MINIMUM_CAPABILITY = (8, 0)
 
-LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+LIBRARY = torch.library.Library("grpo_kernels", "DEF")  # type: ignore[no-untyped-call]
 
 
 class BackendUnavailable(RuntimeError):
@@ -51,9 +51,11 @@ def register_backends(op: str, *, cpu: tuple[str, ...], cuda: tuple[str, ...], i
 
 
 def define(schema: str, *, package: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Registers one op: `schema` ends with `str backend`; `fake` gives the outputs' metadata and takes all arguments but that.
+    """Registers one op: `schema` ends with `str backend`; `fake` gives the outputs' metadata and takes all arguments
+    but that.
 
-    The implementation is the function of the op's name in `<package>._native` or `<package>._triton`, imported at the first call.
+    The implementation is the function of the op's name in `<package>._native` or `<package>._triton`, imported at the
+    first call.
     """
     name = schema.partition("(")[0]
 
@@ -63,8 +65,8 @@ def define(schema: str, *, package: str, fake: Callable[..., Any]) -> torch._ops
     def fake_implementation(*arguments: Any) -> Any:
         return fake(*arguments[:-1])
 
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake_implementation, lib=LIBRARY)
     _ops[name] = package
     overload: torch._ops.OpOverload = getattr(torch.ops.grpo_kernels, name).default
@@ -91,8 +93,8 @@ def public_ops() -> dict[str, Backends]:
 def backend(name: str) -> Iterator[None]:
     """Makes every op in the block use one backend: "native", "triton" or "reference".
 
-    An op that cannot use it raises `BackendUnavailable` with the reason; nothing falls back in silence. The choice is global to the
-    process, not to a thread.
+    An op that cannot use it raises `BackendUnavailable` with the reason; nothing falls back in silence. The choice is
+    global to the process, not to a thread.
 
     Raises:
         ValueError: `name` is not a backend.
@@ -115,7 +117,8 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
         BackendUnavailable: one was asked for with `backend(...)` and cannot be used.
     """
     device = tensor.device
-    return _resolve(op, _forced, device.type, -1 if device.index is None else device.index, tensor.dtype)
+    chosen: str = _resolve(op, _forced, device.type, -1 if device.index is None else device.index, tensor.dtype)
+    return chosen
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -142,7 +145,7 @@ def _choose(op: str, forced: str | None, device_type: str, index: int, dtype: to
 def candidates(op: str, device_type: str) -> tuple[str, ...]:
     """The backends that `op` tries on a type of device, in order; "reference" is last and always works."""
     backends = _registered[op]
-    return {"cpu": backends.cpu, "cuda": backends.cuda}.get(device_type, ()) + ("reference",)
+    return (*{"cpu": backends.cpu, "cuda": backends.cuda}.get(device_type, ()), "reference")
 
 
 def problem(op: str, name: str, device_type: str, index: int, dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""group_advantages, informative_groups, best_of_group: definition, kernels against it, properties, documented conventions."""
+"""Group statistics: the definition, kernels against it, properties, conventions of other trainers."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_best_of_group_of_a_large_ragged_batch(backend: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", OPTIONS[::7] + [{}], ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", [*OPTIONS[::7], {}], ids=lambda o: "-".join(map(str, o.values())))
 def test_cuda_equals_the_reference(options: dict) -> None:
     rewards, ids = sample_batch()
     for kwargs in ({"group_ids": ids.cuda()}, {"group_size": 8}):

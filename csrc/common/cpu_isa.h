@@ -10,11 +10,11 @@ CpuIsa cpu_isa();
 const char* cpu_isa_name();
 
 #if defined(GK_X86_ISAS)
-#define GK_CALL_CPU(name, args, threads)                                            \
-  (::grpo_kernels::cpu_isa() == ::grpo_kernels::CpuIsa::avx512                      \
-       ? ::grpo_kernels::isa_avx512::name##_cpu(args, threads)                      \
-       : (::grpo_kernels::cpu_isa() == ::grpo_kernels::CpuIsa::avx2                 \
-              ? ::grpo_kernels::isa_avx2::name##_cpu(args, threads)                 \
+#define GK_CALL_CPU(name, args, threads)                            \
+  (::grpo_kernels::cpu_isa() == ::grpo_kernels::CpuIsa::avx512      \
+       ? ::grpo_kernels::isa_avx512::name##_cpu(args, threads)      \
+       : (::grpo_kernels::cpu_isa() == ::grpo_kernels::CpuIsa::avx2 \
+              ? ::grpo_kernels::isa_avx2::name##_cpu(args, threads) \
               : ::grpo_kernels::isa_baseline::name##_cpu(args, threads)))
 #else
 #define GK_CALL_CPU(name, args, threads) ::grpo_kernels::isa_baseline::name##_cpu(args, threads)

@@ -8,58 +8,89 @@
 #include "common/dtype.h"
 #include "common/macros.h"
 
+#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__ARM_FEATURE_FMA)
+#define GK_HAS_FMA 1
+#else
+#define GK_HAS_FMA 0
+#endif
+
 namespace grpo_kernels {
 namespace GK_ISA {
 
-// e^x for x <= 0. Below -87.33 the result would be subnormal: it is exactly 0.
-GK_HOST_DEVICE float exp_nonpositive(float x) {
-  const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; the first product is exact
-  float p = 1.381460199e-3f;
-  p = p * r + 8.368715204e-3f;
-  p = p * r + 4.166838789e-2f;
-  p = p * r + 1.666652065e-1f;
-  p = p * r + 4.999999345e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const float power = bits_to_float((float_to_bits(shifted) + 127u) << 23);
-  return x < -87.33f ? 0.0f : p * power;
+// a * b + c, rounded once where the processor can. A source compiled with -ffp-contract=off rounds the same in every loop.
+GK_HOST_DEVICE float multiply_add(float a, float b, float c) {
+#if GK_HAS_FMA
+  return ::fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
-GK_HOST_DEVICE double exp_nonpositive(double x) { return ::exp(x); }
+GK_HOST_DEVICE double multiply_add(double a, double b, double c) {
+#if GK_HAS_FMA
+  return ::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// a * b + c with an exact product on every processor, for differences of large numbers.
+GK_HOST_DEVICE float exact_multiply_add(float a, float b, float c) {
+#if GK_HAS_FMA
+  return ::fmaf(a, b, c);
+#else
+  return float(double(a) * double(b) + double(c));
+#endif
+}
+GK_HOST_DEVICE double exact_multiply_add(double a, double b, double c) { return multiply_add(a, b, c); }
+
+// x = n ln 2 + r, |r| <= ln 2 / 2: e^r, and `biased` whose low bits hold n + 127. |x| <= 89.
+GK_HOST_DEVICE float exp_of_remainder(float x, uint32_t& biased) {
+  const float magic = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const float shifted = multiply_add(x, 1.44269504f, magic);
+  const float n = shifted - magic;
+  biased = float_to_bits(shifted);
+#if GK_HAS_FMA
+  const float r = multiply_add(n, -0.69314718f, x);
+#else
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; the first product is exact
+#endif
+  float p = multiply_add(1.381460199e-3f, r, 8.368715204e-3f);
+  p = multiply_add(p, r, 4.166838789e-2f);
+  p = multiply_add(p, r, 1.666652065e-1f);
+  p = multiply_add(p, r, 4.999999345e-1f);
+  p = multiply_add(p, r, 1.0f);
+  return multiply_add(p, r, 1.0f);
+}
+
+// e^x for -88 <= x <= 1. Exactly 0 at -88, which is where callers clamp: a subnormal result is of no use to a softmax.
+GK_HOST_DEVICE float exp_clamped(float x) {
+  uint32_t biased;
+  const float p = exp_of_remainder(x, biased);
+  return p * bits_to_float(biased << 23);
+}
+GK_HOST_DEVICE double exp_clamped(double x) { return ::exp(x); }
 
 // e^x for any x: 0 below -87.33, infinity above 88.72.
 GK_HOST_DEVICE float fast_exp(float x) {
-  const float clamped = x > 88.8f ? 88.8f : (x < -88.0f ? -88.0f : x);
-  const float shifted = clamped * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.381460199e-3f;
-  p = p * r + 8.368715204e-3f;
-  p = p * r + 4.166838789e-2f;
-  p = p * r + 1.666652065e-1f;
-  p = p * r + 4.999999345e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // 2^n in two factors, because n reaches 128.
-  const int32_t exponent = int32_t(float_to_bits(shifted) << 9) >> 9;
-  const float low = bits_to_float(uint32_t((exponent >> 1) + 127) << 23);
-  const float high = bits_to_float(uint32_t(exponent - (exponent >> 1) + 127) << 23);
-  return x < -87.33f ? 0.0f : p * low * high;
+  uint32_t biased;
+  const float p = exp_of_remainder(x > 88.8f ? 88.8f : (x < -88.0f ? -88.0f : x), biased);
+  const uint32_t exponent = biased & 0x1ffu;  // n + 127, up to 255: 2^n in two factors
+  const float low = bits_to_float((exponent - (exponent >> 1)) << 23);
+  const float high = bits_to_float(((exponent >> 1) + 127u) << 23);
+  return x < -87.33f ? 0.0f : p * high * low;
 }
 GK_HOST_DEVICE double fast_exp(double x) { return ::exp(x); }
 
 GK_HOST_DEVICE float fast_tanh(float x) {
   const float a = x < 0.0f ? -x : x;
   const float square = x * x;
-  float p = -5.704986926e-3f;  // |x| < 0.625: odd polynomial; above: by the exponential
-  p = p * square + 2.063908716e-2f;
-  p = p * square - 5.373971505e-2f;
-  p = p * square + 1.333144220e-1f;
-  p = p * square - 3.333328194e-1f;
-  const float small = x + x * square * p;
-  const float e = exp_nonpositive(-2.0f * a);
-  const float large = (1.0f - e) / (1.0f + e);
+  float p = multiply_add(-5.704986926e-3f, square, 2.063908716e-2f);  // |x| < 0.625: odd polynomial; above: by the exponential
+  p = multiply_add(p, square, -5.373971505e-2f);
+  p = multiply_add(p, square, 1.333144220e-1f);
+  p = multiply_add(p, square, -3.333328194e-1f);
+  const float small = multiply_add(x * square, p, x);
+  const float e = exp_clamped(a > 44.0f ? -88.0f : -2.0f * a);
+  const float large = 1.0f - 2.0f * e / (1.0f + e);
   return a < 0.625f ? small : (x < 0.0f ? -large : large);
 }
 GK_HOST_DEVICE double fast_tanh(double x) { return ::tanh(x); }

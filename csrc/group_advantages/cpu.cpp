@@ -102,8 +102,8 @@ void sum_normalized(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, do
   }
 }
 
-// Scratch: [0, batch) total rewards of the group at hand, by position; [batch, 2 batch), where a batch statistic follows, the centred
-// rewards or the sums of normalised rewards, by sample.
+// Scratch: [0, batch) total rewards of the group at hand, by position; [batch, 2 batch), where a batch statistic follows, the
+// centred rewards or the sums of normalised rewards, by sample.
 void advantages_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end) {
   double* values = a.scratch + begin;
   double* by_sample = a.scratch + a.grouping.batch;
@@ -137,7 +137,7 @@ void normalize_batch(const GroupAdvantagesArgs& a) {
   const Statistics s = statistics(live, batch, a.correction);
   for (int64_t i = 0; i < batch; ++i) {
     const double difference = whiten ? by_sample[i] - s.mean : by_sample[i];
-    store_value(a.advantages, a.dtype, i, is_scored(a, i, live[i]) ? scaled(difference, s.std, a.eps) : 0.0);
+    store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, s.std, a.eps) : 0.0);
   }
 }
 

@@ -5,11 +5,11 @@ namespace grpo_kernels {
 namespace GK_ISA {
 namespace {
 
-constexpr int kWarps = 4;         // a block, when groups are independent
-constexpr int kBatchWarps = 32;   // the one block, when a batch statistic follows
+constexpr int kWarps = 4;        // a block, when groups are independent
+constexpr int kBatchWarps = 32;  // the one block, when a batch statistic follows
 
-// The range of positions of the group that a warp's unit of work stands for. Equal groups: unit = group. Ragged groups: unit = position,
-// and only the first position of a run has a range.
+// The range of positions of the group that a warp's unit of work stands for. Equal groups: unit = group. Ragged groups: unit =
+// position, and only the first position of a run has a range.
 __device__ bool group_of_unit(const Grouping& g, int64_t unit, int64_t& begin, int64_t& end) {
   if (g.order == nullptr) {
     begin = unit * g.group_size;
@@ -84,9 +84,7 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
   }
   if (a.aggregation == kSumThenNormalize) return;
   for (int k = 0; k < a.functions; ++k) {
-    const auto reward = [&](int64_t p) {
-      return load_value(a.rewards, a.dtype, sample_at(a.grouping, p) * a.functions + k);
-    };
+    const auto reward = [&](int64_t p) { return load_value(a.rewards, a.dtype, sample_at(a.grouping, p) * a.functions + k); };
     Statistics column = warp_statistics(begin, end, a.correction, reward);
     apply_singleton(a, column);
     // A lane adds to its own samples alone, function after function: no two threads share a scratch element.
@@ -99,9 +97,10 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
   }
 }
 
-// One warp owns a group: it reads the group's rewards three times (they stay in L1), keeps two float64 sums a lane, and writes three
-// values a sample. Where a statistic of the whole batch follows, one block does everything so that it stays one launch: its first warp
-// forms the batch statistic from the scratch values, in index order, and all warps finish. Bytes: (R + 3) words a sample.
+// One warp owns a group: it reads the group's rewards three times (they stay in L1), keeps two float64 sums a lane, and writes
+// three values a sample. Where a statistic of the whole batch follows, one block does everything so that it stays one launch:
+// its first warp forms the batch statistic from the scratch values, in index order, and all warps finish. Bytes: (R + 3) words
+// a sample.
 __global__ void group_advantages_kernel(GroupAdvantagesArgs a) {
   const int warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
@@ -114,7 +113,7 @@ __global__ void group_advantages_kernel(GroupAdvantagesArgs a) {
   if (!whiten && a.normalize_by != kNormalizeBatch) return;
 
   __shared__ Statistics batch;
-  __syncthreads();  // scratch of all groups is written; visible to this block
+  __syncthreads();                    // scratch of all groups is written; visible to this block
   const auto live = [&](int64_t i) {  // what the batch statistic is taken over; NaN is left out
     const double total = combined_reward(a, i);
     return whiten && is_scored(a, i, total) ? a.scratch[i] : total;
@@ -126,7 +125,7 @@ __global__ void group_advantages_kernel(GroupAdvantagesArgs a) {
   __syncthreads();
   for (int64_t i = threadIdx.x; i < a.grouping.batch; i += blockDim.x) {
     const double difference = whiten ? a.scratch[i] - batch.mean : a.scratch[i];
-    store_value(a.advantages, a.dtype, i, is_scored(a, i, live(i)) ? scaled(difference, batch.std, a.eps) : 0.0);
+    store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, batch.std, a.eps) : 0.0);
   }
 }
 
@@ -160,8 +159,8 @@ __global__ void informative_groups_kernel(InformativeGroupsArgs a) {
   }
 }
 
-// One warp owns a group, one lane a sample: its rank is the number of valid samples before it. G^2 comparisons beat a sort at the group
-// sizes of GRPO (8 to 64), whose scores stay in L1.
+// One warp owns a group, one lane a sample: its rank is the number of valid samples before it. G^2 comparisons beat a sort at
+// the group sizes of GRPO (8 to 64), whose scores stay in L1.
 __global__ void group_rank_kernel(GroupRankArgs a) {
   const int lane = threadIdx.x % kWarp;
   const int64_t units = units_of(a.grouping);

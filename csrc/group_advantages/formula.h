@@ -1,7 +1,7 @@
 // The maths of group statistics, in float64, for the CPU and CUDA kernels alike.
 //
-// A mean is pivot + mean(value - pivot), the pivot being the first live value, and the variance is a second pass about that mean. Equal
-// values therefore give a deviation of exactly 0, which E[x^2] - E[x]^2 does not.
+// A mean is pivot + mean(value - pivot), the pivot being the first live value, and the variance is a second pass about that
+// mean. Equal values therefore give a deviation of exactly 0, which E[x^2] - E[x]^2 does not.
 #pragma once
 
 #include <cmath>

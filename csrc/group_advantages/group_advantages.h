@@ -8,8 +8,8 @@
 
 namespace grpo_kernels {
 
-// Which samples form a group. Equal groups: `group_size` neighbours, `order` and `sorted_ids` null. Ragged groups: sample indices
-// sorted (stably) by group in `order`, their ids in `sorted_ids`; a group is a run of equal ids.
+// Which samples form a group. Equal groups: `group_size` neighbours, `order` and `sorted_ids` null. Ragged groups: sample
+// indices sorted (stably) by group in `order`, their ids in `sorted_ids`; a group is a run of equal ids.
 struct Grouping {
   int64_t batch;
   int64_t group_size;
@@ -24,14 +24,14 @@ enum Singleton : int { kSingletonZero = 0, kSingletonRaw = 1 };
 
 struct GroupAdvantagesArgs {
   Grouping grouping;
-  const void* rewards;      // [batch, functions], contiguous
-  int dtype;                // of rewards
-  int functions;            // R
-  const double* weights;    // [R], or null for ones
+  const void* rewards;    // [batch, functions], contiguous
+  int dtype;              // of rewards
+  int functions;          // R
+  const double* weights;  // [R], or null for ones
   int baseline, normalize_by, aggregation, singleton, correction;
   double eps;
-  double* scratch;          // CPU: [2 batch]. CUDA: [batch], only where a batch statistic is asked for
-  void* advantages;         // [batch] each, float64 if rewards are, else float32
+  double* scratch;   // CPU: [2 batch]. CUDA: [batch], only where a batch statistic is asked for
+  void* advantages;  // [batch] each, float64 if rewards are, else float32
   void* mean;
   void* std;
 };

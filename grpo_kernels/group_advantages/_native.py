@@ -15,7 +15,7 @@ _SINGLETON = {"zero": 0, "raw": 1}
 
 
 def _sorted_groups(group_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Sample indices in the order of their groups, and the ids in that order. Stable, so sums run in the order of the samples."""
+    """Sample indices in the order of their groups, stably, and the ids in that order."""
     if group_ids is None:
         return None, None
     sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)

@@ -18,7 +18,8 @@ class GroupAdvantagesOutput(NamedTuple):
     Attributes:
         advantages: The group-relative advantage of every sample.
         mean: Mean total reward of the sample's group; 0 where nothing was scored.
-        std: Standard deviation of the total reward in the sample's group; 0 for fewer than `correction` + 1 scored samples.
+        std: Standard deviation of the total reward in the sample's group; 0 for fewer than `correction` + 1 scored
+            samples.
     """
 
     advantages: Tensor
@@ -92,32 +93,40 @@ def group_advantages(
     A_i = (r_i - mean_g) / (std_g + eps), with r_i = sum_k w_k r_ik over the reward functions that scored the sample.
 
     Args:
-        rewards: [B] or [B, R] float. Rewards of R reward functions. NaN means not scored: it is left out of every statistic, and a
-            sample that no function scored gets advantage 0.
-        group_size: Every `group_size` neighbours are one group. B must be a multiple (over all ranks, with `process_group`).
+        rewards: [B] or [B, R] float. Rewards of R reward functions. NaN means not scored: it is left out of every
+            statistic, and a sample that no function scored gets advantage 0.
+        group_size: Every `group_size` neighbours are one group. B must be a multiple (over all ranks, with
+            `process_group`).
         group_ids: [B] int. Instead: samples with equal ids are one group, in any order and number.
         reward_weights: [R] float. Weights w_k; 1 each by default.
         baseline: "mean", "leave_one_out" (the mean of the others), or "none".
-        normalize_by: "group" or "batch" (standard deviation of the total reward over the group or all samples), or "none" (Dr. GRPO).
-        aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): every function's rewards are normalised in their group, the
-            weighted sum is normalised over the batch. The latter needs normalize_by="group".
-        singleton: What a group with one scored sample gets: "zero", or "raw" (verl: mean 0, deviation 1, so A = r / (1 + eps)).
+        normalize_by: "group" or "batch" (standard deviation of the total reward over the group or all samples), or
+            "none" (Dr. GRPO).
+        aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): every function's rewards are normalised in
+            their group, the weighted sum is normalised over the batch. The latter needs normalize_by="group".
+        singleton: What a group with one scored sample gets: "zero", or "raw" (verl: mean 0, deviation 1, so
+            A = r / (1 + eps)).
         eps: Added to the standard deviation, outside the root. TRL uses 1e-4, verl 1e-6.
-        correction: Subtracted from the count in the variance: 1 is the unbiased estimate (TRL, verl), 0 the population's.
-        process_group: Groups may straddle its ranks. Samples are taken in the order of the ranks; every rank passes the same B.
+        correction: Subtracted from the count in the variance: 1 is the unbiased estimate (TRL, verl), 0 the
+            population's.
+        process_group: Groups may straddle its ranks. Samples are taken in the order of the ranks; every rank passes the
+            same B.
 
     Returns:
-        `GroupAdvantagesOutput(advantages, mean, std)`, each [B], of this rank's samples. No gradient flows to the rewards.
+        `GroupAdvantagesOutput(advantages, mean, std)`, each [B], of this rank's samples. No gradient flows to the
+        rewards.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device, range or option.
 
     Numerics:
-        float64 inside, two passes about the group's first reward, in a fixed order: equal rewards give exactly 0, whatever eps. An
-        infinite reward makes its group NaN and no other. Deterministic; no host synchronisation; one launch on CUDA for equal groups.
+        float64 inside, two passes about the group's first reward, in a fixed order: equal rewards give exactly 0,
+        whatever eps. An infinite reward makes its group NaN and no other. Deterministic; no host synchronisation; one
+        launch on CUDA for equal groups.
 
     Source:
-        DeepSeekMath (arXiv 2402.03300) section 4.1; leave-one-out: RLOO (2402.14740); Dr. GRPO (2503.20783); GDPO (2601.05242).
+        DeepSeekMath (arXiv 2402.03300) section 4.1; leave-one-out: RLOO (2402.14740); Dr. GRPO (2503.20783); GDPO
+        (2601.05242).
     """
     op = "group_advantages"
     _check_values(op, "rewards", rewards, "[B]", "[B, R]")
@@ -149,16 +158,16 @@ def group_advantages(
             group_ids = _gather(group_ids, process_group)
         rewards, rank = _gather(rewards, process_group), torch.distributed.get_rank(process_group)
     size = _check_groups(op, rewards, "rewards", group_size, group_ids)
-    arguments = (
-        rewards, group_ids, reward_weights, size, baseline, normalize_by, aggregation, singleton, float(eps), correction,
-    )  # fmt: skip
+    options = (size, baseline, normalize_by, aggregation, singleton, float(eps), correction)
+    arguments = (rewards, group_ids, reward_weights, *options)
     backend = resolve(op, rewards)
     if backend == "reference":
         results = reference.group_advantages(*arguments)
     else:
         results = ops.group_advantages(*arguments, backend)
     if process_group is not None:
-        results = tuple(result[rank * batch : (rank + 1) * batch] for result in results)
+        own = slice(rank * batch, (rank + 1) * batch)
+        return GroupAdvantagesOutput(*(result[own] for result in results))
     return GroupAdvantagesOutput(*results)
 
 
@@ -178,7 +187,7 @@ def informative_groups(
     tolerance: float = 1e-6,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Samples whose group can teach something: its live rewards differ by more than `tolerance` (DAPO's dynamic sampling).
+    """Samples whose group can teach something: its live rewards differ (DAPO's dynamic sampling).
 
     Args:
         rewards: [B] float. NaN means not scored.

@@ -24,14 +24,16 @@ def _group_advantages_fake(rewards: Tensor, *_: object) -> tuple[Tensor, Tensor,
 
 
 group_advantages = _dispatch.define(
-    "group_advantages(Tensor rewards, Tensor? group_ids, Tensor? reward_weights, int group_size, str baseline, str normalize_by, "
-    "str aggregation, str singleton, float eps, int correction, str backend) -> (Tensor, Tensor, Tensor)",
+    "group_advantages(Tensor rewards, Tensor? group_ids, Tensor? reward_weights, int group_size, str baseline, "
+    "str normalize_by, str aggregation, str singleton, float eps, int correction, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     package=_PACKAGE,
     fake=_group_advantages_fake,
 )
 
 informative_groups = _dispatch.define(
-    "informative_groups(Tensor rewards, Tensor? group_ids, Tensor? mask, int group_size, float tolerance, str backend) -> Tensor",
+    "informative_groups(Tensor rewards, Tensor? group_ids, Tensor? mask, int group_size, float tolerance, str backend) "
+    "-> Tensor",
     package=_PACKAGE,
     fake=lambda rewards, *_: rewards.new_empty(rewards.shape, dtype=torch.bool),
 )

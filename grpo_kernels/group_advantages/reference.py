@@ -120,7 +120,7 @@ def informative_groups(
 
 
 def group_rank(scores: Tensor, group_ids: Tensor | None, valid: Tensor | None, group_size: int) -> Tensor:
-    """[B] int32. Rank of the score within its group, 0 the best, ties to the lower index; -1 for a sample that is not valid."""
+    """[B] int32. Rank within the group, 0 the best, ties to the lower index; -1 for a sample that is not valid."""
     s = scores.detach().to(torch.float64)
     batch = s.shape[0]
     live = ~s.isnan() if valid is None else ~s.isnan() & valid

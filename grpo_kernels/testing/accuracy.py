@@ -1,4 +1,4 @@
-"""The accuracy budget: how far from float64 a result may be, derived from what plain PyTorch achieves on the same data."""
+"""The accuracy budget: how far from float64 a result may be, given how far plain PyTorch is on the same data."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def accuracy_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_as_accurate(actual: Tensor, expected: Tensor, eager: Tensor, *, name: str = "result") -> None:
-    """Asserts that `actual` is at most twice as far from `expected` as `eager`, plus one rounding to the dtype of `actual`.
+    """Asserts that `actual` is at most twice as far from `expected` as `eager`, plus one rounding to its own dtype.
 
-    Both errors are max-norms relative to the max-norm of `expected`. The budget comes from the data: nothing is tuned by hand.
+    Both errors are max-norms relative to the max-norm of `expected`. The budget comes from the data: nothing is tuned
+    by hand.
 
     Args:
         actual: The kernel's result, any dtype.
@@ -60,10 +61,9 @@ def assert_as_accurate(actual: Tensor, expected: Tensor, eager: Tensor, *, name:
     eager_error = accuracy_error(eager, expected)
     if eager_error == float("inf"):  # eager overflowed or made a NaN: it sets no standard
         eager_error = 0.0
+    budget = 2.0 * eager_error + torch.finfo(actual.dtype).eps
     if actual.dtype == torch.float64:  # twice the error of float32 would be a licence
         budget = _FLOAT64_BUDGET
-    else:
-        budget = 2.0 * eager_error + torch.finfo(actual.dtype).eps
     if not error <= budget:
         raise AssertionError(
             f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (eager float32: {eager_error:.3e})"

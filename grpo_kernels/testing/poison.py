@@ -29,7 +29,7 @@ def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """In the block, `torch.empty`, `empty_like`, `empty_strided` and the tensor methods of that kind return memory full of NaN."""
+    """In the block, `torch.empty` and its relatives, the tensor methods too, return memory full of NaN."""
     with (
         mock.patch.object(torch, "empty", _poisoning(torch.empty)),
         mock.patch.object(torch, "empty_like", _poisoning(torch.empty_like)),

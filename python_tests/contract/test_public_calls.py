@@ -1,4 +1,4 @@
-"""What every public function must keep: compile without breaks, raise clear errors, agree between backends, survive autocast."""
+"""What every public function must keep: clear errors, backends that agree, compilation, autocast, checkpointing."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def _process(rank: int, world: int, folder: str, function: Callable[..., Any], a
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(rank, world, *arguments)` in `world` processes; their results by rank. `function` must be importable."""
+    """Results by rank of the importable `function(rank, world, *arguments)` in `world` processes."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_process, (world, folder, function, arguments), nprocs=world, start_method="spawn")

@@ -1,9 +1,9 @@
 """Inputs of every op for the contract tests: one module per op, found by name.
 
 A module defines
-    OPS        {registered op: [argument tuples]}     without the backend argument; for opcheck, metadata, poison, determinism
-    CALLS      [Call]                                  public calls that must work, compile and not depend on luck
-    BAD_CALLS  [BadCall]                               public calls that must raise, and what the message says
+    OPS        {registered op: [argument tuples]}, without the backend: for opcheck, metadata, poison, determinism
+    CALLS      [Call]: public calls that must work, compile and not depend on luck
+    BAD_CALLS  [BadCall]: public calls that must raise, and what the message says
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """A public call: `function(*make())` on the device asked for; `differentiable` names which positional inputs get gradients."""
+    """A public call, `function(*make(device))`; `differentiable` lists the inputs that get gradients."""
 
     name: str
     function: Callable[..., Any]

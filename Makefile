@@ -1,0 +1,69 @@
+# Every target sets up what it needs: a virtual environment, the pinned packages, the build. Start with `make demo` or `make test`.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.stamps
+# Development builds two architectures; an installation from source builds all of them.
+export CUDAARCHS ?= 80-real;90-real
+# Idle OpenMP threads that spin steal the cores of the ones that work.
+export OMP_WAIT_POLICY ?= passive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+PYTEST := $(PY) -m pytest -q
+
+.PHONY: help demo demo-check test test-slow bench lint format wheel gpu-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP)/packages: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMP)
+	$(PY) -m pip install -q $$(grep '^torch==' requirements-dev.txt)
+	$(PY) -m pip install -q -r requirements-dev.txt
+	@touch $@
+
+$(STAMP)/build: $(STAMP)/packages $(NATIVE_SOURCES)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(STAMP)/build  ## train a small language model with GRPO, end to end, on this machine
+	$(PY) -m examples.r1 --output outputs/r1
+
+demo-check: $(STAMP)/build  ## the demo with three seeds, and a control with shuffled rewards
+	$(PY) -m examples.r1.check --output outputs/r1-check
+
+test: $(STAMP)/build  ## every test that needs no GPU and no long training
+	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter python_tests/interpreter
+
+test-slow: $(STAMP)/build  ## learning runs, packaging, the oldest supported Triton
+	$(PYTEST) -m slow python_tests
+	$(MAKE) demo-check
+
+bench: $(STAMP)/build  ## every op against eager PyTorch and torch.compile, on this machine
+	$(PY) -m bench
+
+lint: $(STAMP)/build  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+format: $(STAMP)/packages  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+wheel: $(STAMP)/packages  ## sdist and wheel for this platform, every CUDA architecture
+	env -u CUDAARCHS $(PY) -m build --outdir dist .
+
+gpu-check:  ## on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, with its own Python
+	bash bench/gpu_check.sh
+
+clean:  ## remove builds and results
+	rm -rf build dist outputs *.egg-info grpo_kernels/_C*.so $(STAMP)/build
