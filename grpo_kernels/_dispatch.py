@@ -121,13 +121,17 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _resolve(op: str, forced: str | None, device_type: str, index: int, dtype: torch.dtype) -> str:
     key = (op, forced, device_type, index, dtype)
     chosen = _resolved.get(key)
     if chosen is None:
         chosen = _resolved[key] = _choose(*key)
     return chosen
+
+
+# What torch.compiler.assume_constant_result does: torch.compile takes the result and does not trace the look-up. Setting
+# the attribute here saves the import of torch._dynamo (and with it Triton) when the package is imported.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(op: str, forced: str | None, device_type: str, index: int, dtype: torch.dtype) -> str:

@@ -1,0 +1,63 @@
+"""The compiled module. Addresses are integers, 0 for an absent tensor.
+
+Every kernel function ends with (device, stream_or_threads): -1 and a number of threads for the CPU, or a CUDA ordinal
+and a stream. It returns -1, or the first row with a fault that only the data shows. csrc/<op>/<op>.h explains the rest.
+"""
+
+cuda_version: str | None
+cuda_archs: str
+openmp: bool
+
+def cpu_isa() -> str: ...
+def cuda_problem() -> str: ...
+def cuda_device_problem(device: int, /) -> str: ...
+def group_advantages(
+    rewards: int,
+    dtype: int,
+    batch: int,
+    functions: int,
+    group_size: int,
+    order: int,
+    sorted_ids: int,
+    weights: int,
+    baseline: int,
+    normalize_by: int,
+    aggregation: int,
+    singleton: int,
+    correction: int,
+    eps: float,
+    scratch: int,
+    advantages: int,
+    mean: int,
+    std: int,
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
+def informative_groups(
+    rewards: int,
+    dtype: int,
+    batch: int,
+    group_size: int,
+    order: int,
+    sorted_ids: int,
+    mask: int,
+    tolerance: float,
+    informative: int,
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
+def group_rank(
+    scores: int,
+    dtype: int,
+    batch: int,
+    group_size: int,
+    order: int,
+    sorted_ids: int,
+    valid: int,
+    rank: int,
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
