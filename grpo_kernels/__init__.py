@@ -13,14 +13,22 @@ from grpo_kernels.group_advantages import (
     group_advantages,
     informative_groups,
 )
+from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics, grpo_loss
+from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
 __all__ = [
     "BackendUnavailable",
     "BestOfGroupOutput",
+    "GRPOLossConfig",
+    "GRPOLossOutput",
+    "GRPOMetrics",
     "GroupAdvantagesOutput",
+    "TokenLogProbsOutput",
     "__version__",
     "backend",
     "best_of_group",
     "group_advantages",
+    "grpo_loss",
     "informative_groups",
+    "token_log_probs",
 ]

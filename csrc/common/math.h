@@ -81,6 +81,34 @@ GK_HOST_DEVICE float fast_exp(float x) {
 }
 GK_HOST_DEVICE double fast_exp(double x) { return ::exp(x); }
 
+// e^x - 1, and `excess` = e^x - 1 - x: neither cancels at 0, and the excess is not negative. 2^n (e^r - 1) + (2^n - 1), formed at half
+// size lest 2^128 overflow; at n = 0 the excess is r^2 times a polynomial.
+GK_HOST_DEVICE float fast_expm1(float x, float& excess) {
+  const float low = x < -40.0f ? -40.0f : x;
+  const float bounded = low > 88.8f ? 88.8f : low;
+  const float shifted = multiply_add(bounded, 1.44269504f, 12582912.0f + 126.0f);
+  const float n = shifted - (12582912.0f + 126.0f);
+#if GK_HAS_FMA
+  const float r = multiply_add(n, 1.90465421e-9f, multiply_add(n, -0.693147182f, bounded));
+#else
+  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+#endif
+  float p = multiply_add(1.381460199e-3f, r, 8.368715204e-3f);
+  p = multiply_add(p, r, 4.166838789e-2f);
+  p = multiply_add(p, r, 1.666652065e-1f);
+  p = multiply_add(p, r, 4.999999345e-1f);
+  const float rest = r * r * p;
+  const float half = bits_to_float(float_to_bits(shifted) << 23);  // 2^(n - 1)
+  const float value = 2.0f * (half * (r + rest) + (half - 0.5f));
+  excess = n == 0.0f ? rest : value - (x > 88.8f ? 88.8f : x);
+  return value;
+}
+GK_HOST_DEVICE double fast_expm1(double x, double& excess) {
+  const double value = ::expm1(x);
+  excess = value - value == 0.0 ? value - x : value;
+  return value;
+}
+
 GK_HOST_DEVICE float fast_tanh(float x) {
   const float a = x < 0.0f ? -x : x;
   const float square = x * x;

@@ -1,0 +1,114 @@
+// The maths of one row of logits.
+//
+//   z = logits * logit_scale;  z = softcap * tanh(z / softcap);  z = z / temperature
+//   u = z - max z;  s = sum e^u;  w = sum u e^u;  q = sum e^2u
+//   log_prob = u_target - log s;  entropy = log s - w / s;  sum of squared probabilities = q / s^2
+//   dz_j = g_log_prob (1[j = target] - p_j) + g_entropy p_j (w / s - u_j),  p = e^u / s
+//
+// s, w and q are sums of terms of one sign, so nothing cancels. -inf stays -inf through the softcap: probability zero.
+#pragma once
+
+#include "common/math.h"
+#include "token_log_probs/token_log_probs.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+
+// Where exp_clamped gives 0: u is clamped there, since u * 0 is 0 but -inf * 0 is NaN.
+GK_HOST_DEVICE float clamp_exponent(float u) { return u < -88.0f ? -88.0f : u; }
+GK_HOST_DEVICE double clamp_exponent(double u) { return u < -800.0 ? -800.0 : u; }
+
+GK_HOST_DEVICE float infinity_of(float) { return __builtin_inff(); }
+GK_HOST_DEVICE double infinity_of(double) { return __builtin_inf(); }
+GK_HOST_DEVICE float nan_of(float) { return __builtin_nanf(""); }
+GK_HOST_DEVICE double nan_of(double) { return __builtin_nan(""); }
+
+template <typename A>
+GK_HOST_DEVICE bool is_finite(A value) {
+  return value - value == A(0);
+}
+
+// z = out * y, where y = +-x, or tanh(in * x) with a softcap; out >= 0, so the largest y gives the largest z. The factors are formed once
+// a row, in double precision. z itself is never rounded: u = out * y - max has an exact product, whatever the scale and temperature.
+template <typename A>
+struct Transform {
+  A in, out;
+
+  GK_HOST_DEVICE static Transform make(double logit_scale, double softcap, double temperature) {
+    double in = softcap > 0.0 ? logit_scale / softcap : 1.0;
+    double out = softcap > 0.0 ? softcap / temperature : logit_scale / temperature;
+    if (out < 0.0) {
+      in = -in;
+      out = -out;
+    }
+    return {A(in), A(out)};
+  }
+
+  template <bool kCapped>
+  GK_HOST_DEVICE A apply(A x) const {
+    const A scaled = x * in;
+    if (!kCapped) return scaled;
+    const A t = fast_tanh(scaled);
+    return is_finite(scaled) ? t : scaled;
+  }
+
+  // dz / dx = slope() * bend(y)
+  GK_HOST_DEVICE A slope() const { return in * out; }
+  template <bool kCapped>
+  GK_HOST_DEVICE A bend(A y) const {
+    return kCapped && is_finite(y) ? A(1) - y * y : A(1);
+  }
+};
+
+// Sums over the first part of a row, block by block, in double: a row has a hundred thousand terms. `max` has the arithmetic type's
+// precision, because the backward reads it back from the statistics.
+struct RowSums {
+  double max, sum, weighted, squared;
+
+  GK_HOST_DEVICE static RowSums make() { return {-__builtin_inf(), 0.0, 0.0, 0.0}; }
+
+  // Rebases the sums on a new, larger maximum.
+  GK_HOST_DEVICE void raise_max(double larger) {
+    if (max > -__builtin_inf()) {
+      const double shift = max - larger;
+      const double factor = ::exp(shift);
+      weighted = (weighted + shift * sum) * factor;
+      sum *= factor;
+      squared *= factor * factor;
+    }
+    max = larger;
+  }
+
+  GK_HOST_DEVICE double log_prob(double u_target) const { return u_target - ::log(sum); }
+  GK_HOST_DEVICE double entropy() const { return ::log(sum) - weighted / sum; }
+  GK_HOST_DEVICE double sum_squared_probs() const { return squared / sum / sum; }
+  GK_HOST_DEVICE bool finite() const { return is_finite(max) && is_finite(sum); }
+};
+
+// dz_j * slope = e^u_j (constant + linear u_j), and at_target at the target.
+template <typename A>
+struct RowGradient {
+  A max, constant, linear, inverse_sum, mean_u, slope;
+
+  // NaN in a row's statistics makes every coefficient, and so the whole row, NaN.
+  GK_HOST_DEVICE static RowGradient make(A max, A sum, A weighted, A grad_log_prob, A grad_entropy, A slope) {
+    const A inverse = is_finite(max) && is_finite(sum) ? A(1) / sum : nan_of(A());
+    const A mean_u = weighted * inverse;
+    const A factor = inverse * slope;
+    return {max, (grad_entropy * mean_u - grad_log_prob) * factor, -grad_entropy * factor, inverse, mean_u, slope};
+  }
+
+  GK_HOST_DEVICE A at(A u) const {
+    const A bounded = clamp_exponent(u);
+    return exp_clamped(bounded) * multiply_add(linear, bounded, constant);
+  }
+
+  GK_HOST_DEVICE A at_target(A u, A grad_log_prob, A grad_entropy) const {
+    const A bounded = clamp_exponent(u);
+    const A p = exp_clamped(bounded) * inverse_sum;
+    return (grad_log_prob * (A(1) - p) + grad_entropy * p * (mean_u - bounded)) * slope;
+  }
+};
+
+}  // namespace GK_ISA
+}  // namespace grpo_kernels

@@ -1,0 +1,75 @@
+"""Schemas of the log-prob kernels. Imports torch alone, so that they exist before anything is traced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import _dispatch
+
+_PACKAGE = "grpo_kernels.token_log_probs"
+
+_dispatch.register_backends("token_log_probs", cpu=("native",), cuda=("triton",), interpretable=True)
+
+STATISTICS = 4
+"""Per row: maximum, sum of e^u, target logit, sum of u e^u, where u = logit - maximum and logits are transformed."""
+
+
+def result_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of per-token results and of the kernels' arithmetic."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(
+    logits: Tensor, entropy: bool, sum_squared_probs: bool, top1_ids: bool, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward's outputs, not yet written; those that are not wanted are empty."""
+    shape, dtype = logits.shape[:-1], result_dtype(logits)
+    return (
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape if entropy else (0,), dtype=dtype),
+        logits.new_empty(shape if sum_squared_probs else (0,), dtype=dtype),
+        logits.new_empty(shape if top1_ids else (0,), dtype=torch.int64),
+        logits.new_empty((STATISTICS, *shape) if statistics else (0,), dtype=dtype),
+    )
+
+
+def _forward_fake(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    entropy: bool,
+    sum_squared_probs: bool,
+    top1_ids: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty_outputs(logits, entropy, sum_squared_probs, top1_ids, statistics)
+
+
+_TRANSFORM = "Tensor? mask, Tensor? temperature_tensor, float temperature, float logit_scale, float softcap"
+
+token_log_probs = _dispatch.define(
+    f"token_log_probs(Tensor logits, Tensor token_ids, {_TRANSFORM}, bool entropy, bool sum_squared_probs, "
+    "bool top1_ids, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    package=_PACKAGE,
+    fake=_forward_fake,
+)
+
+token_log_probs_backward = _dispatch.define(
+    f"token_log_probs_backward(Tensor logits, Tensor token_ids, {_TRANSFORM}, Tensor statistics, "
+    "Tensor grad_log_probs, Tensor? grad_entropy, str backend) -> Tensor",
+    package=_PACKAGE,
+    fake=lambda logits, *_: logits.new_empty(logits.shape),
+)
+
+token_log_probs_backward_ = _dispatch.define(
+    f"token_log_probs_backward_(Tensor(a!) logits, Tensor token_ids, {_TRANSFORM}, Tensor statistics, "
+    "Tensor grad_log_probs, Tensor? grad_entropy, str backend) -> ()",
+    package=_PACKAGE,
+    fake=lambda *_: None,
+)
+"""The gradient takes the place of the logits."""
