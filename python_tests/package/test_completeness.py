@@ -52,7 +52,11 @@ def test_docstrings_have_every_part(op: str) -> None:
 
 
 def test_files_stay_short() -> None:
-    sources = [*(ROOT / "grpo_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*"), *(ROOT / "examples").rglob("*.py")]
+    sources = [
+        *(ROOT / "grpo_kernels").rglob("*.py"),
+        *(ROOT / "csrc").rglob("*.*"),
+        *(ROOT / "examples").rglob("*.py"),
+    ]
     assert [str(path) for path in sources if len(path.read_text().splitlines()) > 400] == []
 
 

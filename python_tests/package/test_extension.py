@@ -38,7 +38,9 @@ def test_stub_names_everything_in_the_module() -> None:
 
 
 def test_torch_and_the_extension_share_one_openmp() -> None:
-    loaded = run(USE + "print({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'iomp' in l or 'libomp' in l})")
+    loaded = run(
+        USE + "print({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'iomp' in l or 'libomp' in l})"
+    )
     libraries = ast.literal_eval(loaded.splitlines()[-1])
     assert len(libraries) == 1
     assert "torch" in libraries.pop()
@@ -64,7 +66,9 @@ def test_no_weak_symbol_outside_the_namespace_of_its_instruction_set() -> None:
     leaks = []
     for path in objects:
         isa = re.search(r"cpu_(\w+)\.dir", str(path)).group(1)
-        for line in subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout.splitlines():
+        for line in subprocess.run(
+            ["nm", "-C", str(path)], capture_output=True, text=True, check=True
+        ).stdout.splitlines():
             symbol = re.match(r"[0-9a-f]* +([WVuwv]) (.*)", line)
             if symbol and symbol.group(1) in "WVu" and f"grpo_kernels::isa_{isa}::" not in symbol.group(2):
                 leaks.append(f"{path.parent.name}: {symbol.group(2)}")

@@ -1,0 +1,182 @@
+"""Wheels and sdists: built as users build them, installed into fresh environments, and used there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from python_tests.package.test_imports import USE
+
+ROOT = Path(__file__).parents[2]
+PLAIN_PATH = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+NVCC = shutil.which("nvcc")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree"),
+]
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_path_without_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc", path=PLAIN_PATH) is not None or shutil.which("c++", path=PLAIN_PATH) is None,
+    reason="no PATH here has a C++ compiler and no nvcc",
+)
+
+
+def command(*arguments: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GRPO_KERNELS_", "CUDAARCHS", "TORCH_CUDA"))}
+    result = subprocess.run(
+        [str(a) for a in arguments],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of what is under version control: what a user's clone holds."""
+    files = command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / "src" / name)
+    return tmp_path / "src"
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A fresh environment that sees this one's torch and build tools, but not this one's grpo_kernels."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    for bundled in site.glob("setuptools*"):  # what comes with the environment is older than what the build needs
+        shutil.rmtree(bundled)
+    (site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def build_wheel(sources: Path, **environment: str) -> Path:
+    command(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "dist", ".",
+        cwd=sources, **environment,
+    )  # fmt: skip
+    (wheel,) = (sources / "dist").glob("*.whl")
+    return wheel
+
+
+def install_and_use(python: Path, package: Path, cwd: Path) -> str:
+    """Installs the package, runs an op, and returns what `grpo-kernels env` prints."""
+    command(python, "-m", "pip", "install", "-q", "--no-deps", package, cwd=cwd)
+    assert command(python, "-c", USE, cwd=cwd).stdout.strip() == "True"
+    where = command(python, "-c", "import grpo_kernels; print(grpo_kernels.__file__)", cwd=cwd).stdout
+    assert str(python.parents[1]) in where
+    return command(python.with_name("grpo-kernels"), "env", cwd=cwd).stdout
+
+
+@needs_nvcc
+def test_wheel_with_cuda(sources: Path, python: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(sources, GRPO_KERNELS_CUDA="1", CUDAARCHS="90-real")
+    assert re.search(r"-cp\d+-cp\d+-linux", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.startswith("grpo_kernels/_C.") and name.endswith(".so")]
+    assert {"grpo_kernels/py.typed", "grpo_kernels/_C.pyi"} <= set(names)
+    assert not [name for name in names if name.startswith(("python_tests", "bench", "examples", "csrc"))]
+    assert re.search(r"CUDA kernels +CUDA \d+\.\d+\.\d+ for 90-real", install_and_use(python, wheel, tmp_path))
+
+
+@needs_path_without_nvcc
+def test_wheel_without_nvcc_has_cpu_kernels(sources: Path, python: Path, tmp_path: Path) -> None:
+    report = install_and_use(python, build_wheel(sources, PATH=PLAIN_PATH), tmp_path)
+    assert re.search(r"CUDA kernels +not built", report)
+    assert re.search(r"group_advantages +native", report)
+
+
+@needs_path_without_nvcc
+def test_cuda_that_is_demanded_but_missing_fails_loudly(sources: Path) -> None:
+    result = command(
+        sys.executable, "setup.py", "build_ext", cwd=sources, check=False, PATH=PLAIN_PATH, GRPO_KERNELS_CUDA="1"
+    )
+    assert result.returncode != 0
+    assert "GRPO_KERNELS_CUDA=1, but no CUDA compiler was found" in result.stdout + result.stderr
+
+
+def test_pure_wheel_without_a_compiler(sources: Path, python: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(sources, GRPO_KERNELS_CUDA="0", CXX="/nonexistent/c++")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    report = install_and_use(python, wheel, tmp_path)
+    assert "every op runs through the reference backend" in report
+    assert re.search(r"group_advantages +reference +no native: the extension is not built", report)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"GRPO_KERNELS_CUDA": "yes"}, "GRPO_KERNELS_CUDA must be auto, 1 or 0, got 'yes'"),
+        ({"GRPO_KERNELS_NATIVE": "1", "CXX": "/nonexistent/c++"}, "no C++ compiler was found"),
+        ({"GRPO_KERNELS_NATIVE": "0", "GRPO_KERNELS_CUDA": "1"}, "GRPO_KERNELS_CUDA=1 needs the extension"),
+    ],
+)
+def test_bad_switches_say_what_is_wrong(sources: Path, environment: dict[str, str], message: str) -> None:
+    result = command(sys.executable, "setup.py", "--version", cwd=sources, check=False, **environment)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+
+
+@needs_path_without_nvcc
+def test_sdist_and_its_wheel_build_in_isolation(sources: Path, python: Path, tmp_path: Path) -> None:
+    """`python -m build` makes the wheel from the sdist, in an environment that has neither torch nor these sources."""
+    command(sys.executable, "-m", "build", "--outdir", "dist", ".", cwd=sources, PATH=PLAIN_PATH)
+    (sdist,) = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CMakeLists.txt", "cmake/cuda.cmake", "csrc/bindings.cpp", "setup.py", "LICENSE"} <= names
+    assert {f"csrc/{path.relative_to(sources / 'csrc')}" for path in (sources / "csrc").rglob("*.*")} <= names
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert re.search(r"group_advantages +native", install_and_use(python, wheel, tmp_path))
+
+
+@needs_path_without_nvcc
+@pytest.mark.parametrize("isolation", [[], ["--no-build-isolation"]], ids=["isolated", "not_isolated"])
+def test_editable_installation(sources: Path, python: Path, tmp_path: Path, isolation: list[str]) -> None:
+    command(python, "-m", "pip", "install", "-q", "--no-deps", *isolation, "-e", sources, cwd=tmp_path, PATH=PLAIN_PATH)
+    code = "import grpo_kernels, grpo_kernels._C as c; print(grpo_kernels.__file__, c.__file__)"
+    package, module = command(python, "-c", code, cwd=tmp_path).stdout.split()
+    assert package == str(sources / "grpo_kernels" / "__init__.py")
+    assert module.startswith(str(sources / "grpo_kernels" / "_C."))
+    assert command(python, "-c", USE, cwd=tmp_path).stdout.strip() == "True"
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("environment", "archs"),
+    [
+        ({}, "80-real;86-real;89-real;90-real;100-real;120"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a+PTX"}, "80-real;90a-real;90a-virtual"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.6;12.0"}, "86-real;120-real"),
+        ({"CUDAARCHS": "90-real", "TORCH_CUDA_ARCH_LIST": "8.0"}, "90-real"),
+    ],
+)
+def test_cuda_architectures(sources: Path, tmp_path: Path, environment: dict[str, str], archs: str) -> None:
+    import pybind11
+
+    cmake = shutil.which("cmake", path=PLAIN_PATH) or "cmake"
+    definitions = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configured = command(cmake, "-S", sources, "-B", tmp_path / "build", *definitions, cwd=tmp_path, **environment)
+    found = re.search(r"grpo_kernels: CUDA (\S+) for (\S+)", configured.stdout)
+    assert found
+    if tuple(map(int, found.group(1).split(".")[:2])) >= (12, 8):
+        assert found.group(2) == archs
