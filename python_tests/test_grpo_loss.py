@@ -1,0 +1,441 @@
+"""grpo_loss: kernels against the float64 definition, edge rules, layouts, gradients, properties."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import grpo_kernels
+from grpo_kernels import GRPOLossConfig, grpo_loss
+from grpo_kernels.grpo_loss.config import REDUCTIONS
+from grpo_kernels.grpo_loss.metrics import NAMES
+from grpo_kernels.testing import assert_as_accurate
+from python_tests.samples.grpo_loss import LENGTHS, VARIANTS, batch, call, config_of, pack
+
+NAN, INF = math.nan, math.inf
+LEAVES = ("log_probs", "entropy")
+Inputs = dict[str, Tensor | None]
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest):
+    if request.param == "native":
+        request.getfixturevalue("native_cpu")
+    with grpo_kernels.backend(request.param):
+        yield request.param
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {k: v.to(dtype) if v is not None and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def run(inputs: Inputs, config: GRPOLossConfig, **options: Any) -> list[Tensor]:
+    """Loss, gradients of log_probs and entropy for an uneven upstream gradient, and metrics."""
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in LEAVES if inputs[name] is not None}
+    output = call({**inputs, **leaves}, config, **options)
+    upstream = torch.linspace(0.5, 1.5, output.loss.numel()).to(output.loss).view(output.loss.shape)
+    gradients = torch.autograd.grad(output.loss, list(leaves.values()), upstream, materialize_grads=True)
+    return [output.loss.detach(), *gradients, output.metrics.values]
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
+
+
+# --- the kernels against the definition ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernel_is_as_accurate_as_float32_allows(variant: str, reduction: str, native_cpu: None) -> None:
+    config = config_of(variant, reduction)
+    results: dict[str, list[list[Tensor]]] = {"native": [], "expected": [], "eager": []}
+    for seed in range(6):
+        inputs, options = batch(variant, seed=seed), {}
+        if seed % 2:
+            inputs, cu_seqlens = pack(inputs)
+            options["cu_seqlens"] = cu_seqlens.int() if seed == 1 else cu_seqlens
+        with grpo_kernels.backend("native"):
+            results["native"].append(run(cast(inputs, torch.float32), config, **options))
+        with grpo_kernels.backend("reference"):
+            results["expected"].append(run(inputs, config, **options))
+            results["eager"].append(run(cast(inputs, torch.float32), config, **options))
+    for part, name in enumerate(("loss", "grad_log_probs", "grad_entropy")):
+        native, expected, eager = (torch.cat([r[part].flatten() for r in results[key]]) for key in results)
+        assert native.dtype == torch.float32
+        assert_as_accurate(native, expected, eager, name=name)
+    native, expected, eager = (torch.stack([r[3] for r in results[key]]) for key in results)
+    for column, name in enumerate(NAMES):
+        assert_as_accurate(native[:, column], expected[:, column].double(), eager[:, column], name=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernel_equals_the_definition_in_float64(variant: str, native_cpu: None) -> None:
+    for reduction in REDUCTIONS:
+        inputs, config = batch(variant), config_of(variant, reduction)
+        with grpo_kernels.backend("reference"):
+            expected = run(inputs, config)
+        with grpo_kernels.backend("native"):
+            actual = run(inputs, config)
+        assert actual[0].dtype == actual[1].dtype == torch.float64
+        assert_equal(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def _extreme(inputs: Inputs, seed: int) -> Inputs:
+    """Infinite, overflowing and equal log-probs, missing sampler log-probs, zero and huge weights in live tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor([-INF, -2000.0, -800.0, -30.0, -1.0, -0.5, 0.0], dtype=torch.float64)
+
+    def spoil(value: Tensor | None, choices: Tensor, share: float) -> Tensor | None:
+        if value is None:
+            return None
+        pick = choices[torch.randint(len(choices), value.shape, generator=generator)]
+        return torch.where(torch.rand(value.shape, generator=generator) < share, pick, value)
+
+    spoiled = {name: spoil(inputs[name], values, 0.3) for name in ("log_probs", "old_log_probs", "ref_log_probs")}
+    missing = torch.tensor([NAN, -INF, -800.0, -1.0], dtype=torch.float64)
+    spoiled["sampler_log_probs"] = spoil(inputs["sampler_log_probs"], missing, 0.3)
+    spoiled["token_weights"] = spoil(inputs["token_weights"], torch.tensor([0.0, 0.0, 1e300]).double(), 0.3)
+    spoiled["advantages"] = spoil(inputs["advantages"], torch.zeros(1).double(), 0.3)
+    return {**inputs, **spoiled}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_edge_rules_are_the_same_in_kernel_and_definition(variant: str, native_cpu: None) -> None:
+    for seed in range(8):
+        inputs, config = _extreme(batch(variant, seed=seed), seed), config_of(variant, REDUCTIONS[seed % 5])
+        with grpo_kernels.backend("reference"):
+            expected = run(inputs, config)
+        with grpo_kernels.backend("native"):
+            actual = run(inputs, config)
+        assert_equal(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+SMOOTH = [
+    name
+    for name, fields in VARIANTS.items()
+    if fields.get("surrogate") not in ("cispo", "vespo")  # their coefficients are constants to the gradient
+    and not str(fields.get("kl_estimator", "")).endswith("+")
+    and fields.get("_old_log_probs", 0) is not None
+]
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean_token_mean", "none"])
+@pytest.mark.parametrize("variant", SMOOTH)
+def test_gradcheck(variant: str, reduction: str, native_cpu: None) -> None:
+    inputs, config = batch(variant, lengths=(3, 2, 0), seed=1), config_of(variant, reduction)
+    leaves = tuple(inputs[name].requires_grad_() for name in LEAVES)
+
+    def function(*values: Tensor) -> Tensor:
+        return call({**inputs, **dict(zip(LEAVES, values, strict=True))}, config).loss
+
+    with grpo_kernels.backend("native"):
+        assert torch.autograd.gradcheck(function, leaves, atol=1e-7)
+
+
+# --- edge rules by their values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masked_tokens_may_hold_anything(variant: str, garbage: float, backend: str) -> None:
+    clean = cast(batch(variant), torch.float32)
+    mask = clean["mask"]
+    dirty = {
+        name: torch.where(mask, value, garbage) if value is not None and value.shape == mask.shape else value
+        for name, value in clean.items()
+        if name != "mask"
+    }
+    for reduction in REDUCTIONS:
+        config = config_of(variant, reduction)
+        actual = run({**dirty, "mask": mask}, config)
+        assert_equal(actual, run(clean, config))
+        assert not actual[1][~mask].any()
+        assert not actual[2][~mask].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_live_gives_zero(variant: str, backend: str) -> None:
+    inputs = cast(batch(variant), torch.float32)
+    inputs["mask"] = torch.zeros_like(inputs["mask"])
+    for reduction in REDUCTIONS:
+        config = config_of(variant, reduction)
+        loss, gradient, entropy_gradient, metrics = run(inputs, config)
+        assert not loss.any()
+        assert not gradient.any()
+        assert not entropy_gradient.any()
+        values = grpo_kernels.GRPOMetrics(metrics).to_dict()
+        assert {k: v for k, v in values.items() if v} == {"masked_fraction": 1.0}
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_empty_batches(shape: tuple[int, int], backend: str) -> None:
+    inputs: Inputs = {name: torch.zeros(shape) for name in ("log_probs", "old_log_probs", "ref_log_probs", "entropy")}
+    inputs |= {"sampler_log_probs": torch.zeros(shape), "token_weights": torch.zeros(shape[0]), "mask": None}
+    inputs["advantages"] = torch.zeros(shape[0])
+    for reduction in REDUCTIONS:
+        config = config_of("everything", reduction)
+        loss, gradient, entropy_gradient, _ = run(inputs, config)
+        assert loss.shape == (shape if reduction == "none" else ())
+        assert not loss.any()
+        assert gradient.shape == entropy_gradient.shape == shape
+    cu_seqlens = torch.zeros(shape[0] + 1, dtype=torch.int32)
+    packed = {k: v.reshape(-1)[:0] if v is not None and v.ndim == 2 else v for k, v in inputs.items()}
+    assert not run(packed, config_of("everything", "token_mean"), cu_seqlens=cu_seqlens)[0].any()
+
+
+def _tokens(log_probs: list[float], old: list[float], advantages: list[float], config: GRPOLossConfig, **more: Any):
+    """Per-token losses and gradients of one sequence."""
+    lp = torch.tensor([log_probs], dtype=torch.float32, requires_grad=True)
+    more = {name: torch.tensor([value]) for name, value in more.items()}
+    loss = grpo_loss(lp, torch.tensor([old]), torch.tensor([advantages]), None, config, **more).loss
+    return loss.tolist()[0], torch.autograd.grad(loss.sum(), lp)[0].tolist()[0]
+
+
+NONE = GRPOLossConfig(reduction="none")
+
+
+def test_gradient_is_full_on_the_clip_bounds(backend: str) -> None:
+    for config in (GRPOLossConfig(reduction="none", clip_low=0.0), GRPOLossConfig(reduction="none", delta=1.0)):
+        loss, gradient = _tokens([-1.0, -1.0], [-1.0, -1.0], [2.0, -2.0], config)
+        assert loss == [-2.0, 2.0]
+        assert gradient == [-2.0, 2.0]
+
+
+def test_an_overflowing_ratio_behind_a_clip_is_finite(backend: str) -> None:
+    loss, gradient = _tokens([-1.0, -1.0], [-500.0, -500.0], [1.0, 0.0], NONE)
+    assert loss == pytest.approx([-1.2, 0.0])
+    assert gradient == [0.0, 0.0]
+    loss, gradient = _tokens([-1.0], [-500.0], [-1.0], NONE)  # the unclipped branch has no bound
+    assert loss == [INF]
+    assert gradient == [INF]
+    dual = GRPOLossConfig(reduction="none", dual_clip=3.0)
+    assert _tokens([-1.0], [-500.0], [-1.0], dual) == ([3.0], [0.0])
+    sapo = GRPOLossConfig(reduction="none", surrogate="sapo")
+    assert _tokens([-1.0], [-500.0], [1.0], sapo) == ([-4.0], [0.0])
+
+
+def test_infinite_log_probs(backend: str) -> None:
+    loss, gradient = _tokens([-INF, -INF, -1.0], [-1.0, -INF, -INF], [1.0, 1.0, 1.0], NONE)
+    assert loss == pytest.approx([0.0, -1.0, -1.2])
+    assert gradient == [0.0, 0.0, 0.0]
+    reinforce = GRPOLossConfig(reduction="none", surrogate="reinforce")
+    assert _tokens([-INF, -INF], [0.0, 0.0], [1.0, 0.0], reinforce) == ([INF, 0.0], [-1.0, 0.0])
+    kl = GRPOLossConfig(reduction="none", kl_coef=1.0)
+    loss, _ = _tokens([-INF, -INF, -1.0], [-INF] * 3, [0.0] * 3, kl, ref_log_probs=[-INF, -1.0, -INF])
+    assert loss == [0.0, INF, INF]
+
+
+def test_nan_stays_in_its_token_or_sequence(backend: str) -> None:
+    inputs = cast(batch(lengths=(4, 4)), torch.float32)
+    inputs["mask"] = None
+    inputs["log_probs"][0, 1] = NAN
+    token = torch.zeros(2, 4, dtype=torch.bool)
+    token[0, 1] = True
+    sequence = token.any(1, keepdim=True).expand(2, 4)
+    for fields, bad in (({}, token), ({"ratio_level": "sequence"}, sequence), ({"surrogate": "sapo"}, token)):
+        loss, gradient, _, metrics = run(inputs, GRPOLossConfig(reduction="none", **fields))
+        assert torch.equal(loss.isnan(), bad)
+        assert torch.equal(gradient.isnan(), bad)
+        assert metrics[NAMES.index("nonfinite")] == bad.sum()
+        assert run(inputs, GRPOLossConfig(**fields))[0].isnan()
+
+
+def test_a_weight_of_zero_removes_the_policy_term(backend: str) -> None:
+    loss, gradient = _tokens([-1.0, -1.0], [-500.0, -1.0], [-1.0, 1.0], NONE, token_weights=[0.0, 0.5])
+    assert loss == [0.0, -0.5]
+    assert gradient == [0.0, -0.5]
+
+
+def test_missing_sampler_log_probs_mean_no_correction(backend: str) -> None:
+    for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
+        config = GRPOLossConfig(reduction="none", sampler_correction=mode, sampler_cap=1.5)
+        loss, _ = _tokens([-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0], config, sampler_log_probs=[NAN, -1.25])
+        weight = math.exp(0.25)
+        assert loss == pytest.approx([-weight if mode.startswith("sequence") else -1.0, -weight])
+        loss, _ = _tokens([-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0], config, sampler_log_probs=[-1.0, -9.0])
+        capped = 1.5 if mode.endswith("truncate") else 0.0
+        assert loss == pytest.approx([-capped if mode.startswith("sequence") else -1.0, -capped])
+
+
+def test_a_kl_coefficient_of_zero_on_the_device_adds_nothing(backend: str) -> None:
+    lp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    ref = torch.tensor([[-1.0, INF]])
+    output = grpo_loss(lp, None, torch.ones(1), None, NONE, ref_log_probs=ref, kl_coef=torch.tensor(0.0))
+    assert output.loss.tolist() == [[-1.0, -1.0]]
+    assert torch.autograd.grad(output.loss.sum(), lp)[0].tolist() == [[-1.0, -1.0]]
+
+
+# --- forms of the inputs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype, backend: str) -> None:
+    inputs = cast(batch("everything"), dtype)
+    for reduction in REDUCTIONS:
+        config = config_of("everything", reduction)
+        actual, expected = run(inputs, config), run(cast(inputs, torch.float32), config)
+        assert actual[0].dtype == torch.float32
+        assert actual[1].dtype == actual[2].dtype == dtype
+        assert_equal(actual, [expected[0], expected[1].to(dtype), expected[2].to(dtype), expected[3]])
+
+
+def test_views_need_not_be_contiguous(backend: str) -> None:
+    inputs = cast(batch("everything"), torch.float32)
+    config = config_of("everything", "sequence_mean_token_mean")
+    expected = run(inputs, config)
+    shape = inputs["log_probs"].shape
+    for view in (
+        lambda t: torch.cat([torch.full_like(t[:, :2], 9), t], 1)[:, 2:],
+        lambda t: t.t().contiguous().t(),
+        lambda t: torch.stack([t, t], -1)[..., 0],
+        lambda t: torch.stack([t, t], 1)[:, 1],
+    ):
+        viewed = {k: view(v) if v is not None and v.shape == shape else v for k, v in inputs.items()}
+        leaves = [viewed[name].requires_grad_() for name in LEAVES]
+        output = call(viewed, config)
+        actual = [output.loss.detach(), *torch.autograd.grad(output.loss, leaves, torch.tensor(0.5))]
+        torch.testing.assert_close([*actual, output.metrics.values], expected)
+
+
+def test_masks_of_any_type(backend: str) -> None:
+    inputs, config = cast(batch(), torch.float32), config_of("ppo", "sequence_mean_token_mean")
+    mask = inputs["mask"]
+    expected = run(inputs, config)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.bfloat16):
+        assert_equal(run({**inputs, "mask": mask.to(dtype) * 2}, config), expected)
+    everything = {**inputs, "mask": torch.ones_like(mask)}
+    assert_equal(run({**inputs, "mask": None}, config), run(everything, config))
+
+
+def test_per_sequence_arguments_spread_over_tokens(backend: str) -> None:
+    inputs, config = cast(batch(), torch.float32), config_of("gspo", "token_mean")
+    rows = torch.rand(len(LENGTHS), 1)
+    full = rows.expand(inputs["log_probs"].shape)
+    expected = run({**inputs, "token_weights": full.contiguous(), "advantages": (full - 0.5).contiguous()}, config)
+    for weights in (rows, rows[:, 0], full):
+        for advantages in ((rows - 0.5)[:, 0], full - 0.5):
+            actual = run({**inputs, "token_weights": weights, "advantages": advantages}, config)
+            assert_equal(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_bad_cu_seqlens_raise_on_the_cpu(native_cpu: None) -> None:
+    x = torch.zeros(6)
+    with grpo_kernels.backend("native"):
+        for bad in ([0, 4, 2], [-1, 2, 6], [0, 2, 7]):
+            with pytest.raises(ValueError, match="grpo_loss: cu_seqlens must"):
+                grpo_loss(x, None, torch.ones(2), None, cu_seqlens=torch.tensor(bad))
+
+
+def test_backward_twice_and_with_any_upstream(backend: str) -> None:
+    for reduction in ("token_mean", "none"):
+        inputs = cast(batch("everything"), torch.float32)
+        lp = inputs["log_probs"].requires_grad_()
+        loss = call(inputs, config_of("everything", reduction)).loss
+        upstream = torch.full_like(loss, -3.0)
+        first = torch.autograd.grad(loss, lp, upstream, retain_graph=True)[0]
+        assert torch.equal(torch.autograd.grad(loss, lp, upstream, retain_graph=True)[0], first)
+        once = torch.autograd.grad(loss.sum(), lp)[0]
+        torch.testing.assert_close(first, -3 * once)
+
+
+def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
+    for reduction in ("token_mean", "none"):
+        inputs, config = cast(batch("everything"), torch.float32), config_of("everything", reduction)
+        expected = run(inputs, config)
+        assert not call(inputs, config).loss.requires_grad
+        with torch.no_grad():
+            assert torch.equal(
+                call({**inputs, "log_probs": inputs["log_probs"].requires_grad_()}, config).loss, expected[0]
+            )
+        inputs["log_probs"].requires_grad_(False)
+        entropy = inputs["entropy"].requires_grad_()
+        output = call(inputs, config)
+        assert not output.metrics.values.requires_grad
+        upstream = torch.linspace(0.5, 1.5, output.loss.numel()).view(output.loss.shape)
+        assert torch.equal(torch.autograd.grad(output.loss, entropy, upstream)[0], expected[2])
+
+
+def test_compiled_calls_do_not_recompile(backend: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    config = config_of("kl_k3", "token_mean")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def compiled(lp, old, ref, advantages, kl_coef, num_items):
+        return grpo_loss(
+            lp, old, advantages, None, config, ref_log_probs=ref, kl_coef=kl_coef, num_items=num_items
+        ).loss
+
+    for step in range(2, 12):
+        lp, old, ref = (-torch.rand(3, 2 * step) for _ in range(3))
+        arguments = (lp.requires_grad_(), old, ref, torch.randn(3), 0.01 * step, float(7 * step))
+        actual = compiled(*arguments)
+        expected = grpo_loss(
+            lp, old, arguments[3], None, config, ref_log_probs=ref, kl_coef=0.01 * step, num_items=7.0 * step
+        ).loss
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, lp)[0] for loss in (actual, expected)))
+    assert counter.frame_count <= 2
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(0, 6), min_size=1, max_size=4)
+SEEDS = st.integers(0, 2**16)
+
+
+@given(SIZES, SEEDS, st.sampled_from(["ppo", "sapo", "cispo_bounds", "reinforce", "ppo_dual_clip"]))
+def test_on_policy_gradient_is_the_advantage(lengths: list[int], seed: int, variant: str) -> None:
+    inputs = batch(variant, lengths=(*lengths, 2), seed=seed)
+    inputs |= {"old_log_probs": None, "token_weights": torch.rand(inputs["mask"].shape).double()}
+    gradient = run(inputs, config_of(variant, "none"))[1]
+    upstream = torch.linspace(0.5, 1.5, gradient.numel()).double().view(gradient.shape)
+    expected = torch.where(inputs["mask"], -inputs["advantages"][:, None] * inputs["token_weights"] * upstream, 0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@given(SIZES, SEEDS)
+def test_clipped_tokens_have_no_gradient(lengths: list[int], seed: int) -> None:
+    inputs = batch(lengths=(*lengths, 2), seed=seed)
+    gradient = run(inputs, config_of("ppo", "token_mean"))[1]
+    ratio, advantage = (inputs["log_probs"] - inputs["old_log_probs"]).exp(), inputs["advantages"][:, None]
+    clipped = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0)) | (advantage == 0)
+    assert torch.equal(gradient == 0, clipped | ~inputs["mask"])
+
+
+@given(SIZES, SEEDS, st.sampled_from(list(VARIANTS)), st.sampled_from(REDUCTIONS))
+def test_packed_equals_padded(lengths: list[int], seed: int, variant: str, reduction: str) -> None:
+    inputs, config = batch(variant, lengths=(*lengths, 2), seed=seed), config_of(variant, reduction)
+    live = inputs["mask"]
+    options = {"max_length": live.shape[1]} if reduction == "sequence_mean_token_sum_norm" else {}
+    padded = run(inputs, config, **options)
+    packed = {k: v[live] if v is not None and v.shape == live.shape else v for k, v in inputs.items()}
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), live.sum(1).cumsum(0)])
+    leaves = [packed[name].requires_grad_() for name in LEAVES]
+    output = call(packed, config, cu_seqlens=cu_seqlens, **options)
+    shape = padded[0].shape
+    upstream = torch.linspace(0.5, 1.5, padded[0].numel()).double().view(shape)
+    upstream = upstream[live] if reduction == "none" else upstream
+    gradients = torch.autograd.grad(output.loss, leaves, upstream, materialize_grads=True)
+    expected = [value[live] if value.shape == live.shape else value for value in padded[:3]]
+    assert_equal([output.loss.detach(), *gradients], expected, rtol=1e-12, atol=1e-14)
+    kept = [index for index, name in enumerate(NAMES) if name != "total_tokens"]
+    torch.testing.assert_close(output.metrics.values[kept], padded[3][kept], rtol=1e-6, atol=1e-6)
+
+
+@given(SIZES, SEEDS, st.sampled_from(list(VARIANTS)))
+def test_masked_tokens_have_no_gradient(lengths: list[int], seed: int, variant: str) -> None:
+    inputs = batch(variant, lengths=(*lengths, 2), seed=seed)
+    _, gradient, entropy_gradient, _ = run(inputs, config_of(variant, REDUCTIONS[seed % 5]))
+    assert not gradient[~inputs["mask"]].any()
+    assert not entropy_gradient[~inputs["mask"]].any()
