@@ -71,6 +71,8 @@ if(NOT asked)
 endif()
 message(STATUS "grpo_kernels: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${asked}")
 
+set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES "${asked}") # it was made before CUDA was known
+
 function(add_cuda_objects name archs)
   add_library(${name} OBJECT ${ARGN})
   target_include_directories(${name} PRIVATE csrc)
