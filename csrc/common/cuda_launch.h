@@ -13,8 +13,8 @@ constexpr unsigned kFullMask = 0xffffffffu;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The error of the launch just made. Errors of earlier asynchronous work are not this launch's to report, nor to clear.
-inline int launch_status() { return int(cudaPeekAtLastError()); }
+// The error of the launch just made; reading clears it. The extension has a CUDA runtime of its own, so it is no one else's.
+inline int launch_status() { return int(cudaGetLastError()); }
 
 // Butterfly sums: every lane ends with the same bits, whichever lane starts.
 __device__ __forceinline__ double warp_sum(double value) {
