@@ -157,8 +157,8 @@ def test_values_that_trl_rejects_raise() -> None:
 
 def test_packed_options() -> None:
     options, parameters = GRPOLossConfig().pack()
-    assert options == [0, 0, 0, 2, 0, 0, 0, 0b001000011]
-    assert parameters == [0.8, 1.2, 0, 0, 0, 0, 3.0, 0, 0, 1.0, 1.05, 2.0, 3.0, 3.0, 2.0]
+    assert options == (0, 0, 0, 2, 0, 0, 0, 0b001000011)
+    assert parameters == (0.8, 1.2, 0, 0, 0, 0, 3.0, 0, 0, 1.0, 1.05, 2.0, 3.0, 3.0, 2.0)
     options, parameters = GRPOLossConfig(
         surrogate="cispo",
         ratio_level="sequence",
@@ -173,10 +173,10 @@ def test_packed_options() -> None:
         sampler_floor=0.5,
         off_policy_threshold=-0.5,
     ).pack()
-    assert options == [1, 1, 4, 3, 1, 1, 4, 0b110110010]
-    assert parameters[:9] == [0, 5.0, 0, 0, 20.0, 10.0, 0, 0.5, -0.5]
+    assert options == (1, 1, 4, 3, 1, 1, 4, 0b110110010)
+    assert parameters[:9] == (0, 5.0, 0, 0, 20.0, 10.0, 0, 0.5, -0.5)
     vespo = GRPOLossConfig(surrogate="vespo", vespo_lambda_pos=0.0)
-    assert vespo.pack()[1][11:] == [2.0, 1e-4, 3.0, 2.0]
+    assert vespo.pack()[1][11:] == (2.0, 1e-4, 3.0, 2.0)
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

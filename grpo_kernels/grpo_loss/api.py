@@ -15,6 +15,7 @@ from grpo_kernels.grpo_loss.reference import LossInputs
 
 _OP = "grpo_loss"
 _DEFAULT_CONFIG = GRPOLossConfig()
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 
 
@@ -102,79 +103,41 @@ def grpo_loss(
     Source:
         DeepSeekMath (arXiv 2402.03300) and the papers listed at the presets; conventions of TRL 1.16.
     """
-    _check_config(config)
-    inputs = _prepare(
-        log_probs, old_log_probs, advantages, mask, ref_log_probs, sampler_log_probs, token_weights, entropy, cu_seqlens
+    if not isinstance(config, GRPOLossConfig):
+        raise TypeError(f"{_OP}: config must be a GRPOLossConfig, got {type(config).__name__}")
+    batch = _check_log_probs(log_probs, cu_seqlens)
+    per_row: _Shapes = (("[B]", (batch,)),)
+    sampler = _per_token("sampler_log_probs", sampler_log_probs, log_probs)
+    ref = _per_token("ref_log_probs", ref_log_probs, log_probs)
+    entropy = _per_token("entropy", entropy, log_probs)
+    mask = _check_mask(mask, log_probs)
+    kl, bonus = _coefficients(config, kl_coef, entropy_coef, ref, entropy, sampler, log_probs)
+    inputs = LossInputs(
+        log_probs=_computed(log_probs, log_probs),
+        old_log_probs=_per_token("old_log_probs", old_log_probs, log_probs),
+        advantages=_per_sequence("advantages", advantages, log_probs, batch, per_row),
+        mask=mask,
+        ref_log_probs=ref,
+        sampler_log_probs=sampler,
+        token_weights=None
+        if token_weights is None
+        else _per_sequence("token_weights", token_weights, log_probs, batch, (*per_row, ("[B, 1]", (batch, 1)))),
+        entropy=entropy,
+        entropy_threshold=None
+        if entropy is None or config.top_entropy_quantile >= 1.0
+        else reference.entropy_threshold(entropy, mask, cu_seqlens, config.top_entropy_quantile),
+        cu_seqlens=cu_seqlens,
+        kl_coef=kl,
+        entropy_coef=bonus,
+        num_items=_check_num_items(num_items, config, log_probs),
+        max_length=_check_max_length(max_length, config, cu_seqlens),
     )
-    inputs = _with_coefficients(inputs, config, kl_coef, entropy_coef, num_items, max_length)
     backend = _dispatch.resolve(_OP, log_probs)
     if backend == "reference":
         loss, values = reference.grpo_loss(inputs, config)
     else:
         loss, values = _kernel(inputs, config, backend)
     return GRPOLossOutput(loss, GRPOMetrics(values))
-
-
-def _check_config(config: Any) -> None:
-    if not isinstance(config, GRPOLossConfig):
-        raise TypeError(f"{_OP}: config must be a GRPOLossConfig, got {type(config).__name__}")
-
-
-def _prepare(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    ref_log_probs: Tensor | None,
-    sampler_log_probs: Tensor | None,
-    token_weights: Tensor | None,
-    entropy: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> LossInputs:
-    """Checks the tensors and brings them to one dtype and form."""
-    batch = _check_log_probs(log_probs, cu_seqlens)
-    dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
-    symbol = "[B, T]" if cu_seqlens is None else "[N]"
-    shape = tuple(log_probs.shape)
-
-    def check(name: str, value: Tensor, *extra: tuple[str, tuple[int, ...]]) -> None:
-        _checks.check_tensor(_OP, name, value)
-        _checks.check_shape(_OP, name, value, *extra, (symbol, shape))
-        _checks.check_same_device(_OP, name, value, "log_probs", log_probs)
-
-    def floating(name: str, value: Tensor | None, *extra: tuple[str, tuple[int, ...]]) -> Tensor | None:
-        if value is None:
-            return None
-        check(name, value, *extra)
-        _checks.check_dtype(_OP, name, value)
-        return (value if name == "entropy" else value.detach()).to(dtype)
-
-    def per_sequence(value: Tensor) -> Tensor:
-        return value[:, None] if value.ndim == 1 and value.shape[0] == batch else value
-
-    if mask is not None:
-        check("mask", mask)
-        mask = mask if mask.dtype in _MASK_DTYPES else mask != 0
-    per_row = floating("advantages", advantages, ("[B]", (batch,)))
-    if per_row is None:
-        raise TypeError(f"{_OP}: advantages must be a torch.Tensor, got NoneType")
-    weights = floating("token_weights", token_weights, ("[B]", (batch,)), ("[B, 1]", (batch, 1)))
-    return LossInputs(
-        log_probs=log_probs.to(dtype),
-        old_log_probs=floating("old_log_probs", old_log_probs),
-        advantages=per_sequence(per_row),
-        mask=mask,
-        ref_log_probs=floating("ref_log_probs", ref_log_probs),
-        sampler_log_probs=floating("sampler_log_probs", sampler_log_probs),
-        token_weights=None if weights is None else per_sequence(weights),
-        entropy=floating("entropy", entropy),
-        entropy_threshold=None,
-        cu_seqlens=cu_seqlens,
-        kl_coef=0.0,
-        entropy_coef=0.0,
-        num_items=0.0,
-        max_length=0,
-    )
 
 
 def _check_log_probs(log_probs: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -193,86 +156,134 @@ def _check_log_probs(log_probs: Tensor, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def _with_coefficients(
-    inputs: LossInputs,
+def _computed(value: Tensor, log_probs: Tensor) -> Tensor:
+    """The value in the dtype that the loss is computed in."""
+    dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def _check(name: str, value: Any, log_probs: Tensor, shapes: _Shapes = ()) -> None:
+    """`value` is a floating tensor (a mask may have any type) like log_probs, or of another of `shapes`."""
+    if not (isinstance(value, Tensor) and value.shape == log_probs.shape and value.device == log_probs.device):
+        _checks.check_tensor(_OP, name, value)
+        symbol = "[B, T]" if log_probs.ndim == 2 else "[N]"
+        _checks.check_shape(_OP, name, value, *shapes, (symbol, tuple(log_probs.shape)))
+        _checks.check_same_device(_OP, name, value, "log_probs", log_probs)
+    if value.dtype != log_probs.dtype and name != "mask":
+        _checks.check_dtype(_OP, name, value)
+
+
+def _per_token(name: str, value: Tensor | None, log_probs: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    _check(name, value, log_probs)
+    return _computed(value.detach() if value.requires_grad and name != "entropy" else value, log_probs)
+
+
+def _per_sequence(name: str, value: Tensor, log_probs: Tensor, batch: int, shapes: _Shapes) -> Tensor:
+    """[B, 1], or the shape of log_probs."""
+    _check(name, value, log_probs, shapes)
+    value = _computed(value.detach() if value.requires_grad else value, log_probs)
+    return value[:, None] if value.ndim == 1 and value.shape[0] == batch else value
+
+
+def _check_mask(mask: Tensor | None, log_probs: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    _check("mask", mask, log_probs)
+    return mask if mask.dtype in _MASK_DTYPES else mask != 0
+
+
+def _coefficients(
     config: GRPOLossConfig,
     kl_coef: Tensor | float | None,
     entropy_coef: Tensor | float | None,
-    num_items: Tensor | float | None,
-    max_length: int | None,
-) -> LossInputs:
-    """Adds the coefficients, after checking that what they and the config need is there."""
+    ref: Tensor | None,
+    entropy: Tensor | None,
+    sampler: Tensor | None,
+    log_probs: Tensor,
+) -> tuple[Tensor | float, Tensor | float]:
+    """The two coefficients, after checking that what they and the config need is there."""
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
-    kl = isinstance(kl_coef, Tensor) or kl_coef != 0
-    bonus = isinstance(entropy_coef, Tensor) or entropy_coef != 0
-    for needed, name, value, reason in (
-        (kl, "ref_log_probs", inputs.ref_log_probs, "kl_coef"),
-        (bonus, "entropy", inputs.entropy, "entropy_coef"),
-        (config.top_entropy_quantile < 1.0, "entropy", inputs.entropy, "top_entropy_quantile"),
-        (config.sampler_correction != "none", "sampler_log_probs", inputs.sampler_log_probs, "sampler_correction"),
-    ):
-        if needed and value is None:
-            raise ValueError(f"{_OP}: {name} must be given when {reason} is set, got None")
-    if num_items is not None and config.reduction == "none":
-        raise ValueError(f"{_OP}: num_items must be None with reduction='none', which divides by nothing")
-    if isinstance(num_items, (int, float)) and not torch.compiler.is_compiling():
-        _checks.check_number(_OP, "num_items", num_items, minimum=0.0)
-    threshold = None
-    if config.top_entropy_quantile < 1.0 and inputs.entropy is not None:
-        threshold = reference.entropy_threshold(
-            inputs.entropy, inputs.mask, inputs.cu_seqlens, config.top_entropy_quantile
-        )
-    return inputs._replace(
-        entropy_threshold=threshold,
-        kl_coef=_coefficient("kl_coef", kl_coef, inputs.log_probs),
-        entropy_coef=_coefficient("entropy_coef", entropy_coef, inputs.log_probs),
-        num_items=0.0 if num_items is None else _coefficient("num_items", num_items, inputs.log_probs),
-        max_length=_length(inputs, config, max_length),
-    )
+    if ref is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
+        raise ValueError(f"{_OP}: ref_log_probs must be given when kl_coef is set, got None")
+    if entropy is None and (isinstance(entropy_coef, Tensor) or entropy_coef != 0):
+        raise ValueError(f"{_OP}: entropy must be given when entropy_coef is set, got None")
+    if entropy is None and config.top_entropy_quantile < 1.0:
+        raise ValueError(f"{_OP}: entropy must be given when top_entropy_quantile is set, got None")
+    if sampler is None and config.sampler_correction != "none":
+        raise ValueError(f"{_OP}: sampler_log_probs must be given when sampler_correction is set, got None")
+    return _scalar("kl_coef", kl_coef, log_probs), _scalar("entropy_coef", entropy_coef, log_probs)
 
 
-def _coefficient(name: str, value: Tensor | float, like: Tensor) -> Tensor | float:
-    tensor, number = _checks.scalar_argument(_OP, name, value, like.device, like.dtype)
+def _scalar(name: str, value: Tensor | float, log_probs: Tensor) -> Tensor | float:
+    dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
+    tensor, number = _checks.scalar_argument(_OP, name, value, log_probs.device, dtype)
     return number if tensor is None else tensor
 
 
-def _length(inputs: LossInputs, config: GRPOLossConfig, max_length: int | None) -> int:
+def _check_num_items(num_items: Tensor | float | None, config: GRPOLossConfig, log_probs: Tensor) -> Tensor | float:
+    """0.0 stands for None."""
+    if num_items is None:
+        return 0.0
+    if config.reduction == "none":
+        raise ValueError(f"{_OP}: num_items must be None with reduction='none', which divides by nothing")
+    if isinstance(num_items, (int, float)) and not torch.compiler.is_compiling():
+        _checks.check_number(_OP, "num_items", num_items, minimum=0.0)
+    return _scalar("num_items", num_items, log_probs)
+
+
+def _check_max_length(max_length: int | None, config: GRPOLossConfig, cu_seqlens: Tensor | None) -> int:
+    """0 stands for T."""
     if config.reduction != "sequence_mean_token_sum_norm":
         if max_length is not None:
             raise ValueError(f"{_OP}: max_length must be None with reduction={config.reduction!r}")
         return 0
-    if max_length is None:
-        max_length = config.max_length
-    if max_length is None:
-        if inputs.cu_seqlens is not None:
+    length = config.max_length if max_length is None else max_length
+    if length is None:
+        if cu_seqlens is not None:
             raise ValueError(f"{_OP}: max_length must be given with cu_seqlens and reduction={config.reduction!r}")
         return 0
-    _checks.check_integer(_OP, "max_length", max_length, minimum=1)
-    return max_length
-
-
-def _arguments(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[Any, ...]:
-    """The op's arguments but for upstream and the two flags."""
-    scalars: list[Any] = []
-    for value in (inputs.kl_coef, inputs.entropy_coef, inputs.num_items):
-        scalars += (value, 0.0) if isinstance(value, Tensor) else (None, value)
-    options, parameters = config.pack()
-    return (*inputs[:10], *scalars, inputs.max_length, options, parameters, backend)
-
-
-def _call(arguments: tuple[Any, ...], upstream: Tensor | None, need_log_probs: bool, need_entropy: bool) -> Any:
-    return ops.grpo_loss(*arguments[:10], upstream, *arguments[10:19], need_log_probs, need_entropy, arguments[19])
+    _checks.check_integer(_OP, "max_length", length, minimum=1)
+    return length
 
 
 def _kernel(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[Tensor, Tensor]:
-    arguments = _arguments(inputs, config, backend)
+    tensors: list[Tensor | None] = list(inputs[:10])
+    numbers: list[Any] = []
+    for value in inputs[10:13]:
+        tensor, number = (value, 0.0) if isinstance(value, Tensor) else (None, value)
+        tensors.append(tensor)
+        numbers.append(number)
+    constants = (*numbers, inputs.max_length, *config.pack(), backend)
     entropy = inputs.entropy
     if torch.is_grad_enabled() and (inputs.log_probs.requires_grad or (entropy is not None and entropy.requires_grad)):
-        loss, values = _GRPOLoss.apply(config.reduction == "none", *arguments)  # type: ignore[no-untyped-call]
+        loss, values = _GRPOLoss.apply(config.reduction == "none", constants, *tensors)  # type: ignore[no-untyped-call]
     else:
-        loss, _, _, _, values = _call(arguments, None, False, False)
+        loss, _, _, _, values = _call(tensors, constants, None, False, False)
     return loss, values
+
+
+def _call(tensors: Any, constants: Any, upstream: Tensor | None, need_log_probs: bool, need_entropy: bool) -> Any:
+    kl_coef, entropy_coef, num_items, max_length, options, parameters, backend = constants
+    kl_tensor, entropy_tensor, items_tensor = tensors[10:]
+    return ops.grpo_loss(
+        *tensors[:10],
+        upstream,
+        kl_tensor,
+        kl_coef,
+        entropy_tensor,
+        entropy_coef,
+        items_tensor,
+        num_items,
+        max_length,
+        options,
+        parameters,
+        need_log_probs,
+        need_entropy,
+        backend,
+    )
 
 
 class _GRPOLoss(torch.autograd.Function):
@@ -283,18 +294,12 @@ class _GRPOLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, per_token: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
-        need_log_probs, need_entropy = ctx.needs_input_grad[1], ctx.needs_input_grad[8]
-        loss, grad_log_probs, grad_entropy, scale, values = _call(
-            arguments, None, need_log_probs and not per_token, need_entropy and not per_token
-        )
-        ctx.per_token, ctx.needs = per_token, (need_log_probs, need_entropy)
-        if per_token:
-            ctx.tensors = [isinstance(argument, Tensor) for argument in arguments]
-            ctx.others = [None if isinstance(argument, Tensor) else argument for argument in arguments]
-            ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
-        else:
-            ctx.save_for_backward(grad_log_probs, grad_entropy, scale)
+    def forward(ctx: Any, per_token: bool, constants: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
+        ctx.per_token, ctx.constants = per_token, constants
+        ctx.needs = ctx.needs_input_grad[2], ctx.needs_input_grad[9]
+        now = (False, False) if per_token else ctx.needs
+        loss, grad_log_probs, grad_entropy, scale, values = _call(tensors, constants, None, *now)
+        ctx.save_for_backward(*(tensors if per_token else (grad_log_probs, grad_entropy, scale)))
         ctx.mark_non_differentiable(values)
         return loss, values
 
@@ -302,14 +307,8 @@ class _GRPOLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         upstream = upstreams[0]
         need_log_probs, need_entropy = ctx.needs
-        grad_log_probs: Tensor | None = None
-        grad_entropy: Tensor | None = None
         if ctx.per_token:
-            saved = iter(ctx.saved_tensors)
-            arguments = tuple(
-                next(saved) if is_tensor else other for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)
-            )
-            _, grad_log_probs, grad_entropy, _, _ = _call(arguments, upstream, need_log_probs, need_entropy)
+            _, grad_log_probs, grad_entropy, _, _ = _call(ctx.saved_tensors, ctx.constants, upstream, *ctx.needs)
         else:
             grad_log_probs, grad_entropy, scale = ctx.saved_tensors
             factors = upstream * scale
@@ -317,8 +316,9 @@ class _GRPOLoss(torch.autograd.Function):
             grad_entropy = grad_entropy * factors[1] if need_entropy else None
         return (
             None,
+            None,
             grad_log_probs if need_log_probs else None,
             *(None,) * 6,
             grad_entropy if need_entropy else None,
-            *(None,) * 12,
+            *(None,) * 5,
         )

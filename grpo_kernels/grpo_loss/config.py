@@ -115,12 +115,14 @@ class GRPOLossConfig:
     top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
     max_length: int | None = None
+    _packed: tuple[tuple[int, ...], tuple[float, ...]] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
         self._check_unused()
+        object.__setattr__(self, "_packed", self._pack())  # once: the loss needs it at every call
 
     def _check_choices(self) -> None:
         estimators = (*KL_ESTIMATORS, *(f"{name}+" for name in KL_ESTIMATORS))
@@ -251,7 +253,7 @@ class GRPOLossConfig:
             return 1.0 - self.clip_low, 1.0 + (self.clip_low if self.clip_high is None else self.clip_high)
         return None, None
 
-    def pack(self) -> tuple[list[int], list[float]]:
+    def pack(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The fields as the kernels read them: 8 integers and 15 numbers in a fixed order.
 
         The last integer has bit i set when the i-th of the nine optional numbers is present. Absence is a bit and not
@@ -259,6 +261,9 @@ class GRPOLossConfig:
         entropy_coef, max_length and top_entropy_quantile are missing: they reach the kernel as arguments of their
         own.
         """
+        return self._packed
+
+    def _pack(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         low, high = self.ratio_bounds
         optional = (
             low,
@@ -271,7 +276,7 @@ class GRPOLossConfig:
             self.sampler_floor,
             self.off_policy_threshold,
         )
-        options = [
+        options = (
             SURROGATES.index(self.surrogate),
             RATIO_LEVELS.index(self.ratio_level),
             REDUCTIONS.index(self.reduction),
@@ -280,15 +285,16 @@ class GRPOLossConfig:
             int(self.kl_importance_weighted),
             SAMPLER_CORRECTIONS.index(self.sampler_correction),
             sum(1 << bit for bit, value in enumerate(optional) if value is not None),
-        ]
-        parameters = [0.0 if value is None else float(value) for value in optional] + [
+        )
+        parameters = (
+            *(0.0 if value is None else float(value) for value in optional),
             float(self.sapo_temperature_pos),
             float(self.sapo_temperature_neg),
             float(self.vespo_k_pos),
             max(float(self.vespo_lambda_pos), _SMALLEST_VESPO_LAMBDA),
             float(self.vespo_k_neg),
             max(float(self.vespo_lambda_neg), _SMALLEST_VESPO_LAMBDA),
-        ]
+        )
         return options, parameters
 
 
