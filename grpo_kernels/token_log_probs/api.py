@@ -51,22 +51,22 @@ def token_log_probs(
 
         log_prob = z[token_id] - logsumexp(z)        entropy = -sum_j p_j log p_j        p = softmax(z)
 
-    The logits are read once in the forward and once in the backward; nothing of their size is saved or allocated but the
-    gradient, and with `inplace_backward` not even that.
+    The logits are read once in the forward and once in the backward; nothing of their size is saved or allocated but
+    the gradient, and with `inplace_backward` not even that.
 
     Args:
-        logits: [..., V] bf16, fp16, fp32 or fp64. A view with a dense last axis, such as `logits[:, :-1]`, is not copied.
-            -inf means probability zero, also under a softcap.
+        logits: [..., V] bf16, fp16, fp32 or fp64. A view with a dense last axis, such as `logits[:, :-1]`, is not
+            copied. -inf means probability zero, also under a softcap.
         token_ids: [...] int32 or int64, in [0, V). Negative = the row is masked.
         temperature: number, 0-d tensor, or [...] tensor, > 0. Not differentiated.
-        logit_scale: finite factor of the logits.
+        logit_scale: finite, non-zero factor of the logits.
         softcap: > 0, or None for none.
-        mask: [...] bool, or numbers of which non-zero counts. A masked row has log_prob 0, entropy 0, sum_squared_probs 0,
-            top1_id -1 and gradient 0, whatever it contains.
+        mask: [...] bool, or numbers of which non-zero counts. A masked row has log_prob 0, entropy 0,
+            sum_squared_probs 0, top1_id -1 and gradient 0, whatever it contains.
         outputs: subset of {"entropy", "sum_squared_probs", "top1_ids"}.
-        inplace_backward: the backward overwrites the storage of `logits` with their gradient. Any later use of the logits
-            in autograd, a second backward included, raises. Their rows must not overlap, and must need no copy. The
-            reference backend ignores it.
+        inplace_backward: the backward overwrites the storage of `logits` with their gradient. Any later use of the
+            logits in autograd, a second backward included, raises. Their rows must not overlap, and must need no copy.
+            The reference backend ignores it.
         vocab_shard: must be None in this version.
 
     Returns:
@@ -74,14 +74,14 @@ def token_log_probs(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; on the CPU also where the
-            token id of a live row is >= V. On other devices such a row is NaN, in value and gradient, and nothing out of
-            bounds is read or written.
+            token id of a live row is >= V. On other devices such a row is NaN, in value and gradient, and nothing out
+            of bounds is read or written.
 
     Numerics:
-        Accumulated in fp32 and, on the CPU, float64 across blocks; z itself is never rounded. A row's bits depend on that
-        row, V and the dtype alone, and are the same in every run. NaN or +inf in a live row, or nothing but -inf, makes
-        that row NaN and no other. The log-prob of a -inf token is -inf; its gradient is finite. A row whose upstream
-        gradients are zero has gradient 0.
+        Accumulated in fp32 and, on the CPU, float64 across blocks; z itself is never rounded. A row's bits depend on
+        that row, V and the dtype alone, and are the same in every run. NaN or +inf in a live row, or nothing but -inf,
+        makes that row NaN and no other. The log-prob of a -inf token is -inf; its gradient is finite. A row whose
+        upstream gradients are zero has gradient 0.
 
     Source:
         TRL's selective_log_softmax and verl's logprobs_from_logits compute the same log-probs.
@@ -149,6 +149,8 @@ def _check(
         if temperature.requires_grad:
             raise ValueError(f"{_OP}: temperature is not differentiated; pass temperature.detach()")
     _checks.check_number(_OP, "logit_scale", logit_scale)
+    if logit_scale == 0:
+        raise ValueError(f"{_OP}: logit_scale must not be 0")
     if softcap is not None:
         _checks.check_number(_OP, "softcap", softcap, above=0.0)
     if isinstance(outputs, str):
@@ -160,8 +162,8 @@ def _check(
         raise TypeError(f"{_OP}: inplace_backward must be a bool, got {type(inplace_backward).__name__}")
     if inplace_backward and not overwritable(logits):
         raise ValueError(
-            f"{_OP}: inplace_backward needs logits with a dense last axis, at most two other strides and no overlap, got "
-            f"shape {list(logits.shape)} with strides {list(logits.stride())}"
+            f"{_OP}: inplace_backward needs logits with a dense last axis, at most two other strides and no overlap, "
+            f"got shape {list(logits.shape)} with strides {list(logits.stride())}"
         )
     return "entropy" in names, "sum_squared_probs" in names, "top1_ids" in names
 

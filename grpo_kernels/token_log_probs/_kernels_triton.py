@@ -1,0 +1,277 @@
+"""The Triton kernels of token_log_probs, and how they cut a row."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the running maximum before the first finite logit: no -inf - -inf
+UNDERFLOW = tl.constexpr(-120.0)  # e^u is 0 here; u is clamped, since u * 0 is 0 but -inf * 0 is NaN
+
+
+class LaunchConfig(NamedTuple):
+    """How the kernels cut a row. Depends on V and the dtype alone, so that a row's bits do not depend on the batch."""
+
+    slots: int  # rows of the tile: independent partial sums
+    width: int  # neighbours in a slot: one 16-byte load of a thread
+    num_warps: int
+    blocks_per_program: int  # of the backward
+
+
+def launch_config(vocab: int, element_size: int) -> LaunchConfig:
+    """Tiles of 8 KiB, two 16-byte loads a thread; one block is prefetched while another is reduced."""
+    width = 16 // element_size
+    slots = min(512, max(32, triton.next_power_of_2(triton.cdiv(vocab, width))))
+    return LaunchConfig(slots, width, max(1, slots // 64), 4)
+
+
+@triton.jit
+def _row_start(row, inner, outer_stride, inner_stride):
+    """Element offset of a row, 64 bits."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def _is_live(token_id, mask, row, HAS_MASK: tl.constexpr):
+    live = token_id >= 0
+    if HAS_MASK:
+        live = live & (tl.load(mask + row) != 0)
+    return live
+
+
+@triton.jit
+def _factors(in_factor, out_factor, temperatures, row, TEMPERATURE: tl.constexpr):
+    """z = out * y, y = x * in or tanh(x * in), out >= 0. TEMPERATURE: 0 is in out_factor, 1 one value, 2 one a row."""
+    if TEMPERATURE == 1:
+        out_factor = tl.div_rn(out_factor, tl.load(temperatures))
+    if TEMPERATURE == 2:
+        out_factor = tl.div_rn(out_factor, tl.load(temperatures + row))
+    sign = tl.where(out_factor < 0.0, -1.0, 1.0)
+    return in_factor * sign, out_factor * sign
+
+
+@triton.jit
+def _tanh(x):
+    a = tl.abs(x)
+    square = x * x
+    p = -5.704986926e-3 * square + 2.063908716e-2
+    p = p * square - 5.373971505e-2
+    p = p * square + 1.333144220e-1
+    p = p * square - 3.333328194e-1
+    small = x * square * p + x
+    e = tl.exp2(a * (-2.0 * LOG2E))
+    large = 1.0 - 2.0 * e / (1.0 + e)
+    return tl.where(a < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _transform(x, in_factor, CAPPED: tl.constexpr):
+    y = x.to(tl.float32) * in_factor
+    if CAPPED:
+        y = tl.where(tl.abs(y) < float("inf"), _tanh(y), y)  # infinities and NaN keep their meaning
+    return y
+
+
+@triton.jit
+def _load_block(row_pointer, start, columns, count, padding, BLOCK: tl.constexpr):
+    """A block of a row, `padding` behind its end. Whole blocks need no mask, and so load 16 bytes at a time for any V."""
+    if start + BLOCK <= count:
+        x = tl.load(row_pointer + start + columns)
+    else:
+        x = tl.load(row_pointer + start + columns, mask=start + columns < count, other=padding)
+    return x
+
+
+@triton.jit(do_not_specialize=["rows", "inner"])
+def forward_kernel(
+    logits,
+    token_ids,
+    mask,
+    temperatures,
+    log_probs,
+    entropy,
+    sum_squared_probs,
+    top1_ids,
+    statistics,
+    in_factor,
+    out_factor,
+    rows,
+    vocab,
+    inner,
+    outer_stride,
+    inner_stride,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARED: tl.constexpr,
+    TOP1: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # One program owns one row and reads it once: V elements in, at most 40 bytes out. A tile is SLOTS x WIDTH, WIDTH
+    # neighbours a thread; every slot keeps a maximum and sums of its own in registers, so that the loop has no barrier and
+    # no shuffle, and one exponential an element plus one a slot. Slots merge after the loop. The next tile loads while this
+    # one is reduced.
+    row = tl.program_id(0)
+    token_id = tl.load(token_ids + row)
+    live = _is_live(token_id, mask, row, HAS_MASK)
+    inside = live & (token_id < vocab)
+    count = tl.where(inside, vocab, 0)
+    in_factor, out = _factors(in_factor, out_factor, temperatures, row, TEMPERATURE)
+    padding = tl.where(in_factor < 0.0, float("inf"), float("-inf"))  # probability zero after the transform
+    row_pointer = logits + _row_start(row, inner, outer_stride, inner_stride)
+
+    BLOCK: tl.constexpr = SLOTS * WIDTH
+    slot = tl.arange(0, SLOTS)
+    lane = tl.arange(0, WIDTH)
+    columns = slot[:, None] * WIDTH + lane[None, :]
+    y_max = tl.full((SLOTS,), LOWEST, tl.float32)
+    top = tl.maximum(y_max * out, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    total = tl.zeros((SLOTS,), tl.float32)
+    weighted = tl.zeros((SLOTS,), tl.float32)
+    squared = tl.zeros((SLOTS,), tl.float32)
+    first = tl.zeros((SLOTS,), tl.int32)
+
+    following = _load_block(row_pointer, 0, columns, count, padding, BLOCK)
+    for start in range(0, count, BLOCK):
+        x = following
+        following = _load_block(row_pointer, start + BLOCK, columns, count, padding, BLOCK)
+        y = _transform(x, in_factor, CAPPED)
+        largest = tl.maximum(y_max, tl.max(y, axis=1))
+        if TOP1:
+            first = tl.where(largest > y_max, start, first)
+        y_max = largest
+        raised = tl.maximum(y_max * out, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        shift = tl.maximum(top - raised, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
+        top = raised
+        factor = tl.exp2(shift * LOG2E)
+        u = tl.fma(y, out, -top[:, None])
+        if ENTROPY:
+            u = tl.maximum(u, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
+        e = tl.exp2(u * LOG2E)
+        if ENTROPY:
+            weighted = (weighted + shift * total) * factor + tl.sum(e * u, axis=1)
+        if SQUARED:
+            squared = squared * factor * factor + tl.sum(e * e, axis=1)
+        total = total * factor + tl.sum(e, axis=1)
+
+    row_y = tl.max(y_max, axis=0)
+    row_max = tl.maximum(row_y * out, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    shift = tl.maximum(top - row_max, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
+    factor = tl.exp2(shift * LOG2E)
+    row_sum = tl.sum(total * factor, axis=0)
+    row_weighted = tl.sum((weighted + shift * total) * factor, axis=0)
+    row_squared = tl.sum(squared * factor * factor, axis=0)
+
+    target_y = _transform(
+        tl.load(row_pointer + tl.where(inside, token_id, 0), mask=inside, other=0.0), in_factor, CAPPED
+    )
+    u_target = tl.fma(target_y, out, -row_max)
+    sound = (row_sum > 0.0) & (row_sum < float("inf"))  # false for NaN, and for a row of nothing but -inf
+    bad = live & (inside == 0) | live & (sound == 0)
+    nan = float("nan")
+    log_sum = tl.log(row_sum)
+    tl.store(log_probs + row, tl.where(live, tl.where(bad, nan, u_target - log_sum), 0.0))
+    if ENTROPY:
+        tl.store(entropy + row, tl.where(live, tl.where(bad, nan, log_sum - row_weighted / row_sum), 0.0))
+    if SQUARED:
+        squares = row_squared / row_sum / row_sum
+        tl.store(sum_squared_probs + row, tl.where(live, tl.where(bad, nan, squares), 0.0))
+    if STATISTICS:
+        place = statistics + row
+        tl.store(place, tl.where(live, tl.where(bad, nan, row_max), 0.0))
+        tl.store(place + tl.cast(rows, tl.int64), tl.where(live, tl.where(bad, nan, row_sum), 1.0))
+        tl.store(place + tl.cast(rows, tl.int64) * 2, tl.where(live, tl.where(bad, nan, u_target + row_max), 0.0))
+        tl.store(place + tl.cast(rows, tl.int64) * 3, tl.where(live, tl.where(bad, nan, row_weighted), 0.0))
+    if TOP1:
+        # The slots that hold the maximum remember the block where they met it; the earliest of them holds the lowest id.
+        found = tl.min(tl.where(y_max == row_y, first + slot * WIDTH, 2147483647), axis=0)
+        known = live & (bad == 0)
+        candidates = tl.load(row_pointer + found + lane, mask=known & (found + lane < vocab), other=padding)
+        best = found + tl.argmax(_transform(candidates, in_factor, CAPPED), axis=0, tie_break_left=True)
+        tl.store(top1_ids + row, tl.where(known, best, -1).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["rows", "inner"])
+def backward_kernel(
+    logits,
+    token_ids,
+    mask,
+    temperatures,
+    statistics,
+    grad_log_probs,
+    grad_entropy,
+    grad_logits,
+    in_factor,
+    out_factor,
+    rows,
+    vocab,
+    inner,
+    outer_stride,
+    inner_stride,
+    grad_outer_stride,
+    grad_inner_stride,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # Program (r, c) owns chunk c, BLOCKS tiles, of row r: reads each element once and writes its gradient once, over it if
+    # grad_logits is logits. Few registers, so many programs a multiprocessor: they hide each other's loads. Rows that are
+    # masked, or whose upstream gradients are zero, are written and not read.
+    row = tl.program_id(0)
+    token_id = tl.load(token_ids + row)
+    upstream = tl.load(grad_log_probs + row)
+    upstream_entropy = 0.0
+    if ENTROPY:
+        upstream_entropy = tl.load(grad_entropy + row)
+    live = _is_live(token_id, mask, row, HAS_MASK) & ((upstream != 0.0) | (upstream_entropy != 0.0))
+    in_factor, out = _factors(in_factor, out_factor, temperatures, row, TEMPERATURE)
+    padding = tl.where(in_factor < 0.0, float("inf"), float("-inf"))  # probability zero after the transform
+    place = statistics + row
+    row_max = tl.load(place)
+    row_sum = tl.load(place + tl.cast(rows, tl.int64))
+    inverse = tl.div_rn(1.0, row_sum)  # NaN in the statistics makes the whole row NaN
+    slope = in_factor * out
+    constant = -upstream * inverse * slope
+    linear = 0.0
+    if ENTROPY:
+        mean_u = tl.load(place + tl.cast(rows, tl.int64) * 3) * inverse
+        constant = (upstream_entropy * mean_u - upstream) * inverse * slope
+        linear = -upstream_entropy * inverse * slope
+    at_target = upstream * slope
+    target = tl.where(token_id < vocab, token_id, -1).to(tl.int32)
+
+    row_pointer = logits + _row_start(row, inner, outer_stride, inner_stride)
+    grad_pointer = grad_logits + _row_start(row, inner, grad_outer_stride, grad_inner_stride)
+    BLOCK: tl.constexpr = SLOTS * WIDTH
+    columns = tl.arange(0, SLOTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    begin = tl.program_id(1) * (BLOCKS * BLOCK)
+    end = tl.minimum(begin + BLOCKS * BLOCK, vocab)
+    readable_end = tl.where(live, end, 0)
+
+    for start in range(begin, end, BLOCK):
+        x = _load_block(row_pointer, start, columns, readable_end, padding, BLOCK)
+        y = _transform(x, in_factor, CAPPED)
+        u = tl.fma(y, out, -row_max)
+        u = tl.maximum(u, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
+        factor = constant
+        if ENTROPY:
+            factor = u * linear + constant
+        grad = tl.exp2(u * LOG2E) * factor + tl.where(columns == target - start, at_target, 0.0)
+        if CAPPED:
+            grad = grad * tl.where(tl.abs(y) < float("inf"), 1.0 - y * y, 1.0)
+        grad = tl.where(live, grad, 0.0).to(grad_logits.dtype.element_ty)
+        if start + BLOCK <= end:
+            tl.store(grad_pointer + start + columns, grad)
+        else:
+            tl.store(grad_pointer + start + columns, grad, mask=start + columns < end)
