@@ -1,0 +1,113 @@
+"""group_advantages against what a trainer writes in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grpo_kernels
+from bench.case import Case, Inputs, Provider, Rows, Target, compiled
+from bench.pytest_rows import Play, parameters
+
+_GROUP = 8
+_EPS = 1e-4
+
+
+def _ours(inputs: Inputs) -> Sequence[Tensor]:
+    return grpo_kernels.group_advantages(inputs["rewards"], group_size=_GROUP, eps=_EPS)
+
+
+def _nan_aware(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards that were not scored (NaN) stay out of the statistics, as in ours."""
+    grouped = rewards.view(-1, _GROUP)
+    count = (~grouped.isnan()).sum(dim=1)
+    mean = torch.nanmean(grouped, dim=1)
+    squares = torch.nansum((grouped - mean[:, None]) ** 2, dim=1)
+    std = torch.sqrt(squares / (count - 1).clamp(min=1))
+    mean, std = mean.repeat_interleave(_GROUP), std.repeat_interleave(_GROUP)
+    return torch.nan_to_num((rewards - mean) / (std + _EPS), nan=0.0), mean, std
+
+
+def _plain(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Without an idea of missing rewards."""
+    grouped = rewards.view(-1, _GROUP)
+    mean = grouped.mean(dim=1).repeat_interleave(_GROUP)
+    std = grouped.std(dim=1).repeat_interleave(_GROUP)
+    return (rewards - mean) / (std + _EPS), mean, std
+
+
+class _Allocation(torch.autograd.Function):
+    """The least that an op with three outputs costs the host."""
+
+    @staticmethod
+    def forward(ctx: Any, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(rewards), torch.empty_like(rewards), torch.empty_like(rewards)
+
+
+def _provider(name: str, function: Any, kind: str) -> Provider:
+    return Provider(name, lambda inputs: function(inputs["rewards"]), kind)
+
+
+def _overhead(rows: Rows) -> float | None:
+    ours, least = rows["ours"].get("median_us"), rows["allocation alone"].get("median_us")
+    return None if ours is None or least is None else ours - least
+
+
+def _speedup(rows: Rows) -> float | None:
+    return rows["ours"].get("speedup")
+
+
+def _make(batch: int) -> Any:
+    def make(device: str, size: str) -> Inputs:
+        return {"rewards": torch.randn(batch if size == "full" else 16, device=device)}
+
+    return make
+
+
+def cases(device: str) -> list[Case]:
+    """Two batches on the device's clock, and what a call costs the host."""
+    found = []
+    for batch in (512, 4096):
+        target = Target(">= 3x eager", 3.0, _speedup)
+        if device == "cuda":
+            target = Target("<= 10 us on the device", 10.0, lambda rows: rows["ours"].get("median_us"), at_least=False)
+        found.append(
+            Case(
+                op="group_advantages",
+                name=f"B={batch} G={_GROUP}",
+                make=_make(batch),
+                providers=(
+                    Provider("ours", _ours, "ours"),
+                    _provider("eager", _nan_aware, "eager"),
+                    _provider("eager without NaN", _plain, "peer"),
+                    _provider("torch.compile", compiled(_nan_aware), "compile"),
+                ),
+                bytes_moved=None,
+                targets=(target,),
+                quick=batch == 4096,
+            )
+        )
+    found.append(
+        Case(
+            op="group_advantages",
+            name=f"host cost of a call, B={2 * _GROUP}",
+            make=_make(2 * _GROUP),
+            providers=(
+                Provider("ours", _ours, "ours"),
+                _provider("eager", _nan_aware, "eager"),
+                Provider("allocation alone", lambda inputs: _Allocation.apply(inputs["rewards"]), "part"),
+            ),
+            targets=(Target("<= 10 us above autograd.Function and allocation", 10.0, _overhead, at_least=False),),
+            clock="host",
+        )
+    )
+    return found
+
+
+@pytest.mark.parametrize(("case", "provider"), parameters(cases))
+def test_group_advantages(case: Case, provider: str, play: Play) -> None:
+    play(case, provider)

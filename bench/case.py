@@ -1,0 +1,142 @@
+"""What a benchmark is: a case with its inputs, the providers that compete in it, and the targets set for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.testing import assert_as_accurate
+
+Inputs = dict[str, Tensor]
+Row = dict[str, Any]
+Rows = Mapping[str, Row]
+
+SIZES = ("smoke", "full")
+compile_backend = "inductor"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation in the competition.
+
+    Attributes:
+        name: what the table calls it.
+        run: does the work on one set of inputs and returns results, then gradients.
+        kind: "ours", "eager" (the baseline of every ratio), "compile", "peer", or "part" (of the work, or what no
+            op can undercut: it is neither compared with float64 nor given a rate).
+        overwrites: inputs that `run` destroys; they are restored outside the measured time.
+    """
+
+    name: str
+    run: Callable[[Inputs], Sequence[Tensor]]
+    kind: str
+    overwrites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that the design promises. `value` finds it in the rows of the case, None if it is not there."""
+
+    text: str
+    limit: float
+    value: Callable[[Rows], float | None]
+    at_least: bool = True
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group of the table.
+
+    Attributes:
+        op: the public function.
+        name: shape, dtype and variant; unique within the op.
+        make: inputs for a device and a size ("smoke": tiny, only to see that everything runs).
+        providers: who competes; exactly one is of kind "eager".
+        bytes_moved: fewest bytes that the work has to move; None where bandwidth says nothing.
+        targets: what the design promises.
+        clock: "device" (CUDA graph on a GPU, wall clock on a CPU) or "host" (what a call costs the calling thread).
+        sample_inputs, sample_outputs: the part that is compared with float64, where the whole would take too long.
+        quick: whether `--quick` keeps the case.
+        memory: whether peak memory is measured, and the bytes that it is put in proportion to.
+    """
+
+    op: str
+    name: str
+    make: Callable[[str, str], Inputs]
+    providers: tuple[Provider, ...]
+    bytes_moved: int | None = None
+    targets: tuple[Target, ...] = ()
+    clock: str = "device"
+    sample_inputs: Callable[[Inputs], Inputs] = _identity
+    sample_outputs: Callable[[Sequence[Tensor]], Sequence[Tensor]] = _identity
+    quick: bool = False
+    memory: int | None = None
+
+    def provider(self, name: str) -> Provider:
+        return next(provider for provider in self.providers if provider.name == name)
+
+    @property
+    def eager(self) -> Provider:
+        return next(provider for provider in self.providers if provider.kind == "eager")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at the first call, for that call's shapes; a graph break is an error."""
+    cached: dict[str, Callable[..., Any]] = {}
+
+    def call(*arguments: Any) -> Any:
+        if compile_backend not in cached:
+            cached[compile_backend] = torch.compile(function, backend=compile_backend, fullgraph=True, dynamic=False)
+        return cached[compile_backend](*arguments)
+
+    return call
+
+
+def copy_inputs(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """Fresh leaves with the same values; floating tensors become `dtype` if it is given."""
+    copies = {}
+    for name, value in inputs.items():
+        floating = value.dtype.is_floating_point and dtype is not None
+        copy = value.detach().to(dtype if floating else value.dtype, copy=True)
+        copies[name] = copy.requires_grad_(value.requires_grad)
+    return copies
+
+
+def with_gradients(outputs: Sequence[Tensor], upstreams: Sequence[Tensor], leaf: Tensor) -> tuple[Tensor, ...]:
+    """The outputs, detached, and the gradient of `leaf` for these upstream gradients."""
+    upstreams = [upstream.to(output.dtype) for upstream, output in zip(upstreams, outputs, strict=True)]
+    (gradient,) = torch.autograd.grad(outputs, leaf, upstreams)
+    return (*(output.detach() for output in outputs), gradient)
+
+
+class Gate:
+    """The accuracy budget of a case: the baseline evaluated in float64 and in float32 on the same values."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self._case = case
+        sample = case.sample_inputs(inputs)
+        self._expected = [t.detach().cpu() for t in case.eager.run(copy_inputs(sample, torch.float64))]
+        self._eager = [t.detach().cpu() for t in case.eager.run(copy_inputs(sample, torch.float32))]
+
+    def problem(self, provider: Provider, inputs: Inputs) -> str:
+        """How the provider misses the budget on these inputs (which it may overwrite), or ""."""
+        outputs = [t.detach().cpu() for t in self._case.sample_outputs(provider.run(inputs))]
+        if len(outputs) != len(self._expected):
+            return f"returned {len(outputs)} tensors, expected {len(self._expected)}"
+        try:
+            for index, (actual, expected, eager) in enumerate(zip(outputs, self._expected, self._eager, strict=True)):
+                assert_as_accurate(actual, expected, eager, name=f"tensor {index}")
+        except (AssertionError, ValueError) as error:
+            return str(error)
+        return ""

@@ -1,0 +1,60 @@
+"""pytest-benchmark's view of the cases: see pytest_rows.py."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from bench import case as case_module
+from bench import machine, pytest_rows, run
+from bench.case import Case
+
+_measured: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def pytest_report_header() -> list[str]:
+    if machine.default_device() == "cpu" and not machine.pages_are_recycled():
+        return [f"bench: fresh pages; set GLIBC_TUNABLES={machine.RECYCLING} to time with recycled ones"]
+    return []
+
+
+def _rows(case: Case) -> dict[str, Any]:
+    key = (case.op, case.name)
+    if key not in _measured:
+        _measured.clear()  # the samples of one case at a time
+        _measured[key] = run.measure(case, machine.default_device(), run.QUICK)["rows"]
+    return _measured[key]
+
+
+def _smoke(case: Case, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the provider once on tiny inputs; ours must keep the accuracy budget."""
+    monkeypatch.setattr(case_module, "compile_backend", "eager")
+    inputs = run.make_inputs(case, machine.default_device(), "smoke")
+    chosen = case.provider(provider)
+    if chosen.kind == "ours":
+        assert case_module.Gate(case, inputs).problem(chosen, inputs) == ""
+    else:
+        chosen.run(inputs)
+
+
+@pytest.fixture
+def play(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> pytest_rows.Play:
+    """Times one provider of a case, or runs it once where benchmarks are disabled."""
+
+    def time_one(case: Case, provider: str) -> None:
+        if benchmark.disabled:
+            benchmark(_smoke, case, provider, monkeypatch)
+            return
+        row = _rows(case)[provider]
+        if "seconds" not in row:
+            benchmark.skipped = True
+            pytest.skip(f"not timed: {row['accuracy']}")
+        samples = row["seconds"]
+        benchmark.extra_info.update(case=case.name, provider=provider, kind=row["kind"], clock=row["clock"])
+        benchmark.pedantic(pytest_rows.advance, args=(iter(samples),), rounds=len(samples))
+
+    return time_one

@@ -1,0 +1,120 @@
+"""What the numbers belong to: the machine in general words, its measured limits, and how its memory is set up."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+# Fresh pages of large tensors can cost more than the work on them, and far more on one machine than on another. glibc
+# keeps and reuses them under these settings; they hold for every provider alike.
+RECYCLING = "glibc.malloc.mmap_threshold=8000000000:glibc.malloc.trim_threshold=16000000000"
+# Every large block comes from the operating system and goes back to it: what a measurement of memory wants to see.
+RETURNING = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536"
+
+_MAXIMUM_CACHE = 512 * 2**20
+
+
+def environment(tunables: str) -> dict[str, str]:
+    """The environment for a process with these allocator settings, and without OpenMP threads that spin."""
+    return {**os.environ, "GLIBC_TUNABLES": tunables, "OMP_WAIT_POLICY": "passive"}
+
+
+def pages_are_recycled() -> bool:
+    """Whether this process runs under `RECYCLING`."""
+    return os.environ.get("GLIBC_TUNABLES") == RECYCLING
+
+
+def default_device() -> str:
+    """The CUDA device if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        match = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return set()
+    return set(match.group(1).split()) if match else set()
+
+
+def _instruction_set() -> str:
+    flags = _cpu_flags()
+    for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")):
+        if flag in flags:
+            return name
+    return ""
+
+
+def describe(device: str) -> dict[str, object]:
+    """Hardware in general words, and the versions that matter."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = [platform.machine().replace("_", "-"), f"{cores} cores", _instruction_set()]
+    description: dict[str, object] = {
+        "device": " ".join(word for word in words if word),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        description["host"] = description["device"]
+        description["device"] = properties.name
+        description["multiprocessors"] = properties.multi_processor_count
+        description["cuda"] = torch.version.cuda
+        try:
+            import triton
+
+            description["triton"] = triton.__version__
+        except ImportError:
+            description["triton"] = None
+    else:
+        description["pages"] = "recycled" if pages_are_recycled() else "fresh from the operating system"
+    return description
+
+
+def slug(device: str) -> str:
+    """Name of the machine's file of results, such as "cpu-2core-avx512" or "nvidia-h100-80gb-hbm3"."""
+    if device == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    words = ["cpu", f"{describe(device)['threads']}core", _instruction_set().lower().replace("-", "")]
+    return "-".join(word for word in words if word)
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last-level cache as the machine reports it, at most 512 MiB."""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return int(properties.L2_cache_size)
+    sizes = [2**25]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KM])", path.read_text().strip())
+        if match:
+            sizes.append(int(match.group(1)) * {"K": 2**10, "M": 2**20}[match.group(2)])
+    return min(max(sizes), _MAXIMUM_CACHE)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of the fastest of some large copies: the limit that percentages refer to."""
+    numel = max(2 * cache_bytes(device), 2**30 if device == "cuda" else 0) // 4
+    source = torch.rand(numel, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+        else:
+            begin = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - begin)
+    return 2 * 4 * numel / statistics.quantiles(times[1:], n=10)[0]
