@@ -89,7 +89,7 @@ def scalar_argument(
             raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
         return value.detach().to(dtype), 0.0
     if torch.compiler.is_compiling():
-        # A product, because the compiler turns it into tensor arithmetic; torch.full would be specialised for every value.
+        # A product, because the compiler turns it into tensor arithmetic; torch.full would be specialised to the value.
         return torch.ones((), device=device, dtype=dtype) * value, 0.0
     check_number(op, name, value)
     return None, float(value)

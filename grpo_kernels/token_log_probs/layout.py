@@ -51,14 +51,15 @@ def readable(logits: Tensor) -> tuple[Tensor, RowLayout]:
 
 def overwritable(logits: Tensor) -> bool:
     """Whether each row can be replaced where it lies: no copy is needed and no two elements share their memory."""
+    if logits.is_contiguous():
+        return True
     layout = row_layout(logits)
     if layout is None:
         return False
-    vocab = logits.shape[-1]
-    axes = [(layout.inner_stride, layout.inner), (layout.outer_stride, layout.rows // layout.inner)]
-    extent = vocab
-    for stride, size in sorted(axis for axis in axes if axis[1] > 1):
-        if stride < extent:
+    extent = logits.shape[-1]
+    near, far = (layout.inner_stride, layout.inner), (layout.outer_stride, layout.rows // layout.inner)
+    for stride, size in (far, near) if far[1] > 1 and far[0] < near[0] else (near, far):
+        if size > 1 and stride < extent:
             return False
         extent += stride * (size - 1)
     return True
