@@ -4,7 +4,9 @@
 // ordinal, with the handle of the current stream. Tensors were checked, and outputs allocated, in Python.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -12,6 +14,7 @@
 #include "common/cpu_isa.h"
 #include "common/cuda_probe.h"
 #include "group_advantages/group_advantages.h"
+#include "grpo_loss/segments.h"
 #include "token_log_probs/token_log_probs.h"
 
 #if defined(GK_CUDA)
@@ -174,6 +177,40 @@ int64_t token_log_probs_backward(int64_t rows, int64_t inner, int64_t outer_stri
   return GK_CALL_CPU(token_log_probs_backward, args, int(stream_or_threads));
 }
 
+// How many doubles of workspace and how many counters the loss needs.
+std::pair<int64_t, int64_t> grpo_loss_sizes(int64_t batch, int64_t tokens, bool packed) {
+  const LossLayout layout{batch, tokens, packed ? &batch : nullptr, true};  // only whether it is packed matters
+  return {GK_ISA::loss_kernels::workspace_size(layout), GK_ISA::loss_kernels::count_counters(layout)};
+}
+
+int64_t grpo_loss(int64_t batch, int64_t tokens, Address cu_seqlens, bool wide_cu_seqlens, int dtype, int mask_bytes,
+                  const std::array<std::array<int64_t, 3>, loss::kLossInputs>& tensors,
+                  const std::array<std::pair<Address, double>, loss::kLossNumbers>& numbers, int64_t max_length,
+                  const std::array<int, loss::kLossOptions>& options,
+                  const std::array<double, loss::kLossParameters>& parameters, Address workspace, Address counters, Address loss,
+                  Address grad_log_probs, Address grad_entropy, Address scale, Address metrics, int device,
+                  Address stream_or_threads) {
+  GRPOLossArgs args{};
+  args.layout = {batch, tokens, pointer<const void>(cu_seqlens), wide_cu_seqlens};
+  args.dtype = dtype;
+  args.mask_bytes = mask_bytes;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    args.tensors[i] = {pointer<const void>(Address(tensors[i][0])), tensors[i][1], tensors[i][2]};
+  }
+  for (size_t i = 0; i < numbers.size(); ++i) args.numbers[i] = {pointer<const void>(numbers[i].first), numbers[i].second};
+  for (size_t i = 0; i < options.size(); ++i) args.options[i] = options[i];
+  for (size_t i = 0; i < parameters.size(); ++i) args.parameters[i] = parameters[i];
+  args.max_length = max_length;
+  args.workspace = pointer<double>(workspace);
+  args.counters = pointer<uint32_t>(counters);
+  args.loss = pointer<void>(loss);
+  args.grad_log_probs = pointer<void>(grad_log_probs);
+  args.grad_entropy = pointer<void>(grad_entropy);
+  args.scale = pointer<void>(scale);
+  args.metrics = pointer<float>(metrics);
+  GK_LAUNCH(grpo_loss, args, device, stream_or_threads);
+}
+
 // "" when CUDA kernels can run on the machine, else the reason why not.
 std::string cuda_problem() {
 #if defined(GK_CUDA)
@@ -229,6 +266,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_advantages", &group_advantages);
   m.def("informative_groups", &informative_groups);
   m.def("group_rank", &group_rank);
+  m.def("grpo_loss_sizes", &grpo_loss_sizes);
+  m.def("grpo_loss", &grpo_loss);
   m.def("token_log_probs", &token_log_probs);
   m.def("token_log_probs_backward", &token_log_probs_backward);
 }

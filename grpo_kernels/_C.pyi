@@ -4,6 +4,8 @@ Every kernel function ends with (device, stream_or_threads): -1 and a number of 
 and a stream. It returns -1, or the first row with a fault that only the data shows. csrc/<op>/<op>.h explains the rest.
 """
 
+from collections.abc import Sequence
+
 cuda_version: str | None
 cuda_archs: str
 openmp: bool
@@ -108,6 +110,30 @@ def token_log_probs_backward(
     grad_logits: int,
     grad_outer_stride: int,
     grad_inner_stride: int,
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
+def grpo_loss_sizes(batch: int, tokens: int, packed: bool, /) -> tuple[int, int]: ...
+def grpo_loss(
+    batch: int,
+    tokens: int,
+    cu_seqlens: int,
+    wide_cu_seqlens: bool,
+    dtype: int,
+    mask_bytes: int,
+    tensors: Sequence[tuple[int, int, int]],
+    numbers: Sequence[tuple[int, float]],
+    max_length: int,
+    options: Sequence[int],
+    parameters: Sequence[float],
+    workspace: int,
+    counters: int,
+    loss: int,
+    grad_log_probs: int,
+    grad_entropy: int,
+    scale: int,
+    metrics: int,
     device: int,
     stream_or_threads: int,
     /,

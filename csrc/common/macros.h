@@ -9,6 +9,8 @@
 
 #if defined(__CUDACC__)
 #define GK_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define GK_HOST_DEVICE inline __attribute__((always_inline))  // loops vectorise only when all of their body is inlined
 #else
 #define GK_HOST_DEVICE inline
 #endif

@@ -1,0 +1,211 @@
+// A thread takes a segment at a time, in blocks of 256 tokens that stay in the first-level cache through all stages. Statistics of rows,
+// where the options need any, take a pass of their own before, and the sequence-level gradient takes one after.
+
+#include "common/parallel.h"
+#include "grpo_loss/cpu_block.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+namespace loss_kernels {
+namespace {
+
+constexpr int64_t kSegmentsPerChunk = 8;
+constexpr int64_t kTokensPerThread = 8192;  // below that a second thread costs more than it brings
+
+// --- segments -----------------------------------------------------------------------------------------------------------------------
+
+// Sum of term(i) over the tokens of a block; masked ones are 0.
+template <typename T, typename Term>
+double sum_terms(const T* live, int64_t count, const Term& term) {
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) {
+    const T value = term(i);
+    sum += double(live[i] != T(0) ? value : T(0));
+  }
+  return sum;
+}
+
+template <typename T>
+void sum_segment(const Problem<T>& p, int64_t index) {
+  const Segment s = segment_at(p.a.layout, index);
+  const LossOptions<T> o = p.o;
+  const bool sampler = p.given(kSamplerLogProbs);
+  double* sums = segment_row_sums(p.a, index);
+  for (int i = 0; i < kRowSums; ++i) sums[i] = 0.0;
+  Block<T> b;
+  const auto log_ratio = [&](int64_t i) { return gap(b.log_prob[i], b.old[i]).value; };
+  const auto bounded_log_ratio = [&](int64_t i) { return clamp(log_ratio(i), T(-kLogWeightMax), T(kLogWeightMax)); };
+  const auto sampler_evidence = [&](int64_t i) { return evidence(b.old[i], b.sampler[i]); };
+  const auto log_weight = [&](int64_t i) { return log_sampler_weight(o, sampler_evidence(i)); };
+  const auto drift = [&](int64_t i) { return evidence(sampler ? b.sampler[i] : b.old[i], b.log_prob[i]); };
+  for (int64_t done = 0; done < s.count; done += kBlock) {
+    const int64_t count = s.count - done < kBlock ? s.count - done : kBlock;
+    if (!load_live(p.a, s, s.begin + done, count, b.live)) continue;
+    load_ratio_inputs(p, s, s.begin + done, count, b);
+    sums[kRowTokens] += sum_terms(b.live, count, [&](int64_t) { return T(1); });
+    if (o.sequence_ratio) sums[kRowLogRatio] += sum_terms(b.live, count, log_ratio);
+    if (o.corrects_sequences()) sums[kRowSamplerGap] += sum_terms(b.live, count, sampler_evidence);
+    if (o.off_policy_mask) sums[kRowOffPolicy] += sum_terms(b.live, count, drift);
+    if (o.surrogate == kVESPO) sums[kRowVESPO] += sum_terms(b.live, count, bounded_log_ratio);
+    if (o.surrogate == kVESPO && o.corrects_tokens()) sums[kRowVESPO] += sum_terms(b.live, count, log_weight);
+  }
+}
+
+template <typename T>
+void loss_segment(const Problem<T>& p, int64_t index) {
+  const Segment s = segment_at(p.a.layout, index);
+  double* record = segment_record(p.a, index);
+  for (int slot = 0; slot < kRecord; ++slot) record[slot] = empty_slot(slot);
+  RowState<T> row{T(1), T(0), T(1), T(1), T(0), T(1), T(1)};
+  double factor = 1.0;
+  if (p.o.needs_row_sums() && s.row >= 0) {
+    const double* sums = segment_row_sums(p.a, s.first);
+    row = row_state(p.o, sums);
+    factor = row_factor(p.o.reduction, sums[kRowTokens]);
+  }
+  Block<T> b;
+  for (int64_t done = 0; done < s.count; done += kBlock) {
+    const int64_t begin = s.begin + done, offset = output_offset(p.a.layout, s) + done;
+    const int64_t count = s.count - done < kBlock ? s.count - done : kBlock;
+    if (!load_live(p.a, s, begin, count, b.live)) {
+      clear_outputs(p, offset, count);
+      continue;
+    }
+    load_ratio_inputs(p, s, begin, count, b);
+    load(p.a.tensors[kAdvantages], s, begin, count, b.live, b.advantage);
+    if (p.given(kTokenEntropy)) load(p.a.tensors[kTokenEntropy], s, begin, count, b.live, b.entropy);
+    const auto load_or = [&](int input, T otherwise, T* out) {
+      if (p.given(input)) return load(p.a.tensors[input], s, begin, count, b.live, out);
+      for (int64_t i = 0; i < count; ++i) out[i] = otherwise;
+    };
+    load_or(kTokenWeights, T(1), b.weight);
+    load_or(kUpstream, row.factor, b.upstream);
+    compute_ratio(p.o, row, count, b);
+    if (p.given(kSamplerLogProbs)) compute_sampler(p.o, row, count, b);
+    compute_weight(p, row, count, b);
+    compute_policy(p.o, row, count, b);
+    if (p.given(kRefLogProbs)) {
+      load(p.a.tensors[kRefLogProbs], s, begin, count, b.live, b.ref);
+      compute_kl(p.o, count, b);
+    }
+    combine(p, count, b);
+    store_outputs(p, offset, count, b);
+    if (p.a.metrics != nullptr) add_metrics(p, count, b, record);
+    if (p.o.sequence_ratio) {
+      record[kThrough] += sum_terms(b.live, count, [&](int64_t i) { return b.upstream[i] * b.through[i]; });
+    }
+  }
+  record[kTokenLoss] *= factor;
+}
+
+// Adds what the row's tokens send through its log-ratio.
+template <typename T>
+void share_segment(const Problem<T>& p, int64_t index) {
+  const Segment s = segment_at(p.a.layout, index);
+  if (s.row < 0) return;
+  const T shared = T(segment_row_sums(p.a, s.first)[kRowLogRatio]);
+  T* grad = static_cast<T*>(p.a.grad_log_probs) + output_offset(p.a.layout, s);
+  Block<T> b;
+  for (int64_t done = 0; done < s.count; done += kBlock) {
+    const int64_t count = s.count - done < kBlock ? s.count - done : kBlock;
+    if (!load_live(p.a, s, s.begin + done, count, b.live)) continue;
+    load_ratio_inputs(p, s, s.begin + done, count, b);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const bool moves = (gap(b.log_prob[i], b.old[i]).slope != T(0)) & (b.live[i] != T(0));
+      grad[done + i] += moves ? shared : T(0);
+    }
+  }
+}
+
+// --- rows ---------------------------------------------------------------------------------------------------------------------------
+
+// Leaves the sums of every row with its first segment.
+void merge_row_sums(const GRPOLossArgs& a) {
+  for (int64_t row = 0; row < a.layout.batch; ++row) {
+    const Segment s = first_segment(a.layout, row);
+    double* sums = segment_row_sums(a, s.first);
+    for (int64_t k = 1; k < s.segments; ++k) {
+      for (int i = 0; i < kRowSums; ++i) sums[i] += segment_row_sums(a, s.first + k)[i];
+    }
+  }
+}
+
+template <typename T>
+void merge_through(const GRPOLossArgs& a) {
+  for (int64_t row = 0; row < a.layout.batch; ++row) {
+    const Segment s = first_segment(a.layout, row);
+    double through = 0.0;
+    for (int64_t k = 0; k < s.segments; ++k) through += segment_record(a, s.first + k)[kThrough];
+    double* sums = segment_row_sums(a, s.first);
+    sums[kRowLogRatio] = double(shared_gradient<T>(through, sums[kRowTokens]));
+  }
+}
+
+template <typename T>
+void merge_records(const GRPOLossArgs& a, int reduction) {
+  double totals[kRecord];
+  for (int slot = 0; slot < kRecord; ++slot) totals[slot] = empty_slot(slot);
+  for (int64_t row = 0; row < a.layout.batch; ++row) {
+    const Segment s = first_segment(a.layout, row);
+    double tokens = 0.0, clip_low = 0.0, clip_high = 0.0;
+    for (int64_t k = 0; k < s.segments; ++k) {
+      const double* record = segment_record(a, s.first + k);
+      for (int slot = 0; slot < kRecord; ++slot) totals[slot] = merge_slot(slot, totals[slot], record[slot]);
+      tokens += record[kTokens];
+      clip_low += record[kClipLow];
+      clip_high += record[kClipHigh];
+    }
+    for (int slot = 0; slot < kRecord; ++slot) {
+      totals[slot] = merge_slot(slot, totals[slot], row_slot(slot, tokens, clip_low, clip_high));
+    }
+  }
+  write_results<T>(a, reduction, totals);
+}
+
+// The first packed row whose bounds are not in order or not inside the tensors, or -1.
+int64_t first_bad_row(const LossLayout& l) {
+  for (int64_t row = 0; row < l.batch && l.cu_seqlens != nullptr; ++row) {
+    const int64_t start = cu_seqlen(l, row), end = cu_seqlen(l, row + 1);
+    if (start < 0 || end < start || end > l.tokens) return row;
+  }
+  return -1;
+}
+
+template <typename T>
+int64_t run(const GRPOLossArgs& a, int threads) {
+  const int64_t bad = first_bad_row(a.layout);
+  if (bad >= 0) return bad;
+  const Problem<T> p = make_problem<T>(a);
+  const int64_t segments = count_segments(a.layout);
+  const int64_t rows = a.layout.cu_seqlens == nullptr ? a.layout.batch : 1;
+  const int64_t useful = rows * a.layout.tokens / kTokensPerThread;
+  const int team = useful < threads ? (useful < 1 ? 1 : int(useful)) : threads;
+  const auto for_segments = [&](void (*body)(const Problem<T>&, int64_t)) {
+    parallel_rows(segments, team, kSegmentsPerChunk, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) body(p, index);
+    });
+  };
+  if (p.o.needs_row_sums()) {
+    for_segments(&sum_segment<T>);
+    merge_row_sums(a);
+  }
+  for_segments(&loss_segment<T>);
+  if (p.o.sequence_ratio && a.grad_log_probs != nullptr) {
+    merge_through<T>(a);
+    for_segments(&share_segment<T>);
+  }
+  if (a.metrics != nullptr) merge_records<T>(a, p.o.reduction);
+  return -1;
+}
+
+}  // namespace
+}  // namespace loss_kernels
+
+int64_t grpo_loss_cpu(const GRPOLossArgs& args, int threads) {
+  return args.dtype == kFloat64 ? loss_kernels::run<double>(args, threads) : loss_kernels::run<float>(args, threads);
+}
+
+}  // namespace GK_ISA
+}  // namespace grpo_kernels

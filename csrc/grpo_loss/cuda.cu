@@ -1,0 +1,397 @@
+#include "common/cuda_launch.h"
+#include "grpo_loss/records.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+namespace loss_kernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kTokensPerThread = int(kSegment) / kThreads;
+constexpr int kInFlight = 4;  // records that a warp loads before it merges them
+
+using Options = LossOptions<float>;
+
+__device__ bool given(const GRPOLossArgs& a, int input) { return a.tensors[input].data != nullptr; }
+
+// --- loading ------------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ bool is_inside(const Segment& s, int64_t i) { return s.row >= 0 && i < s.count; }
+
+// Whether a token inside the segment counts.
+__device__ __forceinline__ bool is_live(const GRPOLossArgs& a, const Segment& s, int64_t i) {
+  const LossTensor& mask = a.tensors[kMask];
+  if (mask.data == nullptr) return true;
+  if (a.mask_bytes == 1) return *token_address<int8_t>(mask, s.row, s.begin + i) != 0;
+  if (a.mask_bytes == 4) return *token_address<int32_t>(mask, s.row, s.begin + i) != 0;
+  return *token_address<int64_t>(mask, s.row, s.begin + i) != 0;
+}
+
+__device__ __forceinline__ float load(const GRPOLossArgs& a, int input, const Segment& s, int64_t i, float otherwise) {
+  return given(a, input) ? *token_address<float>(a.tensors[input], s.row, s.begin + i) : otherwise;
+}
+
+// What a token brings along; masked ones bring zeros.
+struct Token {
+  float log_prob, old, advantage, weight, ref, sampler, entropy, upstream;
+  bool live;
+};
+
+// The loads do not wait for the mask: what it hides is replaced afterwards.
+__device__ __forceinline__ Token load_token(const GRPOLossArgs& a, const Segment& s, int64_t i) {
+  Token t{};
+  if (!is_inside(s, i)) return t;
+  t.live = is_live(a, s, i);
+  t.log_prob = load(a, kLogProbs, s, i, 0.0f);
+  t.old = load(a, kOldLogProbs, s, i, t.log_prob);
+  t.advantage = load(a, kAdvantages, s, i, 0.0f);
+  t.weight = load(a, kTokenWeights, s, i, 1.0f);
+  t.ref = load(a, kRefLogProbs, s, i, 0.0f);
+  t.sampler = load(a, kSamplerLogProbs, s, i, 0.0f);
+  t.entropy = load(a, kTokenEntropy, s, i, 0.0f);
+  t.upstream = load(a, kUpstream, s, i, 0.0f);
+  if (!t.live) t = Token{};
+  return t;
+}
+
+// --- rows ---------------------------------------------------------------------------------------------------------------------------
+
+// Sum of value(k) over the segments k of a row, by every warp for itself.
+template <typename Value>
+__device__ double sum_over_segments(const Segment& s, const Value& value) {
+  double sum = 0.0;
+  for (int64_t k = threadIdx.x % kWarp; k < s.segments; k += kWarp) sum += value(s.first + k);
+  return warp_sum(sum);
+}
+
+__device__ double row_sum(const GRPOLossArgs& a, const Segment& s, int which) {
+  return sum_over_segments(s, [&](int64_t segment) { return segment_row_sums(a, segment)[which]; });
+}
+
+// One block owns a segment of 1024 tokens, four a thread, and writes its five row sums. Bytes a token: 8 and the mask, and 4 with a sampler.
+__global__ void __launch_bounds__(kThreads) row_sums_kernel(const GRPOLossArgs a, const Options o) {
+  __shared__ double warp_sums[kWarps][kRowSums];
+  const Segment s = segment_at(a.layout, blockIdx.x);
+  if (s.row < 0) return;
+  const bool sampler = given(a, kSamplerLogProbs);
+  double sums[kRowSums] = {};
+  for (int k = 0; k < kTokensPerThread; ++k) {
+    const int64_t i = k * kThreads + threadIdx.x;
+    if (!is_inside(s, i)) break;
+    const bool live = is_live(a, s, i);
+    const float log_prob = load(a, kLogProbs, s, i, 0.0f);
+    const float old = load(a, kOldLogProbs, s, i, log_prob);
+    const float sampled = load(a, kSamplerLogProbs, s, i, 0.0f);
+    if (!live) continue;
+    const float log_ratio = gap(log_prob, old).value;
+    sums[kRowTokens] += 1.0;
+    sums[kRowLogRatio] += double(log_ratio);
+    if (o.corrects_sequences()) sums[kRowSamplerGap] += double(evidence(old, sampled));
+    if (o.off_policy_mask) sums[kRowOffPolicy] += double(evidence(sampler ? sampled : old, log_prob));
+    if (o.surrogate != kVESPO) continue;
+    sums[kRowVESPO] += double(clamp(log_ratio, float(-kLogWeightMax), float(kLogWeightMax)));
+    if (o.corrects_tokens()) sums[kRowVESPO] += double(log_sampler_weight(o, evidence(old, sampled)));
+  }
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int j = 0; j < kRowSums; ++j) {
+    const double sum = warp_sum(sums[j]);
+    if (lane == j) warp_sums[warp][j] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x >= kRowSums) return;
+  double total = 0.0;
+  for (int w = 0; w < kWarps; ++w) total += warp_sums[w][threadIdx.x];
+  segment_row_sums(a, blockIdx.x)[threadIdx.x] = total;
+}
+
+// --- partial sums -------------------------------------------------------------------------------------------------------------------
+
+// A thread's share of a record: sums and counts in their slots, of which the compiler drops those that nobody adds to, and extremes.
+constexpr int kMinima = 3, kMaxima = 4;
+
+struct Partial {
+  double sums[kRecord];
+  float counts[kRecord];
+  float minima[kMinima];  // from slot kRatioMin
+  float maxima[kMaxima];  // from slot kRatioMax
+};
+
+__device__ __forceinline__ Partial empty_partial() {
+  Partial p{};
+  for (int j = 0; j < kMinima; ++j) p.minima[j] = infinity<float>();
+  for (int j = 0; j < kMaxima; ++j) p.maxima[j] = -infinity<float>();
+  return p;
+}
+
+// NaN is no extreme.
+__device__ __forceinline__ void take_extremes(float value, float& minimum, float& maximum) {
+  minimum = value < minimum ? value : minimum;
+  maximum = value > maximum ? value : maximum;
+}
+
+__device__ float warp_max(float value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const float other = __shfl_xor_sync(kFullMask, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Lane i ends with the warp's sum of slot i: every step halves the slots that a lane holds, 31 exchanges instead of 160.
+template <int kHalf>
+__device__ __forceinline__ double scatter_sums(double (&sums)[kRecord]) {
+  const bool upper = (threadIdx.x & kHalf) != 0;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const double sent = upper ? sums[i] : sums[i + kHalf];
+    const double kept = upper ? sums[i + kHalf] : sums[i];
+    sums[i] = kept + __shfl_xor_sync(kFullMask, sent, kHalf);
+  }
+  if constexpr (kHalf > 1) return scatter_sums<kHalf / 2>(sums);
+  return sums[0];
+}
+
+// Slot `lane` of the warp's record.
+__device__ __forceinline__ double warp_record(Partial& p) {
+  const int lane = threadIdx.x % kWarp;
+  static_assert(kRecord == kWarp, "a slot a lane");
+#pragma unroll
+  for (int j = 0; j < kRecord; ++j) p.sums[j] += double(p.counts[j]);
+  double value = scatter_sums<kRecord / 2>(p.sums);
+#pragma unroll
+  for (int j = 0; j < kMinima; ++j) {
+    const float minimum = -warp_max(-p.minima[j]);
+    if (lane == kRatioMin + j) value = double(minimum);
+  }
+#pragma unroll
+  for (int j = 0; j < kMaxima; ++j) {
+    const float maximum = warp_max(p.maxima[j]);
+    if (lane == kRatioMax + j) value = double(maximum);
+  }
+  return value;
+}
+
+// Merges the warps' values of a slot, in order. The result is valid in the first warp.
+__device__ double block_record(double value) {
+  __shared__ double records[kWarps][kRecord];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __syncthreads();  // an earlier use has been read
+  records[warp][lane] = value;
+  __syncthreads();
+  double total = empty_slot(lane);
+  for (int w = 0; w < kWarps; ++w) total = merge_slot(lane, total, records[w][lane]);
+  return total;
+}
+
+// Merges `count` records that other blocks wrote. The order depends on their number alone.
+__device__ double merge_records(const volatile double* records, int64_t count) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  double total = empty_slot(lane);
+  for (int64_t first = warp; first < count; first += kWarps * kInFlight) {
+    double values[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t k = first + j * kWarps;
+      values[j] = k < count ? records[k * kRecord + lane] : empty_slot(lane);
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) total = merge_slot(lane, total, values[j]);
+  }
+  return block_record(total);
+}
+
+// Whether this block is the last of `expected` to arrive; what the others wrote before they did is then visible.
+__device__ bool arrives_last(uint32_t* counter, uint32_t expected) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(counter, 1u) + 1u == expected;
+  __syncthreads();
+  const bool result = last;
+  __threadfence();
+  return result;
+}
+
+// What the rows add to the totals: every thread counts each 256th row.
+__device__ double merge_rows(const GRPOLossArgs& a) {
+  Partial p = empty_partial();
+  float unused = 0.0f;
+  for (int64_t row = threadIdx.x; row < a.layout.batch; row += kThreads) {
+    const volatile uint32_t* counters = row_counters(a, row);
+    const double tokens = counters[0], clip_low = counters[1], clip_high = counters[2];
+    p.sums[kSequences] += row_slot(kSequences, tokens, clip_low, clip_high);
+    p.sums[kClipLowRows] += row_slot(kClipLowRows, tokens, clip_low, clip_high);
+    p.sums[kClipHighRows] += row_slot(kClipHighRows, tokens, clip_low, clip_high);
+    take_extremes(float(row_slot(kClipLowRowMin, tokens, clip_low, clip_high)), p.minima[kClipLowRowMin - kRatioMin], unused);
+    take_extremes(float(row_slot(kClipHighRowMax, tokens, clip_low, clip_high)), unused, p.maxima[kClipHighRowMax - kRatioMax]);
+  }
+  return block_record(warp_record(p));
+}
+
+// After the block's record is written: the last block of a group merges the group's records, the last of those blocks everything.
+__device__ void finish(const GRPOLossArgs& a, const Options& o) {
+  const int64_t segments = count_segments(a.layout), groups = count_groups(a.layout), group = blockIdx.x / kGroup;
+  const int64_t first = group * kGroup, size = segments - first < kGroup ? segments - first : kGroup;
+  if (!arrives_last(a.counters + 1 + group, uint32_t(size < 1 ? 1 : size))) return;
+  const double merged = merge_records(segment_record(a, first), size);
+  if (threadIdx.x < kWarp && groups > 0) group_record(a, group)[threadIdx.x] = merged;
+  if (!arrives_last(a.counters, uint32_t(groups < 1 ? 1 : groups))) return;
+  const double rows = merge_rows(a);
+  const double totals = merge_slot(threadIdx.x % kWarp, merge_records(group_record(a, 0), groups), rows);
+  __shared__ double results[kRecord];
+  if (threadIdx.x < kWarp) results[threadIdx.x] = totals;
+  __syncthreads();
+  if (threadIdx.x == 0) write_results<float>(a, o.reduction, results);
+}
+
+// --- the loss -----------------------------------------------------------------------------------------------------------------------
+
+// What one launch shares among its threads.
+struct Shared {
+  RowState<float> row;
+  float beta, entropy_coef, threshold;
+  bool entropy_mask;
+};
+
+__device__ Shared load_shared(const GRPOLossArgs& a, const Options& o, const Segment& s, double& factor) {
+  Shared shared{{1.0f, 0.0f, 1.0f, 1.0f, 0.0f, 1.0f, 1.0f}, read_number<float>(a.numbers[kKLCoef]), 0.0f, 0.0f, false};
+  if (given(a, kTokenEntropy)) shared.entropy_coef = read_number<float>(a.numbers[kEntropyCoef]);
+  shared.entropy_mask = a.numbers[kEntropyThreshold].data != nullptr;
+  if (shared.entropy_mask) shared.threshold = read_number<float>(a.numbers[kEntropyThreshold]);
+  factor = 1.0;
+  if (o.needs_row_sums() && s.row >= 0) {
+    double sums[kRowSums];
+#pragma unroll
+    for (int j = 0; j < kRowSums; ++j) sums[j] = row_sum(a, s, j);
+    shared.row = row_state(o, sums);
+    factor = row_factor(o.reduction, sums[kRowTokens]);
+  }
+  return shared;
+}
+
+// Everything about one token: its outputs are written, and what it is counted for is added.
+__device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& o, const Shared& shared, const Token& t, int64_t output, Partial& p) {
+  const RowState<float>& row = shared.row;
+  const Gap<float> log_ratio = gap(t.log_prob, t.old);
+  const float ratio = o.sequence_ratio ? row.ratio : fast_exp(log_ratio.value);
+  float correction = 1.0f;
+  if (given(a, kSamplerLogProbs)) {
+    correction = o.corrects_sequences() ? row.sampler_weight : sampler_weight(o, fast_exp(evidence(t.old, t.sampler)));
+  }
+  const bool kept = t.live && (!shared.entropy_mask || t.entropy >= shared.threshold);
+  const PolicyWeight<float> weight =
+      policy_weight(o, row.off_policy, kept ? 1.0f : 0.0f, t.advantage, t.weight, correction);
+  const Term<float> policy = policy_term(o.surrogate, o, row, t.advantage, weight.weight, t.log_prob, ratio);
+  Term<float> kl{0.0f, 0.0f, 0.0f};
+  if (o.estimator != kNoKL) kl = kl_term(o.estimator, o, t.ref, t.log_prob, ratio);
+  const Term<float> term = o.estimator == kNoKL ? policy : token_term(policy, kl, shared.beta);
+  const float upstream = given(a, kUpstream) ? t.upstream : row.factor;
+  const bool bonus = kept && shared.entropy_coef != 0.0f;
+  if (a.grad_log_probs != nullptr) {
+    const float gradient = token_gradient(term, upstream, !o.sequence_ratio, log_ratio.slope);
+    static_cast<float*>(a.grad_log_probs)[output] = t.live ? gradient : 0.0f;
+  }
+  if (a.grad_entropy != nullptr) {
+    const float gradient = o.reduction == kNoReduction ? (bonus ? -shared.entropy_coef * upstream : 0.0f) : (kept ? 1.0f : 0.0f);
+    static_cast<float*>(a.grad_entropy)[output] = gradient;
+  }
+  if (a.loss != nullptr && o.reduction == kNoReduction) {
+    const float loss = term.value - (bonus ? shared.entropy_coef * t.entropy : 0.0f);
+    static_cast<float*>(a.loss)[output] = t.live ? loss : 0.0f;
+  }
+  if (!t.live) return;
+  p.sums[kThrough] += double(upstream * term.through);
+  if (a.metrics == nullptr) return;
+  const TokenFlags<float> flags = token_flags(o, term.value, t.advantage, ratio);
+  p.counts[kTokens] += 1.0f;
+  p.sums[kTokenLoss] += double(term.value);
+  p.counts[kNonfinite] += flags.nonfinite;
+  p.sums[kPolicyLoss] += double(policy.value);
+  p.sums[kKL] += double(kl.value);
+  p.sums[kEntropy] += double(t.entropy);
+  p.sums[kLogRatio] += double(log_ratio.value);
+  p.sums[kRatio] += double(ratio);
+  p.sums[kRatioSquared] += double(ratio) * double(ratio);
+  p.counts[kClipLow] += flags.clip_low;
+  p.counts[kClipHigh] += flags.clip_high;
+  p.counts[kCapped] += flags.capped;
+  p.counts[kOffPolicyDropped] += weight.dropped;
+  p.counts[kHighEntropy] += kept ? 1.0f : 0.0f;
+  p.sums[kEntropyBonus] += kept ? double(t.entropy) : 0.0;
+  p.counts[kZeroAdvantage] += flags.zero_advantage;
+  if (o.surrogate == kVESPO) p.sums[kVESPOWeight] += double(t.advantage >= 0.0f ? row.phi_pos : row.phi_neg);
+  take_extremes(ratio, p.minima[0], p.maxima[0]);
+  if (!given(a, kSamplerLogProbs)) return;
+  const SamplerGap<float> sampler = sampler_gap(t.old, t.sampler);
+  p.sums[kSamplerWeight] += double(correction);
+  p.sums[kSamplerWeightSquared] += double(correction) * double(correction);
+  p.counts[kSamplerScored] += sampler.scored;
+  p.sums[kSamplerGap] += double(sampler.scored * sampler.size);
+  take_extremes(correction, p.minima[kSamplerWeightMin - kRatioMin], p.maxima[kSamplerWeightMax - kRatioMax]);
+  float unused = 0.0f;
+  if (sampler.scored != 0.0f) take_extremes(sampler.size, unused, p.maxima[kSamplerGapMax - kRatioMax]);
+}
+
+// One block owns a segment of 1024 tokens, four a thread, loaded one ahead of the arithmetic. It writes their outputs and one record of
+// 32 sums, which the last blocks to finish merge in a fixed order: no second launch, no floating-point atomics. A row's statistics come
+// from the launch before, if the options need any. Bytes a token: 4 an input, 1 the mask, 4 an output.
+__global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, const Options o) {
+  const bool exists = blockIdx.x < count_segments(a.layout);
+  const Segment s = exists ? segment_at(a.layout, blockIdx.x) : Segment{-1, 0, 0, 0, 0};
+  double factor;
+  const Shared shared = load_shared(a, o, s, factor);
+  const int64_t output = exists ? output_offset(a.layout, s) : 0;
+  Partial p = empty_partial();
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < s.count; i += kThreads) {
+    add_token(a, o, shared, load_token(a, s, i), output + i, p);
+  }
+  if (a.metrics == nullptr && !o.sequence_ratio) return;
+  p.sums[kTokenLoss] *= factor;
+  const double value = block_record(warp_record(p));
+  if (exists && threadIdx.x < kWarp) segment_record(a, blockIdx.x)[threadIdx.x] = value;
+  if (a.metrics == nullptr) return;
+  if (s.row >= 0 && value > 0.0) {
+    uint32_t* counters = row_counters(a, s.row);
+    if (threadIdx.x == kTokens) atomicAdd(counters, uint32_t(value));
+    if (threadIdx.x == kClipLow) atomicAdd(counters + 1, uint32_t(value));
+    if (threadIdx.x == kClipHigh) atomicAdd(counters + 2, uint32_t(value));
+  }
+  finish(a, o);
+}
+
+// At sequence level: adds to every gradient of a segment what its row's tokens send through the row's log-ratio. Bytes a token: 16 and
+// the mask.
+__global__ void __launch_bounds__(kThreads) share_kernel(const GRPOLossArgs a) {
+  const Segment s = segment_at(a.layout, blockIdx.x);
+  if (s.row < 0) return;
+  const double through = sum_over_segments(s, [&](int64_t segment) { return segment_record(a, segment)[kThrough]; });
+  const float shared = shared_gradient<float>(through, row_sum(a, s, kRowTokens));
+  float* grad = static_cast<float*>(a.grad_log_probs) + output_offset(a.layout, s);
+  for (int64_t i = threadIdx.x; i < s.count; i += kThreads) {
+    const bool live = is_live(a, s, i);
+    const float log_prob = load(a, kLogProbs, s, i, 0.0f);
+    const float old = load(a, kOldLogProbs, s, i, log_prob);
+    if (live && gap(log_prob, old).slope != 0.0f) grad[i] += shared;
+  }
+}
+
+}  // namespace
+}  // namespace loss_kernels
+}  // namespace GK_ISA
+
+int grpo_loss_cuda(const GRPOLossArgs& a, void* stream) {
+  using namespace GK_ISA;
+  using namespace GK_ISA::loss_kernels;
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const Options o = make_options<float>(a);
+  const int64_t segments = count_segments(a.layout);
+  const unsigned blocks = unsigned(segments < 1 ? 1 : segments);
+  if (o.needs_row_sums() && segments > 0) row_sums_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
+  loss_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
+  if (o.sequence_ratio && a.grad_log_probs != nullptr && segments > 0) share_kernel<<<blocks, kThreads, 0, queue>>>(a);
+  return launch_status();
+}
+
+}  // namespace grpo_kernels

@@ -1,0 +1,303 @@
+// The maths of the GRPO loss for one token and one row, in T = float or double, for the CPU and CUDA kernels alike.
+//
+// Everything is written as selections without branches on data, so that a loop over tokens vectorises; the options are uniform. Optional
+// bounds that are absent are infinite. Derivatives are by the token's log-prob: `direct`, plus `through` the log-ratio of the token or, at
+// sequence level, of its row. Infinities must not meet zeros: a clipped or weightless token has derivative 0 even if its ratio is infinite.
+#pragma once
+
+#include "common/math.h"
+#include "grpo_loss/grpo_loss.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+namespace loss_kernels {
+
+using namespace loss;
+
+constexpr double kLogWeightMin = -18.420680743952367;  // log 1e-8: bounds of the log-weights of "vespo"
+constexpr double kLogWeightMax = 20.0;
+constexpr double kGapLimit = 1e4;
+
+template <typename T>
+GK_HOST_DEVICE T infinity() {
+  return T(bits_to_float(0x7f800000u));
+}
+
+GK_HOST_DEVICE float magnitude(float x) { return ::fabsf(x); }
+GK_HOST_DEVICE double magnitude(double x) { return ::fabs(x); }
+
+template <typename T>
+GK_HOST_DEVICE bool is_infinite(T x) {
+  return magnitude(x) == infinity<T>();
+}
+
+// NaN stays NaN.
+template <typename T>
+GK_HOST_DEVICE T clamp(T x, T low, T high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+// a - b, and its derivative by a: equal infinities have no gap. (A flag in a structure would keep GCC from vectorising.)
+template <typename T>
+struct Gap {
+  T value;
+  T slope;  // 0 or 1
+};
+
+template <typename T>
+GK_HOST_DEVICE Gap<T> gap(T a, T b) {
+  const bool stuck = (a == b) & is_infinite(a);
+  return {stuck ? T(0) : a - b, stuck ? T(0) : T(1)};
+}
+
+// weight * x, where zero wins over infinity: a factor that meets zero is bounded first. (Selecting the product instead tempts GCC into
+// branches, and the loop does not vectorise.)
+template <typename T>
+GK_HOST_DEVICE T times(T weight, T x) {
+  const T bounded_weight = x == T(0) ? clamp(weight, T(-1), T(1)) : weight;
+  const T bounded_x = weight == T(0) ? clamp(x, T(-1), T(1)) : x;
+  return bounded_weight * bounded_x;
+}
+
+// a - b of stored log-probs, bounded; one that is missing (NaN) is no evidence of a gap.
+template <typename T>
+GK_HOST_DEVICE T evidence(T a, T b) {
+  const T value = gap(a, b).value;
+  return value != value ? T(0) : clamp(value, T(-kGapLimit), T(kGapLimit));
+}
+
+template <typename T>
+struct LossOptions {
+  int surrogate, reduction, estimator, correction;
+  bool sequence_ratio, straight_through, importance_weighted, off_policy_mask;
+  T ratio_low, ratio_high, delta, dual_clip, kl_log_ratio_clamp, kl_value_clamp;
+  T sampler_floor, sampler_cap, log_sampler_floor, log_sampler_cap, off_policy_threshold;
+  T tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg;
+
+  GK_HOST_DEVICE bool corrects_tokens() const { return correction == kTokenTruncate || correction == kTokenMask; }
+  GK_HOST_DEVICE bool corrects_sequences() const { return correction == kSequenceTruncate || correction == kSequenceMask; }
+  GK_HOST_DEVICE bool truncates() const { return correction == kTokenTruncate || correction == kSequenceTruncate; }
+  GK_HOST_DEVICE bool masks() const { return correction == kTokenMask || correction == kSequenceMask; }
+
+  // Whether a token's loss or gradient needs statistics of its row.
+  GK_HOST_DEVICE bool needs_row_sums() const {
+    return sequence_ratio || reduction == kSequenceMeanTokenMean || off_policy_mask || surrogate == kVESPO || corrects_sequences();
+  }
+};
+
+template <typename T>
+inline LossOptions<T> make_options(const GRPOLossArgs& a) {
+  const int* option = a.options;
+  const auto given = [&](int i) { return (option[kPresent] >> i & 1) != 0; };
+  const auto number = [&](int i) { return T(a.parameters[i]); };
+  const auto lower = [&](int i) { return given(i) ? number(i) : -infinity<T>(); };
+  const auto upper = [&](int i) { return given(i) ? number(i) : infinity<T>(); };
+  LossOptions<T> o{};
+  o.surrogate = option[kSurrogate];
+  o.reduction = option[kReduction];
+  o.estimator = a.tensors[kRefLogProbs].data == nullptr ? int(kNoKL) : option[kKLEstimator];
+  o.correction = a.tensors[kSamplerLogProbs].data == nullptr ? int(kNoCorrection) : option[kSamplerCorrection];
+  o.sequence_ratio = option[kRatioLevel] == kSequenceLevel;
+  o.straight_through = option[kKLStraightThrough] != 0;
+  o.importance_weighted = option[kKLImportanceWeighted] != 0;
+  o.off_policy_mask = given(kOffPolicyThreshold);
+  o.ratio_low = lower(kRatioLow);
+  o.ratio_high = upper(kRatioHigh);
+  o.delta = upper(kDelta);
+  o.dual_clip = upper(kDualClip);
+  o.kl_log_ratio_clamp = upper(kKLLogRatioClamp);
+  o.kl_value_clamp = upper(kKLValueClamp);
+  o.sampler_floor = lower(kSamplerFloor);
+  o.sampler_cap = upper(kSamplerCap);
+  o.log_sampler_floor = given(kSamplerFloor) ? T(::log(a.parameters[kSamplerFloor])) : -infinity<T>();
+  o.log_sampler_cap = given(kSamplerCap) ? T(::log(a.parameters[kSamplerCap])) : infinity<T>();
+  o.off_policy_threshold = number(kOffPolicyThreshold);
+  o.tau_pos = number(kSAPOTauPos);
+  o.tau_neg = number(kSAPOTauNeg);
+  o.k_pos = number(kVESPOKPos);
+  o.lambda_pos = number(kVESPOLambdaPos);
+  o.k_neg = number(kVESPOKNeg);
+  o.lambda_neg = number(kVESPOLambdaNeg);
+  return o;
+}
+
+// --- the sampler's mismatch ---------------------------------------------------------------------------------------------------------
+
+// The weight that corrects it, from the plain weight exp(old - sampler).
+template <typename T>
+GK_HOST_DEVICE T sampler_weight(const LossOptions<T>& o, T raw) {
+  const bool outside = (raw < o.sampler_floor) | (raw > o.sampler_cap);
+  return o.truncates() ? clamp(raw, o.sampler_floor, o.sampler_cap) : (o.masks() & outside ? T(0) : raw);
+}
+
+// Its logarithm, bounded for "vespo", from a token's gap.
+template <typename T>
+GK_HOST_DEVICE T log_sampler_weight(const LossOptions<T>& o, T gap) {
+  const T raw = fast_exp(gap);
+  const bool outside = (raw < o.sampler_floor) | (raw > o.sampler_cap);
+  const T log_weight = o.truncates() ? clamp(gap, o.log_sampler_floor, o.log_sampler_cap)
+                                     : (o.masks() & outside ? -infinity<T>() : gap);
+  return clamp(log_weight, T(kLogWeightMin), T(kLogWeightMax));
+}
+
+// --- a row --------------------------------------------------------------------------------------------------------------------------
+
+// What every token of a row shares.
+template <typename T>
+struct RowState {
+  T factor;              // of the reduction
+  T log_ratio, ratio;    // sequence level
+  T sampler_weight;      // sequence modes
+  T off_policy;          // 1 if the off-policy mask drops what has a negative advantage, else 0
+  T phi_pos, phi_neg;    // "vespo": by the sign of the advantage
+};
+
+template <typename T>
+GK_HOST_DEVICE T vespo_phi(T log_weight, T k, T lambda) {
+  const T phi = fast_exp(lambda + k * log_weight - lambda * fast_exp(log_weight));
+  return phi - phi == T(0) ? phi : T(0);
+}
+
+GK_HOST_DEVICE double at_least_one(double count) { return count > 1.0 ? count : 1.0; }
+
+// The weight of a row's tokens in the sum that the loss is.
+GK_HOST_DEVICE double row_factor(int reduction, double tokens) {
+  return reduction == kSequenceMeanTokenMean ? 1.0 / at_least_one(tokens) : 1.0;
+}
+
+template <typename T>
+GK_HOST_DEVICE RowState<T> row_state(const LossOptions<T>& o, const double* sums) {
+  const double tokens = at_least_one(sums[kRowTokens]);
+  RowState<T> row;
+  row.factor = T(row_factor(o.reduction, tokens));
+  row.log_ratio = T(sums[kRowLogRatio] / tokens);
+  row.ratio = fast_exp(row.log_ratio);
+  row.sampler_weight = sampler_weight(o, fast_exp(T(sums[kRowSamplerGap])));
+  const bool on_policy = T(sums[kRowOffPolicy] / tokens) <= o.off_policy_threshold;
+  row.off_policy = o.off_policy_mask & !on_policy ? T(1) : T(0);
+  const T log_weight = clamp(T(sums[kRowVESPO]), T(kLogWeightMin), T(kLogWeightMax));
+  row.phi_pos = vespo_phi(log_weight, o.k_pos, o.lambda_pos);
+  row.phi_neg = vespo_phi(log_weight, o.k_neg, o.lambda_neg);
+  return row;
+}
+
+// --- a token ------------------------------------------------------------------------------------------------------------------------
+
+// The factors of the policy term that have no derivative, without and with the advantage.
+template <typename T>
+struct PolicyWeight {
+  T weight;
+  T dropped;  // 1 if the off-policy mask does so, else 0
+};
+
+template <typename T>
+GK_HOST_DEVICE PolicyWeight<T> policy_weight(const LossOptions<T>& o, T off_policy, T kept, T advantage, T weight, T correction) {
+  const bool dropped = (off_policy != T(0)) & !(advantage >= T(0));
+  weight = dropped | (kept == T(0)) ? T(0) : weight;
+  weight = o.correction != kNoCorrection && o.surrogate != kVESPO ? times(weight, correction) : weight;
+  return {times(advantage, weight), dropped ? T(1) : T(0)};
+}
+
+template <typename T>
+struct Term {
+  T value, direct, through;
+};
+
+template <typename T>
+GK_HOST_DEVICE Term<T> ppo_clip(const LossOptions<T>& o, T advantage, T weight, T ratio) {
+  const bool capped = ratio > o.delta;
+  const T unclipped = capped ? o.delta : ratio;
+  const T bounded = clamp(ratio, o.ratio_low, o.ratio_high);
+  const bool take_unclipped = unclipped * advantage <= bounded * advantage;
+  const T taken = take_unclipped ? unclipped : bounded;
+  const bool too_high = (advantage < T(0)) & (taken > o.dual_clip);
+  const bool outside = (ratio < o.ratio_low) | (ratio > o.ratio_high);
+  const bool held = too_high | (take_unclipped & capped) | (!take_unclipped & outside);
+  return {-times(weight, too_high ? o.dual_clip : taken), T(0), held ? T(0) : -times(weight, ratio)};
+}
+
+// The soft gate 4 / tau * sigmoid(z), z = tau (r - 1). Its slope by log r is 4 e / (1 + e)^2 * r with e = exp(-|z|).
+template <typename T>
+GK_HOST_DEVICE Term<T> sapo(const LossOptions<T>& o, T advantage, T weight, T ratio) {
+  const T tau = advantage > T(0) ? o.tau_pos : o.tau_neg;
+  const T z = tau * (ratio - T(1));
+  const T e = fast_exp(-magnitude(z));
+  const T sum = T(1) + e;
+  const T gate = (z < T(0) ? e : T(1)) / sum;
+  const T slope = is_infinite(ratio) ? T(0) : T(4) * (e / (sum * sum)) * ratio;
+  return {-times(weight, T(4) * gate / tau), T(0), -times(weight, slope)};
+}
+
+// A policy gradient with a detached coefficient.
+template <typename T>
+GK_HOST_DEVICE Term<T> score_term(T coefficient, T log_prob) {
+  return {-times(coefficient, log_prob), -coefficient, T(0)};
+}
+
+template <typename T>
+GK_HOST_DEVICE Term<T> policy_term(int surrogate, const LossOptions<T>& o, const RowState<T>& row, T advantage, T weight, T log_prob,
+                                   T ratio) {
+  switch (surrogate) {
+    case kPPOClip:
+      return ppo_clip(o, advantage, weight, ratio);
+    case kSAPO:
+      return sapo(o, advantage, weight, ratio);
+    case kCISPO:
+      return score_term(times(weight, clamp(ratio, o.ratio_low, o.ratio_high)), log_prob);
+    case kVESPO:
+      return score_term(times(weight, advantage >= T(0) ? row.phi_pos : row.phi_neg), log_prob);
+    default:
+      return score_term(weight, log_prob);
+  }
+}
+
+// The estimate of the KL to the reference policy.
+template <typename T>
+GK_HOST_DEVICE Term<T> kl_term(int estimator, const LossOptions<T>& o, T ref, T log_prob, T ratio) {
+  const Gap<T> g = gap(ref, log_prob);
+  const T limit = o.kl_log_ratio_clamp, x = clamp(g.value, -limit, limit);
+  T value = T(0), slope = T(0);
+  if (estimator == kK1) {
+    value = -x;
+    slope = T(1);
+  } else if (estimator == kK2) {
+    value = T(0.5) * x * x;
+    slope = -x;
+  } else if (estimator == kK3) {
+    slope = -fast_expm1(x, value);
+  } else if (estimator == kAbsolute) {
+    value = magnitude(x);
+    slope = x > T(0) ? T(-1) : (x < T(0) ? T(1) : -x);
+  }
+  const bool outside = (g.value < -limit) | (g.value > limit) | (value < -o.kl_value_clamp) | (value > o.kl_value_clamp);
+  value = clamp(value, -o.kl_value_clamp, o.kl_value_clamp);
+  slope = outside ? T(0) : slope;
+  slope = o.straight_through ? (is_infinite(g.value) ? T(0) : -g.value) : slope;
+  slope = g.slope == T(0) ? T(0) : slope;
+  if (!o.importance_weighted) return {value, slope, T(0)};
+  return {value * ratio, ratio * slope, value * ratio};
+}
+
+// policy + beta * kl; a coefficient of 0 takes the KL out, whatever it is.
+template <typename T>
+GK_HOST_DEVICE Term<T> token_term(const Term<T>& policy, const Term<T>& kl, T beta) {
+  const bool without = beta == T(0);
+  return {policy.value + (without ? T(0) : beta * kl.value), policy.direct + (without ? T(0) : beta * kl.direct),
+          policy.through + (without ? T(0) : beta * kl.through)};
+}
+
+// d loss / d log_prob of a token; `slope` is that of its log-ratio, 0 or 1. At sequence level the row's part follows later:
+// shared_gradient of what all its tokens send through their log-ratio.
+template <typename T>
+GK_HOST_DEVICE T token_gradient(const Term<T>& term, T upstream, bool token_level, T slope) {
+  return upstream * (term.direct + (token_level & (slope != T(0)) ? term.through : T(0)));
+}
+
+template <typename T>
+GK_HOST_DEVICE T shared_gradient(double through, double tokens) {
+  return T(through / at_least_one(tokens));
+}
+
+}  // namespace loss_kernels
+}  // namespace GK_ISA
+}  // namespace grpo_kernels
