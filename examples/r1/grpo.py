@@ -1,0 +1,137 @@
+"""Group-relative policy optimisation with rule-based rewards."""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from examples.r1 import rewards
+from examples.r1.log_probs import sequence_log_probs
+from examples.r1.model import CharTransformer
+from examples.r1.rollout import Rollout, Sequences, python_rng, roll_out, torch_rng
+from examples.r1.settings import Settings
+from examples.r1.stage import Record, Stage
+from examples.r1.tasks import Problem, Task
+from grpo_kernels import GRPOLossConfig, GRPOLossOutput, group_advantages, grpo_loss, informative_groups
+
+_LOGGED = ("kl", "entropy", "ratio_max", "clip_fraction")
+
+
+class LossInputs(NamedTuple):
+    """All that the loss of some rows needs beside the policy's logits."""
+
+    sequences: Sequences
+    old_log_probs: Tensor  # [B, C] float32
+    ref_log_probs: Tensor  # [B, C] float32
+    advantages: Tensor  # [B] float32
+
+    def groups(self, start: int, end: int) -> LossInputs:
+        """Groups start to end, whole."""
+        size = len(self.advantages) // len(self.sequences.prompts)
+        rows = slice(start * size, end * size)
+        sequences = self.sequences.groups(start, end)
+        return LossInputs(sequences, self.old_log_probs[rows], self.ref_log_probs[rows], self.advantages[rows])
+
+
+class GRPOStage(Stage):
+    """Samples a group of completions per prompt, scores them by rule and reinforces what beats its group's mean."""
+
+    name = "grpo"
+
+    def __init__(self, model: CharTransformer, task: Task, held_out: list[Problem], settings: Settings) -> None:
+        super().__init__(model, task, held_out, settings, settings.grpo_learning_rate)
+        self.loss_config = GRPOLossConfig.preset(
+            "grpo", clip_low=settings.clip, clip_high=settings.clip, kl_coef=settings.kl_coef
+        )
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.reward_weights = torch.tensor(rewards.WEIGHTS, device=self.device)
+
+    @property
+    def steps(self) -> int:
+        return self.task.grpo_steps if self.settings.grpo_steps is None else self.settings.grpo_steps
+
+    def frozen_models(self) -> dict[str, CharTransformer]:
+        return {"reference": self.reference}
+
+    def step(self, index: int) -> Record:
+        start = perf_counter()
+        rollout = self.sample(index)
+        sampled = perf_counter()
+        inputs = self.loss_inputs(rollout, index)
+        record = self.update(inputs, index)
+        done = perf_counter()
+        informative = informative_groups(rollout.totals(), group_size=self.settings.group_size)
+        return {
+            "reward": float(rollout.totals().mean()),
+            **rollout.means(),
+            **record,
+            "informative": float(informative.float().mean()),
+            "tokens": float(rollout.generated_tokens),
+            "sample_seconds": sampled - start,
+            "train_seconds": done - sampled,
+        }
+
+    def sample(self, index: int) -> Rollout:
+        """The scored samples of step `index`, from the policy as it is now."""
+        source = (self.settings.seed, self.task.name, self.name, index)
+        problems = list(islice(self.task.training(python_rng(*source), self.excluded_prompts), self.settings.prompts))
+        return roll_out(
+            self.model,
+            self.task,
+            problems,
+            group_size=self.settings.group_size,
+            temperature=self.settings.temperature,
+            generator=torch_rng(self.device, *source),
+        )
+
+    def loss_inputs(self, rollout: Rollout, index: int) -> LossInputs:
+        """Advantages, and the log-probabilities under the policy that sampled and under the reference."""
+        scores = rollout.rewards
+        if self.settings.shuffle_rewards:
+            scores = shuffle_in_groups(scores, self.settings.group_size, index)
+        advantages = group_advantages(
+            scores.to(self.device), group_size=self.settings.group_size, reward_weights=self.reward_weights
+        ).advantages
+        with torch.no_grad():
+            old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature).log_probs
+            ref = sequence_log_probs(self.reference, rollout.sequences, self.settings.temperature).log_probs
+        return LossInputs(rollout.sequences, old, ref, advantages)
+
+    def update(self, inputs: LossInputs, index: int) -> Record:
+        """The rollout's optimiser steps; metrics are those of the last one, where the ratios are furthest from 1."""
+        prompts = len(inputs.sequences.prompts)
+        size = -(-prompts // self.settings.updates_per_rollout)
+        record: Record = {}
+        for start in range(0, prompts, size):
+            part = inputs.groups(start, start + size)
+            policy = sequence_log_probs(self.model, part.sequences, self.settings.temperature, outputs=("entropy",))
+            output = self.loss(policy.log_probs, policy.entropy, part)
+            norm = self.descend(output.loss, index)
+            metrics = output.metrics.to_dict()
+            record = {name: metrics[name] for name in _LOGGED}
+            record |= {"loss": float(output.loss.detach()), "grad_norm": norm}
+        return record
+
+    def loss(self, log_probs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> GRPOLossOutput:
+        return grpo_loss(
+            log_probs,
+            inputs.old_log_probs,
+            inputs.advantages,
+            inputs.sequences.mask,
+            self.loss_config,
+            ref_log_probs=inputs.ref_log_probs,
+            entropy=None if entropy is None else entropy.detach(),  # for the metrics: the loss has no entropy bonus
+        )
+
+
+def shuffle_in_groups(scores: Tensor, group_size: int, index: int) -> Tensor:
+    """The same rewards [B, R] with the rows of every group in random order."""
+    generator = torch_rng(scores.device, "shuffle", index)
+    groups = scores.view(-1, group_size, scores.shape[1])
+    order = torch.rand(groups.shape[:2], generator=generator).argsort(dim=1)
+    return groups.gather(1, order.unsqueeze(-1).expand_as(groups)).reshape(scores.shape)

@@ -1,0 +1,159 @@
+"""A small decoder-only transformer with a key-value cache, in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from examples.r1 import vocabulary
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model. `max_length` bounds prompt plus completion."""
+
+    max_length: int
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    vocabulary_size: int = vocabulary.SIZE
+
+
+class KVCache:
+    """Keys and values of the tokens so far, [layers, B, heads, T, width / heads], written in place: for sampling."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
+        self.keys = keys
+        self.values = values
+        self.length = length
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, like: Tensor) -> KVCache:
+        shape = (config.layers, batch, config.heads, config.max_length, config.width // config.heads)
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores a layer's new keys and values; returns those of all tokens so far."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def repeat(self, times: int) -> KVCache:
+        """The cache of every sequence `times` over: one prefill serves a whole group of samples."""
+        return KVCache(
+            self.keys.repeat_interleave(times, dim=1), self.values.repeat_interleave(times, dim=1), self.length
+        )
+
+
+class SharedPrefix:
+    """Keys and values of prompts, read once for all completions of a group: for training, where nothing is in place."""
+
+    def __init__(self, group_size: int) -> None:
+        self.group_size = group_size
+        self.length = 0
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Records the prompts' keys and values in the first pass; puts them before the completions' in the second."""
+        if self.length == 0:
+            self._layers.append((keys, values))
+            return keys, values
+        prefix_keys, prefix_values = self._layers[layer]
+        return (
+            torch.cat((prefix_keys.repeat_interleave(self.group_size, dim=0), keys), dim=2),
+            torch.cat((prefix_values.repeat_interleave(self.group_size, dim=0), values), dim=2),
+        )
+
+
+Cache = KVCache | SharedPrefix
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, layer: int, cache: Cache) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        k, v = cache.append(layer, k, v)
+        mixed = _attend(q, k, v)
+        output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return output
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width, bias=False),
+            nn.ReLU(),
+            nn.Linear(4 * config.width, config.width, bias=False),
+        )
+
+    def forward(self, x: Tensor, layer: int, cache: Cache) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layer, cache)
+        output: Tensor = x + self.mlp(self.mlp_norm(x))
+        return output
+
+
+class CharTransformer(nn.Module):
+    """Character-level language model. Padding on the left is a token like any other; the model learns to ignore it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self.apply(_initialise)
+
+    def forward(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Final hidden states [B, T, width] of tokens [B, T] that continue what the cache holds."""
+        positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, cache)
+        cache.length += tokens.shape[1]
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def completion_logits(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Logits [N * G, C, V] of completions [N * G, C] to prompts [N, P]; column t predicts completion token t."""
+        group_size = len(completions) // len(prompts)
+        prefix = SharedPrefix(group_size)
+        first = self(prompts, prefix)[:, -1:].repeat_interleave(group_size, dim=0)
+        rest = self(completions[:, :-1], prefix)
+        logits: Tensor = self.head(torch.cat((first, rest), dim=1))
+        return logits
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention [B, heads, Q, width / heads] of the last Q of K tokens to what came before them and to themselves."""
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == 1:  # sampling: two small products beat the fused kernel here
+        return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5 if isinstance(module, nn.Linear) else 0.05)

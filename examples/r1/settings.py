@@ -1,0 +1,43 @@
+"""Options of a run, with their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TASK_NAMES = ("digit_sorting", "spell_backward")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on. None for a number of steps means the task's own."""
+
+    output: Path = Path("outputs/r1")
+    tasks: tuple[str, ...] = TASK_NAMES
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 2
+    resume: bool = False
+    save_every: int = 50  # steps; 0 = only at the end of a stage
+
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+
+    sft_steps: int | None = None
+    sft_batch: int = 64
+    sft_learning_rate: float = 2e-3
+
+    grpo_steps: int | None = None
+    prompts: int = 32  # per step
+    group_size: int = 8  # samples per prompt
+    updates_per_rollout: int = 2  # optimiser steps on one rollout; from the second on the ratio differs from 1
+    grpo_learning_rate: float = 4e-4  # 1e-3 diverges
+    clip: float = 0.2  # the ratio counts up to 1 - clip and 1 + clip
+    kl_coef: float = 0.01
+    temperature: float = 1.0
+    max_grad_norm: float = 1.0
+    shuffle_rewards: bool = False  # the control: rewards change places inside their group, so they carry no signal
+
+    evaluate_every: int = 25  # steps
+    evaluation_prompts: int = 256

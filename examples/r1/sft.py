@@ -1,0 +1,50 @@
+"""Cold start: supervised fine-tuning on a few noisy demonstrations."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+
+from examples.r1 import vocabulary
+from examples.r1.log_probs import sequence_log_probs
+from examples.r1.model import CharTransformer
+from examples.r1.rollout import Sequences, encode_prompts, make_sequences, python_rng
+from examples.r1.settings import Settings
+from examples.r1.stage import Record, Stage
+from examples.r1.tasks import Problem, Task
+
+
+class SFTStage(Stage):
+    """Maximises the log-probability of the demonstrations' completions."""
+
+    name = "sft"
+
+    def __init__(self, model: CharTransformer, task: Task, held_out: list[Problem], settings: Settings) -> None:
+        super().__init__(model, task, held_out, settings, settings.sft_learning_rate)
+        self.data = self._demonstrations()
+
+    @property
+    def steps(self) -> int:
+        return self.task.sft_steps if self.settings.sft_steps is None else self.settings.sft_steps
+
+    def step(self, index: int) -> Record:
+        rng = python_rng(self.settings.seed, self.task.name, self.name, index)
+        rows = torch.tensor(rng.choices(range(len(self.data.prompts)), k=self.settings.sft_batch), device=self.device)
+        batch = Sequences(*(tensor[rows] for tensor in self.data))
+        log_probs = sequence_log_probs(self.model, batch).log_probs
+        loss = -log_probs.sum() / batch.mask.sum()
+        norm = self.descend(loss, index)
+        return {"loss": float(loss.detach()), "grad_norm": norm}
+
+    def _demonstrations(self) -> Sequences:
+        rng = python_rng(self.settings.seed, self.task.name, "demonstrations")
+        problems = list(islice(self.task.training(rng, self.excluded_prompts), self.task.cold_examples))
+        completions = [
+            vocabulary.pad_right(
+                [*vocabulary.encode(self.task.demonstrate(problem, rng)), vocabulary.END], self.task.completion_length
+            )
+            for problem in problems
+        ]
+        prompts = encode_prompts(self.task, problems, self.device)
+        return make_sequences(prompts, torch.tensor(completions, device=self.device))
