@@ -1,0 +1,127 @@
+"""The device a test runs on, and what a CPU does in place of CUDA's graphs, streams and synchronisation checks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_kernels import _dispatch, _extension
+from python_tests import samples
+from python_tests.samples import Call, tensors
+
+_NO_CPU = pytest.mark.skipif(bool(_extension.cpu_problem()), reason=f"native CPU kernels: {_extension.cpu_problem()}")
+DEVICES = [pytest.param("cpu", marks=_NO_CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
+CUDA = DEVICES[1:]
+CALLS = [
+    pytest.param(call, id=f"{op}-{call.name}") for op, module in samples.modules().items() for call in module.CALLS
+]
+
+
+def kernel_backends(op: str, device: str) -> list[str]:
+    """The backends that have kernels for this device, best first."""
+    return [name for name in _dispatch.candidates(op, device) if name != "reference"]
+
+
+def inputs_of(call: Call, device: str, change: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
+    """Fresh inputs, leaves where the call is differentiable; `change` maps the floating ones."""
+    inputs = list(call.make(device))
+    for index, value in enumerate(inputs):
+        if isinstance(value, Tensor):
+            changed = change(value) if change is not None and value.is_floating_point() else value
+            inputs[index] = changed.detach().clone()
+    for index in call.differentiable:
+        inputs[index].requires_grad_()
+    return inputs
+
+
+def run(call: Call, inputs: Sequence[Any]) -> list[Tensor]:
+    """Outputs, then the gradients of a fixed weighting of the differentiable ones."""
+    outputs = tensors(call.function(*inputs))
+    used = [output for output in outputs if output.requires_grad]
+    leaves = [inputs[index] for index in call.differentiable]
+    gradients: Sequence[Tensor] = []
+    if used and leaves:
+        weights = [
+            torch.linspace(0.5, 1.5, o.numel(), device=o.device, dtype=torch.float32).view(o.shape).to(o.dtype)
+            for o in used
+        ]
+        gradients = torch.autograd.grad(used, leaves, weights)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], **tolerance: float) -> None:
+    """Equal to rounding, NaN to NaN, wherever they lie."""
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), equal_nan=True, **tolerance)
+
+
+def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert_same(actual, expected, rtol=0, atol=0)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def no_synchronization(device: str) -> Iterator[None]:
+    """In the block, whatever waits for the device raises."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(device: str, work: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """`work` as a CUDA graph: calling the result replays it and gives the same tensors, written anew."""
+    if device != "cuda":
+        return work
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()  # compiles, loads modules, creates handles: none of it may happen in a capture
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        torch.cuda.synchronize()
+        return results
+
+    return replay
+
+
+def late_inputs(device: str, inputs: Sequence[Any], work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """`work` on a stream of its own, on which the floating inputs get their values late: a kernel on any other stream
+    would read NaN.
+    """
+    if device != "cuda":
+        return work()
+    floating = [t.detach() for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+    values = [t.clone() for t in floating]
+    for t in floating:
+        t.fill_(float("nan"))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for t, value in zip(floating, values, strict=True):
+            t.copy_(value)
+        results = work()
+    stream.synchronize()
+    return results

@@ -1,0 +1,122 @@
+"""What every public function keeps on a GPU: right kernels, right values, capture, streams, no synchronisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import grpo_kernels
+from grpo_kernels import _dispatch
+from grpo_kernels.testing import poisoned_allocations
+from python_tests.gpu.devices import (
+    CALLS,
+    CUDA,
+    DEVICES,
+    assert_identical,
+    assert_same,
+    captured,
+    inputs_of,
+    kernel_backends,
+    late_inputs,
+    no_synchronization,
+    run,
+)
+from python_tests.samples import Call, tensors
+
+ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("op", sorted(_dispatch.public_ops()))
+def test_the_promised_backend_is_available(op: str, device: str) -> None:
+    """A build without CUDA kernels would make every other test here pass through the reference."""
+    best = kernel_backends(op, device)[0]
+    index = torch.cuda.current_device() if device == "cuda" else -1
+    assert _dispatch.problem(op, best, device, index, torch.float32) == ""
+    assert _dispatch.resolve(op, torch.empty(1, device=device)) == best
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_kernels_agree_with_the_reference_on_the_cpu(call: Call, device: str) -> None:
+    with grpo_kernels.backend("reference"):
+        expected = run(call, inputs_of(call, "cpu"))
+    actual = run(call, inputs_of(call, device))
+    assert all(tensor.device.type == device for tensor in actual)
+    assert [(t.shape, t.dtype) for t in actual] == [(t.shape, t.dtype) for t in expected]
+    assert_same(actual, expected)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_the_reference_runs_on_the_device(call: Call, device: str) -> None:
+    with grpo_kernels.backend("reference"):
+        assert_same(run(call, inputs_of(call, device)), run(call, inputs_of(call, "cpu")))
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_every_output_is_written_and_deterministic(call: Call, device: str) -> None:
+    first = run(call, inputs_of(call, device))
+    with poisoned_allocations():
+        poisoned = run(call, inputs_of(call, device))
+    assert_identical(poisoned, first)
+    assert_identical(run(call, inputs_of(call, device)), first)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_waits_for_the_device(call: Call, device: str) -> None:
+    expected = run(call, inputs_of(call, device))  # the first call compiles and loads
+    inputs = inputs_of(call, device)
+    with no_synchronization(device):
+        actual = run(call, inputs)
+    assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize("device", CUDA)
+def test_the_check_for_synchronisation_works(device: str) -> None:
+    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronization(device):
+        torch.ones(1, device=device).item()
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_cuda_graph_replays_with_new_values(call: Call, device: str) -> None:
+    inputs = inputs_of(call, device)
+    replay = captured(device, lambda: run(call, inputs))
+    assert_identical(replay(), run(call, inputs_of(call, device)))
+
+    def halve(value: torch.Tensor) -> torch.Tensor:
+        return value * 0.5
+
+    changed = inputs_of(call, device, halve)
+    with torch.no_grad():
+        for static, new in zip(inputs, changed, strict=True):
+            if isinstance(static, torch.Tensor):
+                static.copy_(new)
+    assert_identical(replay(), run(call, changed))
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_work_goes_to_the_current_stream(call: Call, device: str) -> None:
+    expected = run(call, inputs_of(call, device))
+    inputs = inputs_of(call, device)
+    assert_identical(late_inputs(device, inputs, lambda: run(call, inputs)), expected)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_compiles_without_a_graph_break(call: Call, device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager", dynamic=True)
+    wrapped = Call(call.name, compiled, call.make, call.differentiable)
+    assert_same(run(wrapped, inputs_of(call, device)), run(call, inputs_of(call, device)))
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("call", CALLS)
+def test_metrics_and_results_stay_on_the_device(call: Call, device: str) -> None:
+    for tensor in tensors(call.function(*inputs_of(call, device))):
+        assert tensor.device.type == device

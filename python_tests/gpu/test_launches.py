@@ -1,0 +1,59 @@
+"""How many kernels a call launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import grpo_kernels
+
+pytestmark = pytest.mark.gpu
+
+
+def launches(work: Callable[[], Any]) -> list[str]:
+    """Names of the kernels that `work` puts on the device, without copies and fills."""
+    work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        work()
+        torch.cuda.synchronize()
+    names = [event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+
+
+def test_the_count_sees_kernels() -> None:
+    x = torch.randn(1024, device="cuda")
+    assert len(launches(lambda: x + 1)) == 1
+
+
+def test_group_advantages_of_equal_groups_is_one_launch() -> None:
+    rewards = torch.randn(4096, device="cuda")
+    assert len(launches(lambda: grpo_kernels.group_advantages(rewards, group_size=8))) == 1
+
+
+@pytest.mark.parametrize(("preset", "most"), [("dapo", 1), ("cispo", 1), ("bnpo", 1), ("gspo", 3), ("grpo", 3)])
+def test_grpo_loss(preset: str, most: int) -> None:
+    log_probs = -torch.rand(64, 4096, device="cuda")
+    old, advantages = log_probs - 0.01, torch.randn(64, device="cuda")
+    mask = torch.rand(64, 4096, device="cuda") > 0.2
+    leaf = log_probs.clone().requires_grad_()
+    config = grpo_kernels.GRPOLossConfig.preset(preset)
+    names = launches(lambda: grpo_kernels.grpo_loss(leaf, old, advantages, mask, config))
+    assert len(names) <= most, names
+
+
+@pytest.mark.parametrize("outputs", [(), ("entropy", "sum_squared_probs", "top1_ids")], ids=["log_probs", "everything"])
+def test_token_log_probs_is_one_launch_each_way(outputs: tuple[str, ...]) -> None:
+    logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(32000, (64,), device="cuda")
+    upstream = torch.ones(64, device="cuda")
+    forward = launches(lambda: grpo_kernels.token_log_probs(logits, ids, outputs=outputs))
+    assert len(forward) == 1, forward
+    both = launches(
+        lambda: torch.autograd.grad(grpo_kernels.token_log_probs(logits, ids, outputs=outputs)[0], logits, upstream)
+    )
+    assert len([name for name in both if "fill" not in name.lower()]) == 2, both
