@@ -59,7 +59,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], **tolerance: floa
 def test_kernel_is_as_accurate_as_float32_allows(variant: str, reduction: str, native_cpu: None) -> None:
     config = config_of(variant, reduction)
     results: dict[str, list[list[Tensor]]] = {"native": [], "expected": [], "eager": []}
-    for seed in range(6):
+    for seed in range(4):
         inputs, options = batch(variant, seed=seed), {}
         if seed % 2:
             inputs, cu_seqlens = pack(inputs)
@@ -117,6 +117,9 @@ def test_edge_rules_are_the_same_in_kernel_and_definition(variant: str, native_c
             expected = run(inputs, config)
         with grpo_kernels.backend("native"):
             actual = run(inputs, config)
+        for part in (1, 2):  # where a gradient overflows, autograd may subtract infinities that the kernel never forms
+            assert torch.equal(actual[part].isfinite(), expected[part].isfinite())
+            actual[part], expected[part] = (values[part].nan_to_num(0, 0, 0) for values in (actual, expected))
         assert_equal(actual, expected, rtol=1e-12, atol=1e-14)
 
 

@@ -118,7 +118,8 @@ def _evidence(a: Tensor, b: Tensor) -> Tensor:
 
 def _times(weight: Tensor, value: Tensor) -> Tensor:
     """weight * value, where zero wins over infinity."""
-    return torch.where((weight == 0) & value.isinf() | weight.isinf() & (value == 0), 0, weight * value)
+    zero = (weight == 0) & value.isinf() | weight.isinf() & (value == 0)
+    return torch.where(zero, 0, weight.masked_fill(zero, 0) * value)
 
 
 def _policy_term(
