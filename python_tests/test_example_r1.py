@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,11 +16,12 @@ import torch
 from rich.console import Console
 
 import grpo_kernels
-from examples.r1 import demo, loss_step, rewards, vocabulary
+from examples.r1 import check, demo, loss_step, rewards, vocabulary
 from examples.r1.__main__ import parse_arguments
+from examples.r1.checkpoint import CheckpointMismatch, Progress
 from examples.r1.grpo import GRPOStage, LossInputs, shuffle_in_groups
 from examples.r1.model import CharTransformer, ModelConfig
-from examples.r1.pipeline import build_model
+from examples.r1.pipeline import TaskResult, build_model
 from examples.r1.rollout import encode_prompts, generate, make_sequences, roll_out, torch_rng
 from examples.r1.settings import Settings
 from examples.r1.sft import SFTStage
@@ -54,7 +55,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _check(stage: GRPOStage, inputs: LossInputs) -> Checked:
+def _check_gradient(stage: GRPOStage, inputs: LossInputs) -> Checked:
     """The loss of samples from before an update, under the policy after it: the ratios differ from 1."""
     with torch.no_grad():
         logits = stage.model.completion_logits(inputs.sequences.prompts, inputs.sequences.completions)
@@ -91,7 +92,7 @@ def trained() -> Trained:
         samples = stage.loss_inputs(stage.sample(index), index) if index in (0, 20, 39) else None
         records.append(stage.step(index))
         if samples is not None:
-            checked.append(_check(stage, samples))
+            checked.append(_check_gradient(stage, samples))
     return Trained(records, checked)
 
 
@@ -112,11 +113,11 @@ def test_the_first_update_of_a_rollout_is_on_policy_and_the_second_is_not(traine
     assert all(record["ratio_max"] > 1.001 for record in trained.records)
 
 
-@pytest.mark.parametrize("check", [0, 1, 2])
-def test_gradients_on_the_trained_model_equal_the_definition_in_float64(trained: Trained, check: int) -> None:
-    result = trained.checked[check]
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_gradients_on_the_trained_model_equal_the_definition_in_float64(trained: Trained, moment: int) -> None:
+    result = trained.checked[moment]
     assert result.largest_ratio > 1.001
-    if check > 0:
+    if moment > 0:
         assert result.top_probability > 0.9  # peaked: what random logits do not test
     assert float(result.expected[1].abs().max()) > 0.0
     loss_step.assert_close(result.actual, result.expected, result.eager)
@@ -310,7 +311,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, monkeypatch
         patch.setattr(GRPOStage, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             demo.run(settings, console)
-    with pytest.raises(ValueError, match=r"was made with kl_coef = 0.01 \(now 0.5\)"):
+    with pytest.raises(CheckpointMismatch, match=r"was made with kl_coef = 0.01 \(now 0.5\)"):
         demo.run(replace(settings, resume=True, kl_coef=0.5), console)
     (resumed,) = demo.run(replace(settings, resume=True), console)
     assert resumed.progress.evaluations == whole.progress.evaluations
@@ -343,6 +344,35 @@ def test_a_run_reports_what_it_measured(tmp_path: Path) -> None:
     assert roll_out(result.model, TASKS["digit_sorting"](), held_out).means()["accuracy"] == pytest.approx(
         summary["stages"]["grpo"]["after"]["accuracy"]
     )
+
+
+def _result(task: str, before: float, after: float) -> TaskResult:
+    """A result whose greedy and sampled accuracy went from `before` to `after` in the GRPO stage."""
+    evaluations = [{"step": float(i), "accuracy": a, "sampled_accuracy": a} for i, a in enumerate((before, after))]
+    progress = Progress("grpo", 1, {"grpo": []}, {"grpo": evaluations})
+    return TaskResult(task, 0, progress, loss_step.LossStepComparison(1, 1, 1, 1.0, 1.0, 1, 1), _small_model())
+
+
+@pytest.mark.parametrize(
+    ("judge", "task", "before", "after", "holds"),
+    [
+        (check.judge, "digit_sorting", 0.7, 0.9, True),
+        (check.judge, "digit_sorting", 0.2, 0.89, False),
+        (check.judge, "spell_backward", 0.25, 0.46, True),
+        (check.judge, "spell_backward", 0.8, 0.99, False),
+        (check.judge_control, "digit_sorting", 0.4, 0.44, True),
+        (check.judge_control, "digit_sorting", 0.4, 0.46, False),
+    ],
+)
+def test_check_fails_where_it_should(
+    judge: Callable[[TaskResult, str, check.Verdicts], None], task: str, before: float, after: float, holds: bool
+) -> None:
+    verdicts = check.Verdicts()
+    judge(_result(task, before, after), "seed 0", verdicts)
+    assert verdicts.failed is not holds
+    console = Console(record=True, width=120, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    verdicts.print(console)
+    assert f"{before:.3f} -> {after:.3f}" in console.export_text()
 
 
 def test_command_line() -> None:

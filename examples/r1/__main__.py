@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from examples.r1.checkpoint import CheckpointMismatch
 from examples.r1.demo import run
 from examples.r1.settings import TASK_NAMES, Settings
 
@@ -48,7 +49,7 @@ def main() -> int:
     console = Console()
     try:
         run(parse_arguments(), console)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (CheckpointMismatch, ModuleNotFoundError) as error:
         console.print(f"examples.r1: {error}", style="red", highlight=False)
         return 2
     return 0

@@ -36,6 +36,10 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+class CheckpointMismatch(ValueError):
+    """A run cannot go on from a checkpoint that other settings made."""
+
+
 class CheckpointFolder:
     """The latest checkpoint of one task. `state.json` names the tensor file that it belongs to and is replaced last."""
 
@@ -60,7 +64,7 @@ class CheckpointFolder:
         self._state_file.unlink(missing_ok=True)
 
     def load(self, settings: Settings) -> Progress | None:
-        """The saved progress, or None if there is none. Raises ValueError when other settings made it."""
+        """The saved progress, or None if there is none. Raises CheckpointMismatch when other settings made it."""
         if not self._state_file.exists():
             return None
         state = json.loads(self._state_file.read_text(encoding="utf-8"))
@@ -68,7 +72,7 @@ class CheckpointFolder:
         changed = sorted(name for name in wanted if wanted[name] != found.get(name))
         if changed:
             changes = ", ".join(f"{name} = {found.get(name)} (now {wanted[name]})" for name in changed)
-            raise ValueError(f"the checkpoint in {self.folder} was made with {changes}")
+            raise CheckpointMismatch(f"the checkpoint in {self.folder} was made with {changes}")
         return Progress(**state["progress"])
 
     def restore(self, stage: Stage) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from examples.r1.grpo import GRPOStage, LossInputs
 from grpo_kernels import token_log_probs
 
-LossStep = Callable[[Tensor, LossInputs], tuple[Tensor, Tensor]]
-"""Logits [B, C, V] and the rest -> loss and d loss / d logits."""
+LossStep = Callable[[GRPOStage, Tensor, LossInputs], tuple[Tensor, Tensor]]
+"""Settings, logits [B, C, V] and the rest -> loss and d loss / d logits."""
 
 
 class LossStepComparison(NamedTuple):
@@ -118,7 +118,7 @@ def _leaf(logits: Tensor) -> Tensor:
     return logits.clone().requires_grad_()
 
 
-def _seconds(step: Any, stage: GRPOStage, logits: Tensor, inputs: LossInputs) -> float:
+def _seconds(step: LossStep, stage: GRPOStage, logits: Tensor, inputs: LossInputs) -> float:
     leaf = _leaf(logits)
     if logits.is_cuda:
         torch.cuda.synchronize()
@@ -129,7 +129,7 @@ def _seconds(step: Any, stage: GRPOStage, logits: Tensor, inputs: LossInputs) ->
     return perf_counter() - start
 
 
-def _peak_bytes(step: Any, stage: GRPOStage, logits: Tensor, inputs: LossInputs) -> int:
+def _peak_bytes(step: LossStep, stage: GRPOStage, logits: Tensor, inputs: LossInputs) -> int:
     leaf = _leaf(logits)
     if logits.is_cuda:
         torch.cuda.synchronize()

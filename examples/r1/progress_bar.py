@@ -34,7 +34,7 @@ def _line_printer(console: Console, label: str, total: int) -> Report:
     interval = max(1, total // 8)
 
     def report(done: int, status: str) -> None:
-        if done % interval == 0 or done == total:
+        if done == total or (done > 0 and done % interval == 0):
             console.print(f"{label} {done}/{total}  {status}", highlight=False, soft_wrap=True)
 
     return report

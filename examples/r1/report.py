@@ -98,11 +98,12 @@ def save_curves(path: Path, results: Sequence[TaskResult]) -> None:
         rewards.set(title=f"{result.task}: samples of each GRPO step", xlabel="GRPO step")
         rewards.legend(fontsize=8)
         start = 0.0
-        for stage, evaluations in result.progress.evaluations.items():
+        for colour, (stage, evaluations) in enumerate(result.progress.evaluations.items()):
             steps = [start + evaluation["step"] for evaluation in evaluations]
             for name, style in (("accuracy", "-o"), ("sampled_accuracy", "--")):
                 values = [evaluation[name] for evaluation in evaluations]
-                accuracy.plot(steps, values, style, markersize=3, label=f"{name.replace('_', ' ')}, {stage}")
+                label = f"{stage}: {name.replace('_', ' ')}"
+                accuracy.plot(steps, values, style, color=f"C{colour}", markersize=3, label=label)
             start = steps[-1]
         accuracy.set(title=f"{result.task}: held-out prompts", xlabel="step", ylim=(-0.03, 1.03))
         accuracy.legend(fontsize=8)
