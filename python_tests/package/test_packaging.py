@@ -180,3 +180,13 @@ def test_cuda_architectures(sources: Path, tmp_path: Path, environment: dict[str
     assert found
     if tuple(map(int, found.group(1).split(".")[:2])) >= (12, 8):
         assert found.group(2) == archs
+
+
+AARCH64 = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(AARCH64 is None, reason="aarch64-linux-gnu-g++ is not installed")
+def test_cpu_sources_compile_for_aarch64(tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Icsrc"]
+    for source in [*ROOT.glob("csrc/*/cpu.cpp"), ROOT / "csrc/common/cpu_isa.cpp"]:
+        command(AARCH64, *flags, "-DGK_ISA=isa_baseline", "-c", source, "-o", tmp_path / "object.o", cwd=ROOT)
