@@ -17,6 +17,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds, no memory figures, no file")
     parser.add_argument("--seconds", type=float, help="time for each case (default 5)")
+    parser.add_argument("--deadline", type=float, help="seconds after which no further case is begun")
     parser.add_argument("--output", type=Path, help="the file of results, instead of bench/results/<machine>.json")
     return parser.parse_args()
 
@@ -37,6 +38,8 @@ def main() -> int:
     effort = run.QUICK if arguments.quick else run.FULL
     if arguments.seconds:
         effort = dataclasses.replace(effort, seconds=arguments.seconds)
+    if arguments.deadline:
+        effort = dataclasses.replace(effort, deadline=arguments.deadline)
     results = run.run(device, effort, arguments.op, arguments.quick, lambda text: print(text, file=sys.stderr))
     report.show(results)
     path = arguments.output

@@ -13,9 +13,9 @@ _COLUMNS = ("provider", "median", "min", "vs eager", "GB/s", "of copy", "extra m
 def save(results: dict[str, Any], path: Path) -> None:
     """Writes JSON with one row of the tables a line: short, and readable in a diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [f' "{key}": {json.dumps(results[key])}' for key in ("machine", "seconds", "skipped")]
     cases = ",\n".join(_case_text(record) for record in results["cases"])
-    machine = json.dumps(results["machine"])
-    path.write_text(f'{{\n "machine": {machine},\n "seconds": {results["seconds"]},\n "cases": [\n{cases}\n ]\n}}\n')
+    path.write_text("{\n" + ",\n".join([*parts, f' "cases": [\n{cases}\n ]']) + "\n}\n")
 
 
 def _case_text(record: dict[str, Any]) -> str:
@@ -78,6 +78,7 @@ def summary(results: dict[str, Any]) -> str:
     pairs = [(record, target) for record in results["cases"] for target in record["targets"]]
     judged = [(record, target) for record, target in pairs if target["met"] is not None]
     short = [f"  {record['op']}, {record['case']}:{_verdict(target)}" for record, target in judged if not target["met"]]
+    short += [f"  {name}: skipped, no time left" for name in results["skipped"]]
     return "\n".join([f"{len(judged) - len(short)} of {len(judged)} targets met; {results['seconds']} s", *short])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ class Effort:
     minimum_rounds: int = 5
     maximum_rounds: int = 60
     memory: bool = True
+    deadline: float = math.inf  # seconds after the start: what has not begun by then is left out
 
 
 FULL = Effort()
@@ -89,14 +92,14 @@ def measure(case: Case, device: str, effort: Effort) -> dict[str, Any]:
     return {"op": case.op, "case": case.name, "rows": rows}
 
 
-def add_memory(records: list[dict[str, Any]], device: str) -> None:
-    """Peak bytes above the inputs, for the cases that ask for it."""
+def add_memory(records: list[dict[str, Any]], device: str, late: Callable[[], bool] = lambda: False) -> None:
+    """Peak bytes above the inputs, for the cases that ask for it, until it is late."""
     chosen = {(case.op, case.name): case for case in cases(device) if case.memory}
     jobs: dict[tuple[str, str], list[str]] = {}
     for record in records:
         case = chosen.get((record["op"], record["case"]))
         for provider, row in record["rows"].items():
-            if case is None or "seconds" not in row:
+            if case is None or "seconds" not in row or row["kind"] == "part" or late():
                 continue
             if device == "cuda":
                 torch._dynamo.reset()
@@ -104,6 +107,8 @@ def add_memory(records: list[dict[str, Any]], device: str) -> None:
             else:
                 jobs.setdefault((record["op"], provider), []).append(record["case"])
     for (op, provider), names in jobs.items():
+        if late():
+            break
         peaks = memory.peaks_in_new_process(op, provider, names, "full")
         for record in records:
             if record["op"] == op and record["case"] in peaks:
@@ -159,16 +164,21 @@ def run(device: str, effort: Effort, ops: list[str] | None, quick: bool, progres
     bandwidth = machine.copy_bandwidth(device)
     chosen = [case for case in cases(device) if (ops is None or case.op in ops) and (case.quick or not quick)]
     records = []
+    skipped = []
     for index, case in enumerate(chosen):
+        if time.time() - begin > effort.deadline:
+            skipped.append(f"{case.op}: {case.name}")
+            continue
         progress(f"[{index + 1}/{len(chosen)}] {case.op}: {case.name}")
         records.append(measure(case, device, effort))
     if effort.memory:
         progress("peak memory")
-        add_memory(records, device)
+        add_memory(records, device, lambda: time.time() - begin > effort.deadline)
     bandwidth = max(bandwidth, machine.copy_bandwidth(device))
     finish(records, device, bandwidth)
     return {
         "machine": {**description, "copy_gigabytes_per_second": _rounded(bandwidth * 1e-9)},
         "seconds": round(time.time() - begin),
+        "skipped": skipped,
         "cases": records,
     }

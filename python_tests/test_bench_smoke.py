@@ -70,7 +70,7 @@ def test_results_are_derived_judged_and_saved(monkeypatch, tmp_path, capsys) -> 
         "pages": "recycled",
     }
     info["copy_gigabytes_per_second"] = 1.0
-    results = {"machine": info, "seconds": 1, "cases": [record]}
+    results = {"machine": info, "seconds": 1, "skipped": [], "cases": [record]}
     path = tmp_path / "new" / "results.json"
     report.save(results, path)
     assert json.loads(path.read_text()) == results
