@@ -55,12 +55,16 @@ def grpo_loss(
     batch = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     again, per_token = upstream is not None, options[2] == _NONE
     with_grad = again or not per_token
-    absent = log_probs.new_empty(0)
+    need_log_probs_grad = need_log_probs_grad and with_grad
+    need_entropy_grad = need_entropy_grad and with_grad and entropy is not None
 
-    loss = absent if again else log_probs.new_empty(shape if per_token else ())
-    grad_log_probs = log_probs.new_empty(shape) if with_grad and need_log_probs_grad else absent
-    grad_entropy = log_probs.new_empty(shape) if with_grad and need_entropy_grad and entropy is not None else absent
-    scale = absent if per_token else log_probs.new_empty(2)
+    def output(wanted: bool, *size: int) -> Tensor:  # outputs must not share memory, not even empty ones
+        return log_probs.new_empty(size if wanted else (0,))
+
+    loss = output(not again, *(shape if per_token else ()))
+    grad_log_probs = output(need_log_probs_grad, *shape)
+    grad_entropy = output(need_entropy_grad, *shape)
+    scale = output(not per_token, 2)
     metrics = log_probs.new_empty(0 if again else _METRICS, dtype=torch.float32)
 
     native = extension()
@@ -101,8 +105,8 @@ def grpo_loss(
         workspace.data_ptr(),
         pointer(counters),
         pointer(None if again else loss),
-        grad_log_probs.data_ptr() if with_grad and need_log_probs_grad else 0,
-        grad_entropy.data_ptr() if with_grad and need_entropy_grad and entropy is not None else 0,
+        grad_log_probs.data_ptr() if need_log_probs_grad else 0,
+        grad_entropy.data_ptr() if need_entropy_grad else 0,
         pointer(None if per_token else scale),
         pointer(None if again else metrics),
         *execution(log_probs),
