@@ -12,7 +12,8 @@
 #   GK_DRY_RUN  1: run the stages on the CPU, to try this script where there is no GPU; it proves nothing about CUDA
 #   OUT         where results and the log go; bench/results by default (without the log, which goes to build/)
 #
-# The last lines say which stages passed. The exit status is 0 only if every stage that was asked for passed.
+# The last lines say which stages passed. The exit status is 0 only if none that was asked for failed; a stage
+# whose tool is not there is skipped, and says so.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -23,6 +24,7 @@ RESULTS=${OUT:-bench/results}
 SITE=$PWD/build/gpu-check/site
 NEEDED=(pytest pytest_timeout hypothesis pybind11 cmake ninja)
 OPTIONAL=(pytest_benchmark rich)
+SKIPPED=77 # status of a stage whose tool this machine does not have
 
 mkdir -p "$RESULTS" build/gpu-check || exit 2
 LOG=${OUT:+$OUT/gpu_check.log}
@@ -123,7 +125,7 @@ benchmarks() {
 
 sanitize() {
   local tool
-  tool=$(command -v compute-sanitizer) || { echo "compute-sanitizer was not found on PATH"; return 3; }
+  tool=$(command -v compute-sanitizer) || { echo "compute-sanitizer was not found on PATH"; return "$SKIPPED"; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --report-api-errors no --error-exitcode 7 --print-limit 20 \
     "$PYTHON" -m python_tests.gpu.small --device $device
 }
@@ -184,6 +186,10 @@ run_stage() {
     [ "$stage" = versions ] && tail -n +"$((from + 1))" "$LOG" | sed 's/^/      /'
     return
   fi
+  if [ "$status" -eq "$SKIPPED" ]; then
+    verdict "$stage" SKIP "$took" "$(tail -n 1 "$LOG" | cut -c1-100)"
+    return
+  fi
   local why="exit status $status"
   [ "$took" -ge "$limit" ] && why="ran into its limit of $limit s"
   verdict "$stage" FAIL "$took" "$why; the end of its output:"
@@ -191,18 +197,22 @@ run_stage() {
 }
 
 summary=()
+passed=0
 failed=0
 verdict() {
   local line
   line=$(printf '%-4s  %-10s  %4d s  %s' "$2" "$1" "$3" "$4")
   echo "$line"
   summary+=("$line")
-  [ "$2" = PASS ] || failed=$((failed + 1))
+  case $2 in
+    PASS) passed=$((passed + 1)) ;;
+    FAIL) failed=$((failed + 1)) ;;
+  esac
 }
 
 for stage in "$@"; do run_stage "$stage"; done
 
 echo
-echo "gpu-check: $(($# - failed)) of $# stages passed in $SECONDS s; results in $RESULTS, log in $LOG"
+echo "gpu-check: $passed of $# stages passed, $failed failed, in $SECONDS s; results in $RESULTS, log in $LOG"
 printf '  %s\n' "${summary[@]}" | cut -c1-120
 [ "$failed" -eq 0 ]

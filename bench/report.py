@@ -42,7 +42,7 @@ def _bytes(row: dict[str, Any]) -> str:
 
 def _cells(provider: str, row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        provider,
+        f"{provider} ({row['backend']})" if "backend" in row else provider,
         _time(row.get("median_us")),
         _time(row["min_us"]) if "min_us" in row else "",
         f"{row['speedup']:.2f}x" if "speedup" in row else "",

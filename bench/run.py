@@ -14,6 +14,7 @@ import torch
 
 from bench import clock, machine, memory
 from bench.case import Case, Gate, Inputs, Provider, Row, copy_inputs
+from grpo_kernels import _dispatch
 
 MODULES = ("group_advantages", "token_log_probs", "grpo_loss")
 SEED = 20251122
@@ -78,8 +79,11 @@ def measure(case: Case, device: str, effort: Effort) -> dict[str, Any]:
     runners = [clock.runner(provider, sets, pristine, device, case.clock) for provider in timed]
     samples = clock.interleave(runners, effort.seconds, effort.minimum_rounds, effort.maximum_rounds)
     rows: dict[str, Row] = {}
+    backend = _dispatch.resolve(case.op, next(t for t in pristine.values() if t.is_floating_point()))
     for provider in case.providers:
         rows[provider.name] = {"kind": provider.kind}
+        if provider.kind == "ours":
+            rows[provider.name]["backend"] = backend
         if provider.name in problems:
             rows[provider.name]["accuracy"] = problems[provider.name]
     for runner, values in zip(runners, samples, strict=True):

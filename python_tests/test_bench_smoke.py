@@ -29,7 +29,7 @@ def _fake_case(wrong: float) -> Case:
         return (inputs["x"] + 1 + more,)
 
     return Case(
-        op="fake",
+        op="group_advantages",
         name="8",
         make=lambda device, size: {"x": run.torch.arange(8.0, device=device)},
         providers=(
