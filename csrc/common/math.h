@@ -1,5 +1,5 @@
-// Elementary functions that compilers can vectorise: no branches, no library call, no table. The float versions are good to two units
-// in the last place and keep NaN; the double versions call the C library.
+// Elementary functions that compilers can vectorise: no branches, no library call, no table. The float versions are good to
+// 1.5 units in the last place (exp_clamped below -20: 4.5) and keep NaN; the double versions call the C library.
 #pragma once
 
 #include <cmath>
@@ -44,13 +44,15 @@ GK_HOST_DEVICE float exact_multiply_add(float a, float b, float c) {
 GK_HOST_DEVICE double exact_multiply_add(double a, double b, double c) { return multiply_add(a, b, c); }
 
 // x = n ln 2 + r, |r| <= ln 2 / 2: e^r, and `biased` whose low bits hold n + 127. |x| <= 89.
+template <bool kExact>
 GK_HOST_DEVICE float exp_of_remainder(float x, uint32_t& biased) {
   const float magic = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to an integer
   const float shifted = multiply_add(x, 1.44269504f, magic);
   const float n = shifted - magic;
   biased = float_to_bits(shifted);
-#if GK_HAS_FMA
-  const float r = multiply_add(n, -0.69314718f, x);
+#if GK_HAS_FMA  // ln 2 rounded to float, and what that leaves out
+  const float coarse = multiply_add(n, -0.69314718f, x);
+  const float r = kExact ? multiply_add(n, 1.90465421e-9f, coarse) : coarse;
 #else
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; the first product is exact
 #endif
@@ -65,7 +67,7 @@ GK_HOST_DEVICE float exp_of_remainder(float x, uint32_t& biased) {
 // e^x for -88 <= x <= 1. Exactly 0 at -88, which is where callers clamp: a subnormal result is of no use to a softmax.
 GK_HOST_DEVICE float exp_clamped(float x) {
   uint32_t biased;
-  const float p = exp_of_remainder(x, biased);
+  const float p = exp_of_remainder<false>(x, biased);
   return p * bits_to_float(biased << 23);
 }
 GK_HOST_DEVICE double exp_clamped(double x) { return ::exp(x); }
@@ -73,7 +75,7 @@ GK_HOST_DEVICE double exp_clamped(double x) { return ::exp(x); }
 // e^x for any x: 0 below -87.33, infinity above 88.72.
 GK_HOST_DEVICE float fast_exp(float x) {
   uint32_t biased;
-  const float p = exp_of_remainder(x > 88.8f ? 88.8f : (x < -88.0f ? -88.0f : x), biased);
+  const float p = exp_of_remainder<true>(x > 88.8f ? 88.8f : (x < -88.0f ? -88.0f : x), biased);
   const uint32_t exponent = biased & 0x1ffu;  // n + 127, up to 255: 2^n in two factors
   const float low = bits_to_float((exponent - (exponent >> 1)) << 23);
   const float high = bits_to_float(((exponent >> 1) + 127u) << 23);
@@ -112,7 +114,8 @@ GK_HOST_DEVICE double fast_expm1(double x, double& excess) {
 GK_HOST_DEVICE float fast_tanh(float x) {
   const float a = x < 0.0f ? -x : x;
   const float square = x * x;
-  float p = multiply_add(-5.704986926e-3f, square, 2.063908716e-2f);  // |x| < 0.625: odd polynomial; above: by the exponential
+  // |x| < 0.625: an odd polynomial; above: by the exponential.
+  float p = multiply_add(-5.704986926e-3f, square, 2.063908716e-2f);
   p = multiply_add(p, square, -5.373971505e-2f);
   p = multiply_add(p, square, 1.333144220e-1f);
   p = multiply_add(p, square, -3.333328194e-1f);

@@ -1,5 +1,5 @@
-// Forward: each row is read once, in blocks of 2048 that are transformed into a buffer in the first-level cache; the maximum of a block
-// first, then its sums. Backward: each row is read once and its gradient written, over the logits if the caller wishes.
+// Forward: each row is read once, in blocks of 2048 that are transformed into a buffer in the first-level cache; the maximum
+// of a block first, then its sums. Backward: each row is read once and its gradient written, over the logits if wished.
 //
 // The sums run over the aligned buffer and never over the caller's memory, so neither addresses nor other rows decide their order.
 
@@ -74,26 +74,21 @@ A load_block(const T* x, int64_t count, const Transform<A>& transform, A* y) {
   return largest;
 }
 
-template <bool kUnit, bool kWeighted, bool kSquared, typename A>
-void add_strip(const A* y, A out, A max, RowSums& sums) {
-  A sum = 0, weighted = 0, squared = 0;
+template <bool kWeighted, bool kSquared, typename A>
+void add_strip(const A* y, A y_max, A out, RowSums& sums) {
+  A weighted = 0;
+  double sum = 0.0, squared = 0.0;
 #pragma omp simd reduction(+ : sum, weighted, squared) aligned(y : 64)
   for (int64_t i = 0; i < kStrip; ++i) {
-    const A u = clamp_exponent(kUnit ? y[i] - max : exact_multiply_add(y[i], out, -max));
+    const A u = clamp_exponent((y[i] - y_max) * out);
     const A e = exp_clamped(u);
-    sum += e;
+    sum += double(e);
     if (kWeighted) weighted = multiply_add(e, u, weighted);
-    if (kSquared) squared = multiply_add(e, e, squared);
+    if (kSquared) squared += double(e * e);
   }
-  sums.sum += double(sum);
+  sums.sum += sum;
   sums.weighted += double(weighted);
-  sums.squared += double(squared);
-}
-
-// Whether the costly exact product may be left out. Where it costs nothing, there is one loop instead of two.
-template <typename A>
-bool is_unit(const Transform<A>& transform) {
-  return GK_HAS_FMA == 0 && transform.out == A(1);
+  sums.squared += squared;
 }
 
 template <typename A>
@@ -104,80 +99,89 @@ int64_t first_equal(const A* y, int64_t count, A value) {
   return -1;
 }
 
-template <bool kCapped, bool kWeighted, bool kSquared, typename T>
-RowSums reduce_row(const T* x, int64_t vocab, const Transform<typename Arithmetic<T>::type>& transform, int64_t* top1) {
-  using A = typename Arithmetic<T>::type;
+template <typename A>
+struct RowResult {
+  RowSums sums;
+  A y_max, y_target;
+  int64_t top1;
+
+  bool finite() const { return is_finite(y_max) && is_finite(sums.sum); }
+};
+
+template <bool kCapped, bool kWeighted, bool kSquared, typename T, typename A>
+RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform) {
   alignas(64) A y[kBlock];
-  const bool unit = is_unit(transform);
-  RowSums sums = RowSums::make();
-  A y_max = -infinity<A>();
-  int64_t top = -1;
+  RowResult<A> row{{0.0, 0.0, 0.0}, -infinity<A>(), A(0), -1};
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t count = vocab - begin < kBlock ? vocab - begin : kBlock;
     const A largest = load_block<kCapped>(x + begin, count, transform, y);
-    if (largest > y_max) {
-      y_max = largest;
-      sums.raise_max(double(y_max * transform.out));
-      if (top1 != nullptr) top = begin + first_equal(y, count, largest);
+    if (largest > row.y_max) {
+      if (row.y_max > -infinity<A>()) row.sums.rebase((double(row.y_max) - double(largest)) * double(transform.out));
+      row.y_max = largest;
+      row.top1 = begin + first_equal(y, count, largest);
     }
-    const A max = y_max == -infinity<A>() ? A(0) : A(sums.max);  // -inf so far: every term must be 0, not NaN
+    const A reference = row.y_max == -infinity<A>() ? A(0) : row.y_max;  // only -inf so far: terms of 0, not NaN
     for (int64_t i = 0; i < count; i += kStrip) {
-      if (unit) {
-        add_strip<true, kWeighted, kSquared>(y + i, transform.out, max, sums);
-      } else {
-        add_strip<false, kWeighted, kSquared>(y + i, transform.out, max, sums);
-      }
+      add_strip<kWeighted, kSquared>(y + i, reference, transform.out, row.sums);
     }
   }
-  if (top1 != nullptr) *top1 = sums.finite() ? top : -1;
-  return sums;
+  return row;
 }
 
-template <bool kCapped, typename T>
-RowSums reduce_row(const T* x, int64_t vocab, const Transform<typename Arithmetic<T>::type>& transform, bool weighted,
-                   bool squared, int64_t* top1) {
-  if (weighted && squared) return reduce_row<kCapped, true, true>(x, vocab, transform, top1);
-  if (weighted) return reduce_row<kCapped, true, false>(x, vocab, transform, top1);
-  if (squared) return reduce_row<kCapped, false, true>(x, vocab, transform, top1);
-  return reduce_row<kCapped, false, false>(x, vocab, transform, top1);
+template <bool kCapped, typename T, typename A>
+RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform, bool weighted, bool squared) {
+  if (weighted && squared) return reduce_row<kCapped, true, true>(x, vocab, transform);
+  if (weighted) return reduce_row<kCapped, true, false>(x, vocab, transform);
+  if (squared) return reduce_row<kCapped, false, true>(x, vocab, transform);
+  return reduce_row<kCapped, false, false>(x, vocab, transform);
 }
 
 template <typename A>
-void store_row(const TokenLogProbsArgs& a, int64_t row, const RowSums& sums, double u_target) {
-  store<A>(a.log_probs, row, sums.log_prob(u_target));
+void store_row(const TokenLogProbsArgs& a, int64_t row, const RowResult<A>& result, A out) {
+  const RowSums& sums = result.sums;
+  store<A>(a.log_probs, row, sums.log_prob((double(result.y_target) - double(result.y_max)) * double(out)));
   store<A>(a.entropy, row, sums.entropy());
   store<A>(a.sum_squared_probs, row, sums.sum_squared_probs());
+  if (a.top1_ids != nullptr) a.top1_ids[row] = result.finite() ? result.top1 : -1;
   if (a.statistics == nullptr) return;
+  // The statistics hold max z rounded, and the sums relative to that.
+  const double top = double(result.y_max) * double(out);
+  RowSums rounded = sums;
+  rounded.rebase(top - double(A(top)));
   A* statistics = static_cast<A*>(a.statistics) + row;
-  statistics[kRowMax * a.layout.rows] = A(sums.max);
-  statistics[kRowSum * a.layout.rows] = A(sums.sum);
-  statistics[kRowTarget * a.layout.rows] = A(u_target + sums.max);
-  statistics[kRowWeighted * a.layout.rows] = A(sums.weighted);
+  statistics[kRowMax * a.layout.rows] = A(top);
+  statistics[kRowSum * a.layout.rows] = A(rounded.sum);
+  statistics[kRowTarget * a.layout.rows] = A(double(result.y_target) * double(out));
+  statistics[kRowWeighted * a.layout.rows] = A(rounded.weighted);
 }
 
 // Returns whether the row's token id lies inside the vocabulary; the row is NaN if it does not.
 template <bool kCapped, typename T>
 bool forward_row(const TokenLogProbsArgs& a, int64_t row) {
   using A = typename Arithmetic<T>::type;
-  int64_t* top1 = a.top1_ids == nullptr ? nullptr : a.top1_ids + row;
-  if (top1 != nullptr) *top1 = -1;
   if (!is_live(a.transform, row)) {
-    store_row<A>(a, row, {0.0, 1.0, 0.0, 0.0}, 0.0);
+    store_row<A>(a, row, {{1.0, 0.0, 0.0}, A(0), A(0), -1}, A(1));
     return true;
   }
   const int64_t id = token_id(a.transform, row);
   if (id >= a.layout.vocab) {
     const double nan = nan_of(double());
-    store_row<A>(a, row, {nan, nan, nan, nan}, nan);
+    store_row<A>(a, row, {{nan, nan, nan}, A(nan), A(nan), -1}, A(1));
     return false;
   }
   const T* x = static_cast<const T*>(a.logits) + row_offset(a.layout, row);
   const Transform<A> transform = row_transform<A>(a.transform, row);
-  const RowSums sums =
-      reduce_row<kCapped>(x, a.layout.vocab, transform, a.entropy != nullptr, a.sum_squared_probs != nullptr, top1);
-  const A y = transform.template apply<kCapped>(to_arithmetic(x[id]));
-  store_row<A>(a, row, sums, double(y) * double(transform.out) - sums.max);
+  RowResult<A> result =
+      reduce_row<kCapped>(x, a.layout.vocab, transform, a.entropy != nullptr, a.sum_squared_probs != nullptr);
+  result.y_target = transform.template apply<kCapped>(to_arithmetic(x[id]));
+  store_row<A>(a, row, result, transform.out);
   return true;
+}
+
+// Whether the backward may leave out the exact product. Where that costs nothing, there is one loop instead of two.
+template <typename A>
+bool is_unit(const Transform<A>& transform) {
+  return GK_HAS_FMA == 0 && transform.out == A(1);
 }
 
 template <bool kUnit, bool kCapped, typename T, typename A>

@@ -28,11 +28,12 @@ GK_HOST_DEVICE bool is_finite(A value) {
   return value - value == A(0);
 }
 
-// z = out * y, where y = +-x, or tanh(in * x) with a softcap; out >= 0, so the largest y gives the largest z. The factors are formed once
-// a row, in double precision. z itself is never rounded: u = out * y - max has an exact product, whatever the scale and temperature.
+// z = out * y, where y = +-x, or tanh(in * x) with a softcap; out > 0, so the largest y gives the largest z. The factors are
+// formed once a row, in double precision. z itself is never rounded: u = (y - max y) * out in the forward, and in the backward
+// u = out * y - max z with an exact product, whatever the scale and temperature.
 template <typename A>
 struct Transform {
-  A in, out;
+  A in, in_low, out;  // in_low: what `in` lost when it was rounded
 
   GK_HOST_DEVICE static Transform make(double logit_scale, double softcap, double temperature) {
     double in = softcap > 0.0 ? logit_scale / softcap : 1.0;
@@ -41,15 +42,14 @@ struct Transform {
       in = -in;
       out = -out;
     }
-    return {A(in), A(out)};
+    return {A(in), A(in - double(A(in))), A(out)};
   }
 
   template <bool kCapped>
   GK_HOST_DEVICE A apply(A x) const {
-    const A scaled = x * in;
-    if (!kCapped) return scaled;
-    const A t = fast_tanh(scaled);
-    return is_finite(scaled) ? t : scaled;
+    if (!kCapped) return x * in;
+    const A t = fast_tanh(multiply_add(x, in, x * in_low));
+    return is_finite(x) ? t : x * in;
   }
 
   // dz / dx = slope() * bend(y)
@@ -60,29 +60,22 @@ struct Transform {
   }
 };
 
-// Sums over the first part of a row, block by block, in double: a row has a hundred thousand terms. `max` has the arithmetic type's
-// precision, because the backward reads it back from the statistics.
+// Sums over the first part of a row, block by block, relative to the largest y so far. In double: a row has a hundred thousand
+// terms.
 struct RowSums {
-  double max, sum, weighted, squared;
+  double sum, weighted, squared;
 
-  GK_HOST_DEVICE static RowSums make() { return {-__builtin_inf(), 0.0, 0.0, 0.0}; }
-
-  // Rebases the sums on a new, larger maximum.
-  GK_HOST_DEVICE void raise_max(double larger) {
-    if (max > -__builtin_inf()) {
-      const double shift = max - larger;
-      const double factor = ::exp(shift);
-      weighted = (weighted + shift * sum) * factor;
-      sum *= factor;
-      squared *= factor * factor;
-    }
-    max = larger;
+  // The sums relative to a maximum that is higher by -shift.
+  GK_HOST_DEVICE void rebase(double shift) {
+    const double factor = ::exp(shift);
+    weighted = (weighted + shift * sum) * factor;
+    sum *= factor;
+    squared *= factor * factor;
   }
 
   GK_HOST_DEVICE double log_prob(double u_target) const { return u_target - ::log(sum); }
   GK_HOST_DEVICE double entropy() const { return ::log(sum) - weighted / sum; }
   GK_HOST_DEVICE double sum_squared_probs() const { return squared / sum / sum; }
-  GK_HOST_DEVICE bool finite() const { return is_finite(max) && is_finite(sum); }
 };
 
 // dz_j * slope = e^u_j (constant + linear u_j), and at_target at the target.

@@ -8,7 +8,7 @@
 
 namespace grpo_kernels {
 
-// Rows of logits with a dense last axis: row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride elements.
+// Rows of logits with a dense last axis: row r starts at element (r / inner) * outer_stride + (r % inner) * inner_stride.
 struct LogitRows {
   int64_t rows, vocab;
   int64_t inner, outer_stride, inner_stride;
