@@ -44,14 +44,14 @@ def _is_live(token_id, mask, row, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _factors(in_factor, out_factor, temperatures, row, TEMPERATURE: tl.constexpr):
-    """z = out * y, y = x * in or tanh(x * in), out >= 0. TEMPERATURE: 0 is in out_factor, 1 one value, 2 one a row."""
+def _factors(in_factor, in_low, out_factor, temperatures, row, TEMPERATURE: tl.constexpr):
+    """z = out * y, y = x * in or tanh(x * in), out > 0. TEMPERATURE: 0 is in out_factor, 1 one value, 2 one a row."""
     if TEMPERATURE == 1:
         out_factor = tl.div_rn(out_factor, tl.load(temperatures))
     if TEMPERATURE == 2:
         out_factor = tl.div_rn(out_factor, tl.load(temperatures + row))
     sign = tl.where(out_factor < 0.0, -1.0, 1.0)
-    return in_factor * sign, out_factor * sign
+    return in_factor * sign, in_low * sign, out_factor * sign
 
 
 @triton.jit
@@ -69,10 +69,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _transform(x, in_factor, CAPPED: tl.constexpr):
-    y = x.to(tl.float32) * in_factor
-    if CAPPED:
-        y = tl.where(tl.abs(y) < float("inf"), _tanh(y), y)  # infinities and NaN keep their meaning
+def _transform(x, in_factor, in_low, CAPPED: tl.constexpr):
+    x = x.to(tl.float32)
+    y = x * in_factor
+    if CAPPED:  # infinities and NaN keep their meaning; in_low is what in_factor lost when it was rounded
+        y = tl.where(tl.abs(x) < float("inf"), _tanh(x * in_low + y), y)
     return y
 
 
@@ -98,6 +99,7 @@ def forward_kernel(
     top1_ids,
     statistics,
     in_factor,
+    in_low,
     out_factor,
     rows,
     vocab,
@@ -123,7 +125,7 @@ def forward_kernel(
     live = _is_live(token_id, mask, row, HAS_MASK)
     inside = live & (token_id < vocab)
     count = tl.where(inside, vocab, 0)
-    in_factor, out = _factors(in_factor, out_factor, temperatures, row, TEMPERATURE)
+    in_factor, in_low, out = _factors(in_factor, in_low, out_factor, temperatures, row, TEMPERATURE)
     padding = tl.where(in_factor < 0.0, float("inf"), float("-inf"))  # probability zero after the transform
     row_pointer = logits + _row_start(row, inner, outer_stride, inner_stride)
 
@@ -132,7 +134,6 @@ def forward_kernel(
     lane = tl.arange(0, WIDTH)
     columns = slot[:, None] * WIDTH + lane[None, :]
     y_max = tl.full((SLOTS,), LOWEST, tl.float32)
-    top = tl.maximum(y_max * out, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     total = tl.zeros((SLOTS,), tl.float32)
     weighted = tl.zeros((SLOTS,), tl.float32)
     squared = tl.zeros((SLOTS,), tl.float32)
@@ -142,16 +143,14 @@ def forward_kernel(
     for start in range(0, count, BLOCK):
         x = following
         following = _load_block(row_pointer, start + BLOCK, columns, count, padding, BLOCK)
-        y = _transform(x, in_factor, CAPPED)
+        y = _transform(x, in_factor, in_low, CAPPED)
         largest = tl.maximum(y_max, tl.max(y, axis=1))
         if TOP1:
             first = tl.where(largest > y_max, start, first)
+        shift = tl.maximum((y_max - largest) * out, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
         y_max = largest
-        raised = tl.maximum(y_max * out, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        shift = tl.maximum(top - raised, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
-        top = raised
         factor = tl.exp2(shift * LOG2E)
-        u = tl.fma(y, out, -top[:, None])
+        u = (y - y_max[:, None]) * out
         if ENTROPY:
             u = tl.maximum(u, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
         e = tl.exp2(u * LOG2E)
@@ -162,17 +161,16 @@ def forward_kernel(
         total = total * factor + tl.sum(e, axis=1)
 
     row_y = tl.max(y_max, axis=0)
-    row_max = tl.maximum(row_y * out, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    shift = tl.maximum(top - row_max, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
+    shift = tl.maximum((y_max - row_y) * out, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
     factor = tl.exp2(shift * LOG2E)
     row_sum = tl.sum(total * factor, axis=0)
     row_weighted = tl.sum((weighted + shift * total) * factor, axis=0)
     row_squared = tl.sum(squared * factor * factor, axis=0)
 
     target_y = _transform(
-        tl.load(row_pointer + tl.where(inside, token_id, 0), mask=inside, other=0.0), in_factor, CAPPED
+        tl.load(row_pointer + tl.where(inside, token_id, 0), mask=inside, other=0.0), in_factor, in_low, CAPPED
     )
-    u_target = tl.fma(target_y, out, -row_max)
+    u_target = (target_y - row_y) * out
     sound = (row_sum > 0.0) & (row_sum < float("inf"))  # false for NaN, and for a row of nothing but -inf
     bad = live & (inside == 0) | live & (sound == 0)
     nan = float("nan")
@@ -184,17 +182,22 @@ def forward_kernel(
         squares = row_squared / row_sum / row_sum
         tl.store(sum_squared_probs + row, tl.where(live, tl.where(bad, nan, squares), 0.0))
     if STATISTICS:
+        # They hold max z rounded, and the sums relative to that.
+        row_max = row_y * out
+        lost = tl.fma(row_y, out, -row_max)
+        factor = tl.exp2(lost * LOG2E)
+        row_weighted = (row_weighted + lost * row_sum) * factor
         place = statistics + row
         tl.store(place, tl.where(live, tl.where(bad, nan, row_max), 0.0))
-        tl.store(place + tl.cast(rows, tl.int64), tl.where(live, tl.where(bad, nan, row_sum), 1.0))
-        tl.store(place + tl.cast(rows, tl.int64) * 2, tl.where(live, tl.where(bad, nan, u_target + row_max), 0.0))
+        tl.store(place + tl.cast(rows, tl.int64), tl.where(live, tl.where(bad, nan, row_sum * factor), 1.0))
+        tl.store(place + tl.cast(rows, tl.int64) * 2, tl.where(live, tl.where(bad, nan, target_y * out), 0.0))
         tl.store(place + tl.cast(rows, tl.int64) * 3, tl.where(live, tl.where(bad, nan, row_weighted), 0.0))
     if TOP1:
         # The slots that hold the maximum remember the block where they met it; the earliest of them holds the lowest id.
         found = tl.min(tl.where(y_max == row_y, first + slot * WIDTH, 2147483647), axis=0)
         known = live & (bad == 0)
         candidates = tl.load(row_pointer + found + lane, mask=known & (found + lane < vocab), other=padding)
-        best = found + tl.argmax(_transform(candidates, in_factor, CAPPED), axis=0, tie_break_left=True)
+        best = found + tl.argmax(_transform(candidates, in_factor, in_low, CAPPED), axis=0, tie_break_left=True)
         tl.store(top1_ids + row, tl.where(known, best, -1).to(tl.int64))
 
 
@@ -209,6 +212,7 @@ def backward_kernel(
     grad_entropy,
     grad_logits,
     in_factor,
+    in_low,
     out_factor,
     rows,
     vocab,
@@ -235,7 +239,7 @@ def backward_kernel(
     if ENTROPY:
         upstream_entropy = tl.load(grad_entropy + row)
     live = _is_live(token_id, mask, row, HAS_MASK) & ((upstream != 0.0) | (upstream_entropy != 0.0))
-    in_factor, out = _factors(in_factor, out_factor, temperatures, row, TEMPERATURE)
+    in_factor, in_low, out = _factors(in_factor, in_low, out_factor, temperatures, row, TEMPERATURE)
     padding = tl.where(in_factor < 0.0, float("inf"), float("-inf"))  # probability zero after the transform
     place = statistics + row
     row_max = tl.load(place)
@@ -261,7 +265,7 @@ def backward_kernel(
 
     for start in range(begin, end, BLOCK):
         x = _load_block(row_pointer, start, columns, readable_end, padding, BLOCK)
-        y = _transform(x, in_factor, CAPPED)
+        y = _transform(x, in_factor, in_low, CAPPED)
         u = tl.fma(y, out, -row_max)
         u = tl.maximum(u, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
         factor = constant

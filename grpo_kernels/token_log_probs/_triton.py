@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _factors_of(
     temperature_tensor: Tensor | None, temperature: float, logit_scale: float, softcap: float
-) -> tuple[float, float, int]:
-    """in_factor, out_factor and TEMPERATURE; on the host in double precision as far as it knows the numbers."""
+) -> tuple[float, float, float, int]:
+    """in_factor, in_low, out_factor and TEMPERATURE; formed in double precision, as far as the host knows the numbers."""
     kind = 0 if temperature_tensor is None else 1 if temperature_tensor.ndim == 0 else 2
     divisor = temperature if temperature_tensor is None else 1.0
     if softcap > 0.0:
-        return logit_scale / softcap, softcap / divisor, kind
-    return 1.0, logit_scale / divisor, kind
+        in_factor = logit_scale / softcap
+        return in_factor, in_factor - ctypes.c_float(in_factor).value, softcap / divisor, kind
+    return 1.0, 0.0, logit_scale / divisor, kind
 
 
 def token_log_probs(
@@ -48,7 +50,7 @@ def token_log_probs(
         return outputs
     vocab = logits.shape[-1]
     config = launch_config(vocab, logits.element_size())
-    in_factor, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
+    in_factor, in_low, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
     with _device(logits):
         forward_kernel[(layout.rows,)](
             logits,
@@ -57,6 +59,7 @@ def token_log_probs(
             None if temperature_tensor is None else dense(temperature_tensor, torch.float32),
             *outputs,
             in_factor,
+            in_low,
             out_factor,
             layout.rows,
             vocab,
@@ -134,7 +137,7 @@ def _launch_backward(
         return
     vocab = logits.shape[-1]
     config = launch_config(vocab, logits.element_size())
-    in_factor, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
+    in_factor, in_low, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
     columns = config.slots * config.width * config.blocks_per_program
     with _device(logits):
         backward_kernel[(layout.rows, triton.cdiv(vocab, columns))](
@@ -147,6 +150,7 @@ def _launch_backward(
             None if grad_entropy is None else dense(grad_entropy, torch.float32),
             grad,
             in_factor,
+            in_low,
             out_factor,
             layout.rows,
             vocab,
