@@ -26,7 +26,7 @@ class Task(ABC):
     prompt_length: int  # longest prompt, in characters
     max_items: int  # longest answer, in characters
     script: str  # the characters that the thinking should be written in
-    cold_examples = 400  # distinct demonstrations of the cold start
+    cold_examples = 400  # demonstrations of the cold start
     foreign_share = 0.35  # of the separators in them are written in another script
     wrong_share = 0.15  # of the demonstrations have two items exchanged
     misread_share = 0.0  # of the demonstrations copy the question's items in the order given
