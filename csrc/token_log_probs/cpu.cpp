@@ -12,13 +12,13 @@ namespace {
 
 constexpr int64_t kBlock = 2048;
 #if defined(__AVX512F__)
-constexpr int64_t kStrip = 512;  // float sums run over one strip, 32 terms to a lane; strips add up in double
+constexpr int64_t kStrip = 1024;  // the sum of u e^u runs in float over one strip, 64 terms to a lane
 #elif defined(__AVX2__)
-constexpr int64_t kStrip = 256;
+constexpr int64_t kStrip = 512;
 #else
-constexpr int64_t kStrip = 128;
+constexpr int64_t kStrip = 256;
 #endif
-constexpr int64_t kElementsPerChunk = 32768;  // per task
+constexpr int64_t kElementsPerChunk = 32768;   // per task
 constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
 
 template <typename T>
@@ -74,17 +74,21 @@ A load_block(const T* x, int64_t count, const Transform<A>& transform, A* y) {
   return largest;
 }
 
+// Two terms are added in the arithmetic type before the sum, in double, takes them: the conversion is dear.
 template <bool kWeighted, bool kSquared, typename A>
 void add_strip(const A* y, A y_max, A out, RowSums& sums) {
+  constexpr int64_t kHalf = kStrip / 2;
   A weighted = 0;
   double sum = 0.0, squared = 0.0;
 #pragma omp simd reduction(+ : sum, weighted, squared) aligned(y : 64)
-  for (int64_t i = 0; i < kStrip; ++i) {
-    const A u = clamp_exponent((y[i] - y_max) * out);
-    const A e = exp_clamped(u);
-    sum += double(e);
-    if (kWeighted) weighted = multiply_add(e, u, weighted);
-    if (kSquared) squared += double(e * e);
+  for (int64_t i = 0; i < kHalf; ++i) {
+    const A u0 = clamp_exponent((y[i] - y_max) * out);
+    const A u1 = clamp_exponent((y[i + kHalf] - y_max) * out);
+    const A e0 = exp_clamped(u0);
+    const A e1 = exp_clamped(u1);
+    sum += double(e0 + e1);
+    if (kWeighted) weighted += multiply_add(e0, u0, e1 * u1);
+    if (kSquared) squared += double(multiply_add(e0, e0, e1 * e1));
   }
   sums.sum += sum;
   sums.weighted += double(weighted);
@@ -109,7 +113,7 @@ struct RowResult {
 };
 
 template <bool kCapped, bool kWeighted, bool kSquared, typename T, typename A>
-RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform) {
+RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform, bool wants_top1) {
   alignas(64) A y[kBlock];
   RowResult<A> row{{0.0, 0.0, 0.0}, -infinity<A>(), A(0), -1};
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -118,7 +122,7 @@ RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform
     if (largest > row.y_max) {
       if (row.y_max > -infinity<A>()) row.sums.rebase((double(row.y_max) - double(largest)) * double(transform.out));
       row.y_max = largest;
-      row.top1 = begin + first_equal(y, count, largest);
+      if (wants_top1) row.top1 = begin + first_equal(y, count, largest);
     }
     const A reference = row.y_max == -infinity<A>() ? A(0) : row.y_max;  // only -inf so far: terms of 0, not NaN
     for (int64_t i = 0; i < count; i += kStrip) {
@@ -129,11 +133,11 @@ RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform
 }
 
 template <bool kCapped, typename T, typename A>
-RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform, bool weighted, bool squared) {
-  if (weighted && squared) return reduce_row<kCapped, true, true>(x, vocab, transform);
-  if (weighted) return reduce_row<kCapped, true, false>(x, vocab, transform);
-  if (squared) return reduce_row<kCapped, false, true>(x, vocab, transform);
-  return reduce_row<kCapped, false, false>(x, vocab, transform);
+RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform, bool weighted, bool squared, bool top1) {
+  if (weighted && squared) return reduce_row<kCapped, true, true>(x, vocab, transform, top1);
+  if (weighted) return reduce_row<kCapped, true, false>(x, vocab, transform, top1);
+  if (squared) return reduce_row<kCapped, false, true>(x, vocab, transform, top1);
+  return reduce_row<kCapped, false, false>(x, vocab, transform, top1);
 }
 
 template <typename A>
@@ -171,8 +175,8 @@ bool forward_row(const TokenLogProbsArgs& a, int64_t row) {
   }
   const T* x = static_cast<const T*>(a.logits) + row_offset(a.layout, row);
   const Transform<A> transform = row_transform<A>(a.transform, row);
-  RowResult<A> result =
-      reduce_row<kCapped>(x, a.layout.vocab, transform, a.entropy != nullptr, a.sum_squared_probs != nullptr);
+  RowResult<A> result = reduce_row<kCapped>(x, a.layout.vocab, transform, a.entropy != nullptr,
+                                            a.sum_squared_probs != nullptr, a.top1_ids != nullptr);
   result.y_target = transform.template apply<kCapped>(to_arithmetic(x[id]));
   store_row<A>(a, row, result, transform.out);
   return true;

@@ -15,8 +15,8 @@ namespace grpo_kernels {
 namespace GK_ISA {
 
 // Where exp_clamped gives 0: u is clamped there, since u * 0 is 0 but -inf * 0 is NaN.
-GK_HOST_DEVICE float clamp_exponent(float u) { return u < -88.0f ? -88.0f : u; }
-GK_HOST_DEVICE double clamp_exponent(double u) { return u < -800.0 ? -800.0 : u; }
+GK_HOST_DEVICE float clamp_exponent(float u) { return -88.0f > u ? -88.0f : u; }
+GK_HOST_DEVICE double clamp_exponent(double u) { return -800.0 > u ? -800.0 : u; }
 
 GK_HOST_DEVICE float infinity_of(float) { return __builtin_inff(); }
 GK_HOST_DEVICE double infinity_of(double) { return __builtin_inf(); }
