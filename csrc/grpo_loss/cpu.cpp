@@ -57,7 +57,7 @@ void loss_segment(const Problem<T>& p, int64_t index) {
   const Segment s = segment_at(p.a.layout, index);
   double* record = segment_record(p.a, index);
   for (int slot = 0; slot < kRecord; ++slot) record[slot] = empty_slot(slot);
-  RowState<T> row{T(1), T(0), T(1), T(1), T(0), T(1), T(1)};
+  RowState<T> row{T(1), T(1), T(1), T(0), T(1), T(1)};
   double factor = 1.0;
   if (p.o.needs_row_sums() && s.row >= 0) {
     const double* sums = segment_row_sums(p.a, s.first);

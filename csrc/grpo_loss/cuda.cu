@@ -233,10 +233,10 @@ __device__ double merge_rows(const GRPOLossArgs& a) {
 __device__ void finish(const GRPOLossArgs& a, const Options& o) {
   const int64_t segments = count_segments(a.layout), groups = count_groups(a.layout), group = blockIdx.x / kGroup;
   const int64_t first = group * kGroup, size = segments - first < kGroup ? segments - first : kGroup;
-  if (!arrives_last(a.counters + 1 + group, uint32_t(size < 1 ? 1 : size))) return;
+  if (!arrives_last(a.counters + 1 + group, uint32_t(size))) return;
   const double merged = merge_records(segment_record(a, first), size);
-  if (threadIdx.x < kWarp && groups > 0) group_record(a, group)[threadIdx.x] = merged;
-  if (!arrives_last(a.counters, uint32_t(groups < 1 ? 1 : groups))) return;
+  if (threadIdx.x < kWarp) group_record(a, group)[threadIdx.x] = merged;
+  if (!arrives_last(a.counters, uint32_t(groups))) return;
   const double rows = merge_rows(a);
   const double totals = merge_slot(threadIdx.x % kWarp, merge_records(group_record(a, 0), groups), rows);
   __shared__ double results[kRecord];
@@ -255,7 +255,7 @@ struct Shared {
 };
 
 __device__ Shared load_shared(const GRPOLossArgs& a, const Options& o, const Segment& s, double& factor) {
-  Shared shared{{1.0f, 0.0f, 1.0f, 1.0f, 0.0f, 1.0f, 1.0f}, read_number<float>(a.numbers[kKLCoef]), 0.0f, 0.0f, false};
+  Shared shared{{1.0f, 1.0f, 1.0f, 0.0f, 1.0f, 1.0f}, read_number<float>(a.numbers[kKLCoef]), 0.0f, 0.0f, false};
   if (given(a, kTokenEntropy)) shared.entropy_coef = read_number<float>(a.numbers[kEntropyCoef]);
   shared.entropy_mask = a.numbers[kEntropyThreshold].data != nullptr;
   if (shared.entropy_mask) shared.threshold = read_number<float>(a.numbers[kEntropyThreshold]);
@@ -337,11 +337,10 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
 // 32 sums, which the last blocks to finish merge in a fixed order: no second launch, no floating-point atomics. A row's statistics come
 // from the launch before, if the options need any. Bytes a token: 4 an input, 1 the mask, 4 an output.
 __global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, const Options o) {
-  const bool exists = blockIdx.x < count_segments(a.layout);
-  const Segment s = exists ? segment_at(a.layout, blockIdx.x) : Segment{-1, 0, 0, 0, 0};
+  const Segment s = segment_at(a.layout, blockIdx.x);
   double factor;
   const Shared shared = load_shared(a, o, s, factor);
-  const int64_t output = exists ? output_offset(a.layout, s) : 0;
+  const int64_t output = output_offset(a.layout, s);
   Partial p = empty_partial();
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < s.count; i += kThreads) {
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, co
   if (a.metrics == nullptr && !o.sequence_ratio) return;
   p.sums[kTokenLoss] *= factor;
   const double value = block_record(warp_record(p));
-  if (exists && threadIdx.x < kWarp) segment_record(a, blockIdx.x)[threadIdx.x] = value;
+  if (threadIdx.x < kWarp) segment_record(a, blockIdx.x)[threadIdx.x] = value;
   if (a.metrics == nullptr) return;
   if (s.row >= 0 && value > 0.0) {
     uint32_t* counters = row_counters(a, s.row);
@@ -386,11 +385,10 @@ int grpo_loss_cuda(const GRPOLossArgs& a, void* stream) {
   using namespace GK_ISA::loss_kernels;
   const auto queue = static_cast<cudaStream_t>(stream);
   const Options o = make_options<float>(a);
-  const int64_t segments = count_segments(a.layout);
-  const unsigned blocks = unsigned(segments < 1 ? 1 : segments);
-  if (o.needs_row_sums() && segments > 0) row_sums_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
+  const auto blocks = unsigned(count_segments(a.layout));
+  if (o.needs_row_sums()) row_sums_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
   loss_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
-  if (o.sequence_ratio && a.grad_log_probs != nullptr && segments > 0) share_kernel<<<blocks, kThreads, 0, queue>>>(a);
+  if (o.sequence_ratio && a.grad_log_probs != nullptr) share_kernel<<<blocks, kThreads, 0, queue>>>(a);
   return launch_status();
 }
 

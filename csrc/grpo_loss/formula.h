@@ -145,17 +145,17 @@ GK_HOST_DEVICE T log_sampler_weight(const LossOptions<T>& o, T gap) {
 // What every token of a row shares.
 template <typename T>
 struct RowState {
-  T factor;              // of the reduction
-  T log_ratio, ratio;    // sequence level
-  T sampler_weight;      // sequence modes
-  T off_policy;          // 1 if the off-policy mask drops what has a negative advantage, else 0
-  T phi_pos, phi_neg;    // "vespo": by the sign of the advantage
+  T factor;            // of the reduction
+  T ratio;             // sequence level
+  T sampler_weight;    // sequence modes
+  T off_policy;        // 1 if the off-policy mask drops what has a negative advantage, else 0
+  T phi_pos, phi_neg;  // "vespo": by the sign of the advantage
 };
 
-template <typename T>
-GK_HOST_DEVICE T vespo_phi(T log_weight, T k, T lambda) {
-  const T phi = fast_exp(lambda + k * log_weight - lambda * fast_exp(log_weight));
-  return phi - phi == T(0) ? phi : T(0);
+// exp(lambda + k log w - lambda w), the gamma weight that is 1 at w = 1.
+GK_HOST_DEVICE double vespo_phi(double log_weight, double k, double lambda) {
+  const double phi = ::exp(lambda + k * log_weight - lambda * ::exp(log_weight));
+  return phi - phi == 0.0 ? phi : 0.0;
 }
 
 GK_HOST_DEVICE double at_least_one(double count) { return count > 1.0 ? count : 1.0; }
@@ -165,19 +165,19 @@ GK_HOST_DEVICE double row_factor(int reduction, double tokens) {
   return reduction == kSequenceMeanTokenMean ? 1.0 / at_least_one(tokens) : 1.0;
 }
 
+// In double, since every token of the row inherits the error.
 template <typename T>
 GK_HOST_DEVICE RowState<T> row_state(const LossOptions<T>& o, const double* sums) {
   const double tokens = at_least_one(sums[kRowTokens]);
-  RowState<T> row;
-  row.factor = T(row_factor(o.reduction, tokens));
-  row.log_ratio = T(sums[kRowLogRatio] / tokens);
-  row.ratio = fast_exp(row.log_ratio);
-  row.sampler_weight = sampler_weight(o, fast_exp(T(sums[kRowSamplerGap])));
-  const bool on_policy = T(sums[kRowOffPolicy] / tokens) <= o.off_policy_threshold;
-  row.off_policy = o.off_policy_mask & !on_policy ? T(1) : T(0);
-  const T log_weight = clamp(T(sums[kRowVESPO]), T(kLogWeightMin), T(kLogWeightMax));
-  row.phi_pos = vespo_phi(log_weight, o.k_pos, o.lambda_pos);
-  row.phi_neg = vespo_phi(log_weight, o.k_neg, o.lambda_neg);
+  RowState<T> row{T(row_factor(o.reduction, tokens)), T(1), T(1), T(0), T(1), T(1)};
+  if (o.sequence_ratio) row.ratio = T(::exp(sums[kRowLogRatio] / tokens));
+  if (o.corrects_sequences()) row.sampler_weight = sampler_weight(o, T(::exp(sums[kRowSamplerGap])));
+  if (o.off_policy_mask) row.off_policy = T(sums[kRowOffPolicy] / tokens) <= o.off_policy_threshold ? T(0) : T(1);
+  if (o.surrogate == kVESPO) {
+    const double log_weight = clamp(sums[kRowVESPO], kLogWeightMin, kLogWeightMax);
+    row.phi_pos = T(vespo_phi(log_weight, double(o.k_pos), double(o.lambda_pos)));
+    row.phi_neg = T(vespo_phi(log_weight, double(o.k_neg), double(o.lambda_neg)));
+  }
   return row;
 }
 
@@ -216,15 +216,17 @@ GK_HOST_DEVICE Term<T> ppo_clip(const LossOptions<T>& o, T advantage, T weight, 
   return {-times(weight, too_high ? o.dual_clip : taken), T(0), held ? T(0) : -times(weight, ratio)};
 }
 
-// The soft gate 4 / tau * sigmoid(z), z = tau (r - 1). Its slope by log r is 4 e / (1 + e)^2 * r with e = exp(-|z|).
+// The soft gate 4 / tau * sigmoid(z), z = tau (r - 1). With e = exp(-|z|), its slope by log r is r times 4 e / (1 + e)^2, which is
+// 1 - t^2, t = (1 - e) / (1 + e): the better form near r = 1.
 template <typename T>
 GK_HOST_DEVICE Term<T> sapo(const LossOptions<T>& o, T advantage, T weight, T ratio) {
   const T tau = advantage > T(0) ? o.tau_pos : o.tau_neg;
   const T z = tau * (ratio - T(1));
   const T e = fast_exp(-magnitude(z));
-  const T sum = T(1) + e;
+  const T sum = T(1) + e, t = (T(1) - e) / sum;
   const T gate = (z < T(0) ? e : T(1)) / sum;
-  const T slope = is_infinite(ratio) ? T(0) : T(4) * (e / (sum * sum)) * ratio;
+  const T bell = t < T(0.5) ? T(1) - t * t : T(4) * e / (sum * sum);
+  const T slope = is_infinite(ratio) ? T(0) : bell * ratio;
   return {-times(weight, T(4) * gate / tau), T(0), -times(weight, slope)};
 }
 

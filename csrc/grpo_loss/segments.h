@@ -23,10 +23,14 @@ struct Segment {
   int64_t count;       // of tokens, at most kSegment
 };
 
-GK_HOST_DEVICE int64_t padded_segments(const LossLayout& l) { return l.tokens <= kSegment ? 1 : (l.tokens + kSegment - 1) / kSegment; }
+GK_HOST_DEVICE int64_t padded_segments(const LossLayout& l) {
+  return l.tokens <= kSegment ? 1 : (l.tokens + kSegment - 1) / kSegment;
+}
 
+// At least one: a launch needs a block, if only to report that there was nothing.
 GK_HOST_DEVICE int64_t count_segments(const LossLayout& l) {
-  return l.cu_seqlens == nullptr ? l.batch * padded_segments(l) : l.tokens / kSegment + l.batch + 2;
+  if (l.cu_seqlens != nullptr) return l.tokens / kSegment + l.batch + 2;
+  return l.batch > 0 ? l.batch * padded_segments(l) : 1;
 }
 
 GK_HOST_DEVICE int64_t cu_seqlen(const LossLayout& l, int64_t index) {
@@ -58,6 +62,7 @@ GK_HOST_DEVICE Segment packed_row(const LossLayout& l, int64_t r, int64_t index)
 GK_HOST_DEVICE Segment segment_at(const LossLayout& l, int64_t index) {
   if (l.cu_seqlens == nullptr) {
     const int64_t each = padded_segments(l), row = index / each;
+    if (row >= l.batch) return {-1, 0, 0, 0, 0};
     return make_segment(row, row * each, index, 0, l.tokens);
   }
   int64_t low = 0, high = l.batch + 2;  // the last row that starts at or before the segment is in [low, high)
