@@ -95,10 +95,11 @@ GK_HOST_DEVICE float fast_expm1(float x, float& excess) {
 #else
   const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
 #endif
-  float p = multiply_add(1.381460199e-3f, r, 8.368715204e-3f);
-  p = multiply_add(p, r, 4.166838789e-2f);
-  p = multiply_add(p, r, 1.666652065e-1f);
-  p = multiply_add(p, r, 4.999999345e-1f);
+  float p = multiply_add(1.988285658e-4f, r, 1.392632606e-3f);
+  p = multiply_add(p, r, 8.333320729e-3f);
+  p = multiply_add(p, r, 4.166655242e-2f);
+  p = multiply_add(p, r, 1.666666717e-1f);
+  p = multiply_add(p, r, 0.5f);
   const float rest = r * r * p;
   const float half = bits_to_float(float_to_bits(shifted) << 23);  // 2^(n - 1)
   const float value = 2.0f * (half * (r + rest) + (half - 0.5f));
