@@ -1,7 +1,9 @@
-// Forward: each row is read once, in blocks of 2048 that are transformed into a buffer in the first-level cache; the maximum
-// of a block first, then its sums. Backward: each row is read once and its gradient written, over the logits if wished.
+// Forward: each row is read once, in blocks of 2048 that are transformed into a buffer in the first-level cache; the
+// maximum of a block first, then its sums. Backward: each row is read once and its gradient written, over the logits if
+// wished.
 //
-// The sums run over the aligned buffer and never over the caller's memory, so neither addresses nor other rows decide their order.
+// The sums run over the aligned buffer and never over the caller's memory, so neither addresses nor other rows decide
+// their order.
 
 #include "common/parallel.h"
 #include "token_log_probs/formula.h"

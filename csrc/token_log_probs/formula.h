@@ -28,9 +28,9 @@ GK_HOST_DEVICE bool is_finite(A value) {
   return value - value == A(0);
 }
 
-// z = out * y, where y = +-x, or tanh(in * x) with a softcap; out > 0, so the largest y gives the largest z. The factors are
-// formed once a row, in double precision. z itself is never rounded: u = (y - max y) * out in the forward, and in the backward
-// u = out * y - max z with an exact product, whatever the scale and temperature.
+// z = out * y, where y = +-x, or tanh(in * x) with a softcap; out > 0, so the largest y gives the largest z. The
+// factors are formed once a row, in double precision. z itself is never rounded: u = (y - max y) * out in the forward,
+// and in the backward u = out * y - max z with an exact product, whatever the scale and temperature.
 template <typename A>
 struct Transform {
   A in, in_low, out;  // in_low: what `in` lost when it was rounded
@@ -60,8 +60,8 @@ struct Transform {
   }
 };
 
-// Sums over the first part of a row, block by block, relative to the largest y so far. In double: a row has a hundred thousand
-// terms.
+// Sums over the first part of a row, block by block, relative to the largest y so far. In double: a row has a hundred
+// thousand terms.
 struct RowSums {
   double sum, weighted, squared;
 

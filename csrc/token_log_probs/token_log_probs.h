@@ -8,15 +8,16 @@
 
 namespace grpo_kernels {
 
-// Rows of logits with a dense last axis: row r starts at element (r / inner) * outer_stride + (r % inner) * inner_stride.
+// Rows of logits with a dense last axis: row r starts at element (r / inner) * outer_stride + (r % inner) *
+// inner_stride.
 struct LogitRows {
   int64_t rows, vocab;
   int64_t inner, outer_stride, inner_stride;
   int dtype;
 };
 
-// What stands between the caller's logits and the softmax, and which rows count. Per-row values have the arithmetic type: double for
-// float64 logits, else float.
+// What stands between the caller's logits and the softmax, and which rows count. Per-row values have the arithmetic
+// type: double for float64 logits, else float.
 struct TokenTransform {
   const void* token_ids;  // [rows]; negative: masked
   int wide_ids;           // int64, else int32
