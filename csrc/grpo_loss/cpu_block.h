@@ -265,28 +265,29 @@ void compute_policy(const LossOptions<T>& o, const RowState<T>& row, int64_t cou
 }
 
 template <int kKind, typename T>
-void compute_kl(const LossOptions<T>& options, int64_t count, Block<T>& b) {
+void estimate_kl(const LossOptions<T>& options, int64_t count, Block<T>& b) {
   const LossOptions<T> o = options;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Term<T> t = kl_term(kKind, o, b.ref[i], b.log_prob[i], b.ratio[i]);
+    const Term<T> t = kl_estimate(kKind, o, b.ref[i], b.log_prob[i]);
     b.kl[i] = t.value;
     b.kl_direct[i] = t.direct;
-    b.kl_through[i] = t.through;
   }
 }
 
 template <typename T>
-void compute_kl(const LossOptions<T>& o, int64_t count, Block<T>& b) {
-  switch (o.estimator) {
-    case kK1:
-      return compute_kl<kK1>(o, count, b);
-    case kK2:
-      return compute_kl<kK2>(o, count, b);
-    case kK3:
-      return compute_kl<kK3>(o, count, b);
-    default:
-      return compute_kl<kAbsolute>(o, count, b);
+void compute_kl(const LossOptions<T>& options, int64_t count, Block<T>& b) {
+  const LossOptions<T> o = options;
+  if (o.estimator == kK1) estimate_kl<kK1>(o, count, b);
+  if (o.estimator == kK2) estimate_kl<kK2>(o, count, b);
+  if (o.estimator == kK3) estimate_kl<kK3>(o, count, b);
+  if (o.estimator == kAbsolute) estimate_kl<kAbsolute>(o, count, b);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Term<T> t = kl_term<T>(o, {b.kl[i], b.kl_direct[i], T(0)}, b.ref[i], b.log_prob[i], b.ratio[i]);
+    b.kl[i] = t.value;
+    b.kl_direct[i] = t.direct;
+    b.kl_through[i] = t.through;
   }
 }
 

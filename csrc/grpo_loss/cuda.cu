@@ -284,7 +284,7 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
       policy_weight(o, row.off_policy, kept ? 1.0f : 0.0f, t.advantage, t.weight, correction);
   const Term<float> policy = policy_term(o.surrogate, o, row, t.advantage, weight.weight, t.log_prob, ratio);
   Term<float> kl{0.0f, 0.0f, 0.0f};
-  if (o.estimator != kNoKL) kl = kl_term(o.estimator, o, t.ref, t.log_prob, ratio);
+  if (o.estimator != kNoKL) kl = kl_term(o, kl_estimate(o.estimator, o, t.ref, t.log_prob), t.ref, t.log_prob, ratio);
   const Term<float> term = o.estimator == kNoKL ? policy : token_term(policy, kl, shared.beta);
   const float upstream = given(a, kUpstream) ? t.upstream : row.factor;
   const bool bonus = kept && shared.entropy_coef != 0.0f;

@@ -69,7 +69,8 @@ GK_HOST_DEVICE T evidence(T a, T b) {
 template <typename T>
 struct LossOptions {
   int surrogate, reduction, estimator, correction;
-  bool sequence_ratio, straight_through, importance_weighted, off_policy_mask;
+  bool sequence_ratio, off_policy_mask;
+  T straight_through, importance_weighted;  // 0 or 1: GCC does not vectorise a choice by a uniform bool
   T ratio_low, ratio_high, delta, dual_clip, kl_log_ratio_clamp, kl_value_clamp;
   T sampler_floor, sampler_cap, log_sampler_floor, log_sampler_cap, off_policy_threshold;
   T tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg;
@@ -98,8 +99,8 @@ inline LossOptions<T> make_options(const GRPOLossArgs& a) {
   o.estimator = a.tensors[kRefLogProbs].data == nullptr ? int(kNoKL) : option[kKLEstimator];
   o.correction = a.tensors[kSamplerLogProbs].data == nullptr ? int(kNoCorrection) : option[kSamplerCorrection];
   o.sequence_ratio = option[kRatioLevel] == kSequenceLevel;
-  o.straight_through = option[kKLStraightThrough] != 0;
-  o.importance_weighted = option[kKLImportanceWeighted] != 0;
+  o.straight_through = option[kKLStraightThrough] != 0 ? T(1) : T(0);
+  o.importance_weighted = option[kKLImportanceWeighted] != 0 ? T(1) : T(0);
   o.off_policy_mask = given(kOffPolicyThreshold);
   o.ratio_low = lower(kRatioLow);
   o.ratio_high = upper(kRatioHigh);
@@ -253,11 +254,10 @@ GK_HOST_DEVICE Term<T> policy_term(int surrogate, const LossOptions<T>& o, const
   }
 }
 
-// The estimate of the KL to the reference policy.
+// The estimate of the KL to the reference policy, and its derivative where nothing is clamped.
 template <typename T>
-GK_HOST_DEVICE Term<T> kl_term(int estimator, const LossOptions<T>& o, T ref, T log_prob, T ratio) {
-  const Gap<T> g = gap(ref, log_prob);
-  const T limit = o.kl_log_ratio_clamp, x = clamp(g.value, -limit, limit);
+GK_HOST_DEVICE Term<T> kl_estimate(int estimator, const LossOptions<T>& o, T ref, T log_prob) {
+  const T x = clamp(gap(ref, log_prob).value, -o.kl_log_ratio_clamp, o.kl_log_ratio_clamp);
   T value = T(0), slope = T(0);
   if (estimator == kK1) {
     value = -x;
@@ -271,13 +271,23 @@ GK_HOST_DEVICE Term<T> kl_term(int estimator, const LossOptions<T>& o, T ref, T 
     value = magnitude(x);
     slope = x > T(0) ? T(-1) : (x < T(0) ? T(1) : -x);
   }
-  const bool outside = (g.value < -limit) | (g.value > limit) | (value < -o.kl_value_clamp) | (value > o.kl_value_clamp);
-  value = clamp(value, -o.kl_value_clamp, o.kl_value_clamp);
-  slope = outside ? T(0) : slope;
-  slope = o.straight_through ? (is_infinite(g.value) ? T(0) : -g.value) : slope;
+  return {value, slope, T(0)};
+}
+
+// The same with its clamp, its straight-through derivative and its importance weight. (Two functions, because GCC does not vectorise a loop
+// over both.)
+template <typename T>
+GK_HOST_DEVICE Term<T> kl_term(const LossOptions<T>& o, const Term<T>& estimate, T ref, T log_prob, T ratio) {
+  const Gap<T> g = gap(ref, log_prob);
+  const bool outside = (g.value < -o.kl_log_ratio_clamp) | (g.value > o.kl_log_ratio_clamp) |
+                       (estimate.value < -o.kl_value_clamp) | (estimate.value > o.kl_value_clamp);
+  const T value = clamp(estimate.value, -o.kl_value_clamp, o.kl_value_clamp);
+  T slope = outside ? T(0) : estimate.direct;
+  slope = o.straight_through != T(0) ? (is_infinite(g.value) ? T(0) : -g.value) : slope;
   slope = g.slope == T(0) ? T(0) : slope;
-  if (!o.importance_weighted) return {value, slope, T(0)};
-  return {value * ratio, ratio * slope, value * ratio};
+  const T factor = o.importance_weighted != T(0) ? ratio : T(1);
+  const T weighted = factor * value;
+  return {weighted, factor * slope, o.importance_weighted != T(0) ? weighted : T(0)};
 }
 
 // policy + beta * kl; a coefficient of 0 takes the KL out, whatever it is.
