@@ -51,7 +51,7 @@ def reference(
 @pytest.mark.parametrize("vocab", [1, 2, 31, 5003])
 @pytest.mark.parametrize("options", ["plain", "scaled", "per_row_softcap"])
 def test_against_float64(vocab: int, dtype: torch.dtype, options: str) -> None:
-    rows = 4 if vocab > 1000 else 12
+    rows = 12 if vocab > 1000 else 64  # of a handful of rows eager may hit the float64 value by luck
     logits, ids = (torch.randn(rows, vocab) * 2).to(dtype), torch.randint(vocab, (rows,))
     temperature = torch.rand(rows) + 0.5 if options == "per_row_softcap" else 1.0 if options == "plain" else 0.7
     scale = -1.3 if options == "scaled" else 1.0
@@ -68,8 +68,7 @@ def test_against_float64(vocab: int, dtype: torch.dtype, options: str) -> None:
     assert_as_accurate(out.log_probs, expected[0], plain[0], name="log_probs")
     assert_as_accurate(out.entropy, expected[1], plain[1], name="entropy")
     assert torch.equal(out.top1_ids, (logits.double() * scale).argmax(-1)) or cap is not None
-    eager_error = max(accuracy_error(plain[2], expected[2]), 1.2e-7)  # a handful of rows: eager may be exact by luck
-    assert accuracy_error(out.sum_squared_probs, expected[2]) <= 4 * eager_error
+    assert_as_accurate(out.sum_squared_probs, expected[2], plain[2], name="sum_squared_probs")
     if dtype == torch.bfloat16:  # truncated
         assert accuracy_error(gradient, expected[3]) <= torch.finfo(dtype).eps
     else:
