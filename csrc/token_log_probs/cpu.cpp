@@ -20,6 +20,7 @@ constexpr int64_t kStrip = 512;
 #else
 constexpr int64_t kStrip = 256;
 #endif
+constexpr int64_t kPadding = 64;               // a row's last strip is cut to a multiple of it: small vocabularies stay cheap
 constexpr int64_t kElementsPerChunk = 32768;   // per task
 constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
 
@@ -41,9 +42,7 @@ int64_t token_id(const TokenTransform& t, int64_t row) {
   return t.wide_ids ? static_cast<const int64_t*>(t.token_ids)[row] : static_cast<const int32_t*>(t.token_ids)[row];
 }
 
-bool is_live(const TokenTransform& t, int64_t row) {
-  return token_id(t, row) >= 0 && (t.mask == nullptr || t.mask[row] != 0);
-}
+bool is_live(const TokenTransform& t, int64_t row) { return token_id(t, row) >= 0 && (t.mask == nullptr || t.mask[row] != 0); }
 
 template <typename A>
 Transform<A> row_transform(const TokenTransform& t, int64_t row) {
@@ -53,16 +52,14 @@ Transform<A> row_transform(const TokenTransform& t, int64_t row) {
   return Transform<A>::make(t.logit_scale, t.softcap, temperature);
 }
 
-int64_t row_offset(const LogitRows& l, int64_t row) {
-  return row / l.inner * l.outer_stride + row % l.inner * l.inner_stride;
-}
+int64_t row_offset(const LogitRows& l, int64_t row) { return row / l.inner * l.outer_stride + row % l.inner * l.inner_stride; }
 
 template <typename A>
 void store(void* base, int64_t row, double value) {
   if (base != nullptr) static_cast<A*>(base)[row] = A(value);
 }
 
-// The block's y, padded with -inf to whole strips. Returns its maximum, which passes over NaN.
+// The block's y, padded with -inf to a multiple of kPadding. Returns its maximum, which passes over NaN.
 template <bool kCapped, typename T, typename A>
 A load_block(const T* x, int64_t count, const Transform<A>& transform, A* y) {
   A largest = -infinity<A>();
@@ -72,20 +69,20 @@ A load_block(const T* x, int64_t count, const Transform<A>& transform, A* y) {
     y[i] = value;
     largest = largest < value ? value : largest;
   }
-  for (int64_t i = count; i % kStrip != 0; ++i) y[i] = -infinity<A>();
+  for (int64_t i = count; i % kPadding != 0; ++i) y[i] = -infinity<A>();
   return largest;
 }
 
-// Two terms are added in the arithmetic type before the sum, in double, takes them: the conversion is dear.
+// Sums over 2 * half elements, half <= kStrip / 2. Two terms are added in the arithmetic type before the sum, in double, takes
+// them: the conversion is dear.
 template <bool kWeighted, bool kSquared, typename A>
-void add_strip(const A* y, A y_max, A out, RowSums& sums) {
-  constexpr int64_t kHalf = kStrip / 2;
+inline void add_strip(const A* y, int64_t half, A y_max, A out, RowSums& sums) {
   A weighted = 0;
   double sum = 0.0, squared = 0.0;
 #pragma omp simd reduction(+ : sum, weighted, squared) aligned(y : 64)
-  for (int64_t i = 0; i < kHalf; ++i) {
+  for (int64_t i = 0; i < half; ++i) {
     const A u0 = clamp_exponent((y[i] - y_max) * out);
-    const A u1 = clamp_exponent((y[i + kHalf] - y_max) * out);
+    const A u1 = clamp_exponent((y[i + half] - y_max) * out);
     const A e0 = exp_clamped(u0);
     const A e1 = exp_clamped(u1);
     sum += double(e0 + e1);
@@ -127,9 +124,12 @@ RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform
       if (wants_top1) row.top1 = begin + first_equal(y, count, largest);
     }
     const A reference = row.y_max == -infinity<A>() ? A(0) : row.y_max;  // only -inf so far: terms of 0, not NaN
-    for (int64_t i = 0; i < count; i += kStrip) {
-      add_strip<kWeighted, kSquared>(y + i, reference, transform.out, row.sums);
+    int64_t i = 0;
+    for (; i + kStrip <= count; i += kStrip) {
+      add_strip<kWeighted, kSquared>(y + i, kStrip / 2, reference, transform.out, row.sums);
     }
+    const int64_t rest = (count - i + kPadding - 1) / kPadding * kPadding;
+    if (rest > 0) add_strip<kWeighted, kSquared>(y + i, rest / 2, reference, transform.out, row.sums);
   }
   return row;
 }
@@ -177,8 +177,8 @@ bool forward_row(const TokenLogProbsArgs& a, int64_t row) {
   }
   const T* x = static_cast<const T*>(a.logits) + row_offset(a.layout, row);
   const Transform<A> transform = row_transform<A>(a.transform, row);
-  RowResult<A> result = reduce_row<kCapped>(x, a.layout.vocab, transform, a.entropy != nullptr,
-                                            a.sum_squared_probs != nullptr, a.top1_ids != nullptr);
+  RowResult<A> result = reduce_row<kCapped>(x, a.layout.vocab, transform, a.entropy != nullptr, a.sum_squared_probs != nullptr,
+                                            a.top1_ids != nullptr);
   result.y_target = transform.template apply<kCapped>(to_arithmetic(x[id]));
   store_row<A>(a, row, result, transform.out);
   return true;
