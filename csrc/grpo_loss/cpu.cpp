@@ -1,5 +1,5 @@
-// A thread takes a segment at a time, in blocks of 256 tokens that stay in the first-level cache through all stages. Statistics of rows,
-// where the options need any, take a pass of their own before, and the sequence-level gradient takes one after.
+// A thread takes a segment at a time, in blocks of 256 tokens that stay in the first-level cache through all stages. Statistics
+// of rows, where the options need any, take a pass of their own before, and the sequence-level gradient takes one after.
 
 #include "common/parallel.h"
 #include "grpo_loss/cpu_block.h"
@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kSegmentsPerChunk = 8;
 constexpr int64_t kTokensPerThread = 8192;  // below that a second thread costs more than it brings
 
-// --- segments -----------------------------------------------------------------------------------------------------------------------
+// --- segments ----------------------------------------------------------------------------------------------------------------
 
 // Sum of term(i) over the tokens of a block; masked ones are 0.
 template <typename T, typename Term>
@@ -119,7 +119,7 @@ void share_segment(const Problem<T>& p, int64_t index) {
   }
 }
 
-// --- rows ---------------------------------------------------------------------------------------------------------------------------
+// --- rows --------------------------------------------------------------------------------------------------------------------
 
 // Leaves the sums of every row with its first segment.
 void merge_row_sums(const GRPOLossArgs& a) {

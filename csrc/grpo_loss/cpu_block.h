@@ -1,5 +1,6 @@
-// The stages of the CPU kernel for a block of tokens: load, ratio, weights, policy term, KL, outputs, sums. Each is a loop over arrays in
-// the first-level cache, without branches inside, so that it vectorises. Masked tokens become zeros when they are loaded.
+// The stages of the CPU kernel for a block of tokens: load, ratio, weights, policy term, KL, outputs, sums. Each is a loop over
+// arrays in the first-level cache, without branches inside, so that it vectorises. Masked tokens become zeros when they are
+// loaded.
 #pragma once
 
 #include <cstring>
@@ -13,9 +14,10 @@ constexpr int64_t kBlock = 256;
 
 template <typename T>
 struct Block {
-  alignas(64) T log_prob[kBlock], old[kBlock], advantage[kBlock], weight[kBlock], ref[kBlock], sampler[kBlock], entropy[kBlock];
+  alignas(64) T log_prob[kBlock], old[kBlock], advantage[kBlock], weight[kBlock], ref[kBlock], sampler[kBlock];
+  alignas(64) T entropy[kBlock], loss[kBlock], slope[kBlock];
   alignas(64) T upstream[kBlock], log_ratio[kBlock], ratio[kBlock], sampler_weight[kBlock], sampler_gap[kBlock], phi[kBlock];
-  alignas(64) T policy[kBlock], direct[kBlock], through[kBlock], kl[kBlock], kl_direct[kBlock], kl_through[kBlock], loss[kBlock], slope[kBlock];
+  alignas(64) T policy[kBlock], direct[kBlock], through[kBlock], kl[kBlock], kl_direct[kBlock], kl_through[kBlock];
   // 0 or 1, in T so that all of a loop's vectors have equally many lanes
   alignas(64) T live[kBlock], scored[kBlock], kept[kBlock], dropped[kBlock];
 };
@@ -36,7 +38,7 @@ Problem<T> make_problem(const GRPOLossArgs& a) {
           threshold.data == nullptr ? -infinity<T>() : read_number<T>(threshold)};
 }
 
-// --- loading ------------------------------------------------------------------------------------------------------------------------
+// --- loading -----------------------------------------------------------------------------------------------------------------
 
 template <typename Integer, typename T>
 bool load_mask(const LossTensor& tensor, const Segment& s, int64_t begin, int64_t count, T* live) {
@@ -84,7 +86,7 @@ void load_ratio_inputs(const Problem<T>& p, const Segment& s, int64_t begin, int
   if (p.given(kSamplerLogProbs)) load(p.a.tensors[kSamplerLogProbs], s, begin, count, b.live, b.sampler);
 }
 
-// --- sums ---------------------------------------------------------------------------------------------------------------------------
+// --- sums --------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 double sum_live(const T* x, const T* live, int64_t count) {
@@ -178,7 +180,7 @@ void add_metrics(const Problem<T>& p, int64_t count, const Block<T>& b, double* 
   add_extremes(b.sampler_gap, b.scored, count, nullptr, &record[kSamplerGapMax]);
 }
 
-// --- stages -------------------------------------------------------------------------------------------------------------------------
+// --- stages ------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 void compute_ratio(const LossOptions<T>& o, const RowState<T>& row, int64_t count, Block<T>& b) {

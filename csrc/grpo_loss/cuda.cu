@@ -15,7 +15,7 @@ using Options = LossOptions<float>;
 
 __device__ bool given(const GRPOLossArgs& a, int input) { return a.tensors[input].data != nullptr; }
 
-// --- loading ------------------------------------------------------------------------------------------------------------------------
+// --- loading -----------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ bool is_inside(const Segment& s, int64_t i) { return s.row >= 0 && i < s.count; }
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ Token load_token(const GRPOLossArgs& a, const Segment
   return t;
 }
 
-// --- rows ---------------------------------------------------------------------------------------------------------------------------
+// --- rows --------------------------------------------------------------------------------------------------------------------
 
 // Sum of value(k) over the segments k of a row, by every warp for itself.
 template <typename Value>
@@ -69,7 +69,8 @@ __device__ double row_sum(const GRPOLossArgs& a, const Segment& s, int which) {
   return sum_over_segments(s, [&](int64_t segment) { return segment_row_sums(a, segment)[which]; });
 }
 
-// One block owns a segment of 1024 tokens, four a thread, and writes its five row sums. Bytes a token: 8 and the mask, and 4 with a sampler.
+// One block owns a segment of 1024 tokens, four a thread, and writes its five row sums. Bytes a token: 8 and the mask, and 4
+// with a sampler.
 __global__ void __launch_bounds__(kThreads) row_sums_kernel(const GRPOLossArgs a, const Options o) {
   __shared__ double warp_sums[kWarps][kRowSums];
   const Segment s = segment_at(a.layout, blockIdx.x);
@@ -105,9 +106,10 @@ __global__ void __launch_bounds__(kThreads) row_sums_kernel(const GRPOLossArgs a
   segment_row_sums(a, blockIdx.x)[threadIdx.x] = total;
 }
 
-// --- partial sums -------------------------------------------------------------------------------------------------------------------
+// --- partial sums ------------------------------------------------------------------------------------------------------------
 
-// A thread's share of a record: sums and counts in their slots, of which the compiler drops those that nobody adds to, and extremes.
+// A thread's share of a record: sums and counts in their slots, of which the compiler drops those that nobody adds to, and
+// extremes.
 constexpr int kMinima = 3, kMaxima = 4;
 
 struct Partial {
@@ -229,7 +231,8 @@ __device__ double merge_rows(const GRPOLossArgs& a) {
   return block_record(warp_record(p));
 }
 
-// After the block's record is written: the last block of a group merges the group's records, the last of those blocks everything.
+// After the block's record is written: the last block of a group merges the group's records, the last of those blocks
+// everything.
 __device__ void finish(const GRPOLossArgs& a, const Options& o) {
   const int64_t segments = count_segments(a.layout), groups = count_groups(a.layout), group = blockIdx.x / kGroup;
   const int64_t first = group * kGroup, size = segments - first < kGroup ? segments - first : kGroup;
@@ -245,7 +248,7 @@ __device__ void finish(const GRPOLossArgs& a, const Options& o) {
   if (threadIdx.x == 0) write_results<float>(a, o.reduction, results);
 }
 
-// --- the loss -----------------------------------------------------------------------------------------------------------------------
+// --- the loss ----------------------------------------------------------------------------------------------------------------
 
 // What one launch shares among its threads.
 struct Shared {
@@ -271,7 +274,8 @@ __device__ Shared load_shared(const GRPOLossArgs& a, const Options& o, const Seg
 }
 
 // Everything about one token: its outputs are written, and what it is counted for is added.
-__device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& o, const Shared& shared, const Token& t, int64_t output, Partial& p) {
+__device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& o, const Shared& shared, const Token& t,
+                                          int64_t output, Partial& p) {
   const RowState<float>& row = shared.row;
   const Gap<float> log_ratio = gap(t.log_prob, t.old);
   const float ratio = o.sequence_ratio ? row.ratio : fast_exp(log_ratio.value);
@@ -293,7 +297,8 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
     static_cast<float*>(a.grad_log_probs)[output] = t.live ? gradient : 0.0f;
   }
   if (a.grad_entropy != nullptr) {
-    const float gradient = o.reduction == kNoReduction ? (bonus ? -shared.entropy_coef * upstream : 0.0f) : (kept ? 1.0f : 0.0f);
+    const float per_token = bonus ? -shared.entropy_coef * upstream : 0.0f;
+    const float gradient = o.reduction == kNoReduction ? per_token : (kept ? 1.0f : 0.0f);
     static_cast<float*>(a.grad_entropy)[output] = gradient;
   }
   if (a.loss != nullptr && o.reduction == kNoReduction) {
@@ -333,9 +338,9 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
   if (sampler.scored != 0.0f) take_extremes(sampler.size, unused, p.maxima[kSamplerGapMax - kRatioMax]);
 }
 
-// One block owns a segment of 1024 tokens, four a thread, loaded one ahead of the arithmetic. It writes their outputs and one record of
-// 32 sums, which the last blocks to finish merge in a fixed order: no second launch, no floating-point atomics. A row's statistics come
-// from the launch before, if the options need any. Bytes a token: 4 an input, 1 the mask, 4 an output.
+// One block owns a segment of 1024 tokens, four a thread, loaded one ahead of the arithmetic. It writes their outputs and one
+// record of 32 sums, which the last blocks to finish merge in a fixed order: no second launch, no floating-point atomics. A
+// row's statistics come from the launch before, if the options need any. Bytes a token: 4 an input, 1 the mask, 4 an output.
 __global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, const Options o) {
   const Segment s = segment_at(a.layout, blockIdx.x);
   double factor;
@@ -360,8 +365,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, co
   finish(a, o);
 }
 
-// At sequence level: adds to every gradient of a segment what its row's tokens send through the row's log-ratio. Bytes a token: 16 and
-// the mask.
+// At sequence level: adds to every gradient of a segment what its row's tokens send through the row's log-ratio. Bytes a token:
+// 16 and the mask.
 __global__ void __launch_bounds__(kThreads) share_kernel(const GRPOLossArgs a) {
   const Segment s = segment_at(a.layout, blockIdx.x);
   if (s.row < 0) return;

@@ -1,8 +1,9 @@
 // The maths of the GRPO loss for one token and one row, in T = float or double, for the CPU and CUDA kernels alike.
 //
-// Everything is written as selections without branches on data, so that a loop over tokens vectorises; the options are uniform. Optional
-// bounds that are absent are infinite. Derivatives are by the token's log-prob: `direct`, plus `through` the log-ratio of the token or, at
-// sequence level, of its row. Infinities must not meet zeros: a clipped or weightless token has derivative 0 even if its ratio is infinite.
+// Everything is written as selections without branches on data, so that a loop over tokens vectorises; the options are uniform.
+// Optional bounds that are absent are infinite. Derivatives are by the token's log-prob: `direct`, plus `through` the log-ratio
+// of the token or, at sequence level, of its row. Infinities must not meet zeros: a clipped or weightless token has derivative
+// 0 even if its ratio is infinite.
 #pragma once
 
 #include "common/math.h"
@@ -50,8 +51,8 @@ GK_HOST_DEVICE Gap<T> gap(T a, T b) {
   return {stuck ? T(0) : a - b, stuck ? T(0) : T(1)};
 }
 
-// weight * x, where zero wins over infinity: a factor that meets zero is bounded first. (Selecting the product instead tempts GCC into
-// branches, and the loop does not vectorise.)
+// weight * x, where zero wins over infinity: a factor that meets zero is bounded first. (Selecting the product instead tempts
+// GCC into branches, and the loop does not vectorise.)
 template <typename T>
 GK_HOST_DEVICE T times(T weight, T x) {
   const T bounded_weight = x == T(0) ? clamp(weight, T(-1), T(1)) : weight;
@@ -82,7 +83,8 @@ struct LossOptions {
 
   // Whether a token's loss or gradient needs statistics of its row.
   GK_HOST_DEVICE bool needs_row_sums() const {
-    return sequence_ratio || reduction == kSequenceMeanTokenMean || off_policy_mask || surrogate == kVESPO || corrects_sequences();
+    return sequence_ratio || reduction == kSequenceMeanTokenMean || off_policy_mask || surrogate == kVESPO ||
+           corrects_sequences();
   }
 };
 
@@ -122,7 +124,7 @@ inline LossOptions<T> make_options(const GRPOLossArgs& a) {
   return o;
 }
 
-// --- the sampler's mismatch ---------------------------------------------------------------------------------------------------------
+// --- the sampler's mismatch --------------------------------------------------------------------------------------------------
 
 // The weight that corrects it, from the plain weight exp(old - sampler).
 template <typename T>
@@ -141,7 +143,7 @@ GK_HOST_DEVICE T log_sampler_weight(const LossOptions<T>& o, T gap) {
   return clamp(log_weight, T(kLogWeightMin), T(kLogWeightMax));
 }
 
-// --- a row --------------------------------------------------------------------------------------------------------------------------
+// --- a row -------------------------------------------------------------------------------------------------------------------
 
 // What every token of a row shares.
 template <typename T>
@@ -182,7 +184,7 @@ GK_HOST_DEVICE RowState<T> row_state(const LossOptions<T>& o, const double* sums
   return row;
 }
 
-// --- a token ------------------------------------------------------------------------------------------------------------------------
+// --- a token -----------------------------------------------------------------------------------------------------------------
 
 // The factors of the policy term that have no derivative, without and with the advantage.
 template <typename T>
@@ -192,7 +194,8 @@ struct PolicyWeight {
 };
 
 template <typename T>
-GK_HOST_DEVICE PolicyWeight<T> policy_weight(const LossOptions<T>& o, T off_policy, T kept, T advantage, T weight, T correction) {
+GK_HOST_DEVICE PolicyWeight<T> policy_weight(const LossOptions<T>& o, T off_policy, T kept, T advantage, T weight,
+                                             T correction) {
   const bool dropped = (off_policy != T(0)) & !(advantage >= T(0));
   weight = dropped | (kept == T(0)) ? T(0) : weight;
   weight = o.correction != kNoCorrection && o.surrogate != kVESPO ? times(weight, correction) : weight;
@@ -217,8 +220,8 @@ GK_HOST_DEVICE Term<T> ppo_clip(const LossOptions<T>& o, T advantage, T weight, 
   return {-times(weight, too_high ? o.dual_clip : taken), T(0), held ? T(0) : -times(weight, ratio)};
 }
 
-// The soft gate 4 / tau * sigmoid(z), z = tau (r - 1). With e = exp(-|z|), its slope by log r is r times 4 e / (1 + e)^2, which is
-// 1 - t^2, t = (1 - e) / (1 + e): the better form near r = 1.
+// The soft gate 4 / tau * sigmoid(z), z = tau (r - 1). With e = exp(-|z|), its slope by log r is r times 4 e / (1 + e)^2, which
+// is 1 - t^2, t = (1 - e) / (1 + e): the better form near r = 1.
 template <typename T>
 GK_HOST_DEVICE Term<T> sapo(const LossOptions<T>& o, T advantage, T weight, T ratio) {
   const T tau = advantage > T(0) ? o.tau_pos : o.tau_neg;
@@ -238,8 +241,8 @@ GK_HOST_DEVICE Term<T> score_term(T coefficient, T log_prob) {
 }
 
 template <typename T>
-GK_HOST_DEVICE Term<T> policy_term(int surrogate, const LossOptions<T>& o, const RowState<T>& row, T advantage, T weight, T log_prob,
-                                   T ratio) {
+GK_HOST_DEVICE Term<T> policy_term(int surrogate, const LossOptions<T>& o, const RowState<T>& row, T advantage, T weight,
+                                   T log_prob, T ratio) {
   switch (surrogate) {
     case kPPOClip:
       return ppo_clip(o, advantage, weight, ratio);
@@ -274,8 +277,8 @@ GK_HOST_DEVICE Term<T> kl_estimate(int estimator, const LossOptions<T>& o, T ref
   return {value, slope, T(0)};
 }
 
-// The same with its clamp, its straight-through derivative and its importance weight. (Two functions, because GCC does not vectorise a loop
-// over both.)
+// The same with its clamp, its straight-through derivative and its importance weight. (Two functions, because GCC does not
+// vectorise a loop over both.)
 template <typename T>
 GK_HOST_DEVICE Term<T> kl_term(const LossOptions<T>& o, const Term<T>& estimate, T ref, T log_prob, T ratio) {
   const Gap<T> g = gap(ref, log_prob);

@@ -1,5 +1,5 @@
-// Arguments and launchers of the GRPO loss. The numbers of the options and metrics are those of grpo_kernels/grpo_loss/config.py and
-// metrics.py.
+// Arguments and launchers of the GRPO loss. The numbers of the options and metrics are those of
+// grpo_kernels/grpo_loss/config.py and metrics.py.
 #pragma once
 
 #include <cstdint>
@@ -120,8 +120,8 @@ enum LossNumber : int { kKLCoef, kEntropyCoef, kNumItems, kEntropyThreshold, kLo
 
 }  // namespace loss
 
-// Token t of row r lies at data[r * row_stride + t * token_stride]. Packed rows have t from 0 to N and, if they are per token, row_stride 0.
-// data is null for an absent tensor. token_stride is 0 (one value a sequence) or 1.
+// Token t of row r lies at data[r * row_stride + t * token_stride]. Packed rows have t from 0 to N and, if they are per token,
+// row_stride 0. data is null for an absent tensor. token_stride is 0 (one value a sequence) or 1.
 struct LossTensor {
   const void* data;
   int64_t row_stride;

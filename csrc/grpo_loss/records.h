@@ -1,7 +1,7 @@
 // Partial sums of the loss and its metrics: what a token adds, how records merge, and what the totals mean.
 //
-// A record holds 32 doubles in the order of the metrics: sums, then minima (23 to 25), maxima (26 to 29), and two more sums. The slots
-// that are taken by row (sequences and clip shares) stay empty until all segments of a row have been counted.
+// A record holds 32 doubles in the order of the metrics: sums, then minima (23 to 25), maxima (26 to 29), and two more sums.
+// The slots that are taken by row (sequences and clip shares) stay empty until all segments of a row have been counted.
 #pragma once
 
 #include "grpo_loss/formula.h"
@@ -90,7 +90,8 @@ GK_HOST_DEVICE void write_results(const GRPOLossArgs& a, int reduction, const do
   const double entropy_scale = bonus ? -entropy_coef / at_least_one(totals[kHighEntropy]) : 0.0;
   static_cast<T*>(a.scale)[0] = T(scale);
   static_cast<T*>(a.scale)[1] = T(entropy_scale);
-  *static_cast<T*>(a.loss) = T(scale * totals[kTokenLoss] + (entropy_scale == 0.0 ? 0.0 : entropy_scale * totals[kEntropyBonus]));
+  const double entropy_part = entropy_scale == 0.0 ? 0.0 : entropy_scale * totals[kEntropyBonus];
+  *static_cast<T*>(a.loss) = T(scale * totals[kTokenLoss] + entropy_part);
 }
 
 }  // namespace loss_kernels

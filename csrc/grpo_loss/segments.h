@@ -1,9 +1,10 @@
-// How the tokens of the sequences are cut into work: a row into segments of 1024 tokens, counted from its own start. Sums run inside a
-// segment first, then over the segments of a row, then over rows, so no bit of a row depends on another row or on the number of threads.
+// How the tokens of the sequences are cut into work: a row into segments of 1024 tokens, counted from its own start. Sums run
+// inside a segment first, then over the segments of a row, then over rows, so no bit of a row depends on another row or on the
+// number of threads.
 //
-// Padded rows all have the same number of segments. Packed row r starts at segment floor(start / 1024) + r: numbers that grow by at least
-// the segments of each row, so the row of a segment is found by bisection and no sum over rows is needed. A few segments stay empty.
-// Packed, two more rows hold the tokens before the first and after the last sequence; they are never live.
+// Padded rows all have the same number of segments. Packed row r starts at segment floor(start / 1024) + r: numbers that grow
+// by at least the segments of each row, so the row of a segment is found by bisection and no sum over rows is needed. A few
+// segments stay empty. Packed, two more rows hold the tokens before the first and after the last sequence; they are never live.
 #pragma once
 
 #include "grpo_loss/grpo_loss.h"
