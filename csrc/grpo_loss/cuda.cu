@@ -386,7 +386,6 @@ __global__ void __launch_bounds__(kThreads) share_kernel(const GRPOLossArgs a) {
 }  // namespace GK_ISA
 
 int grpo_loss_cuda(const GRPOLossArgs& a, void* stream) {
-  using namespace GK_ISA;
   using namespace GK_ISA::loss_kernels;
   const auto queue = static_cast<cudaStream_t>(stream);
   const Options o = make_options<float>(a);
@@ -394,7 +393,7 @@ int grpo_loss_cuda(const GRPOLossArgs& a, void* stream) {
   if (o.needs_row_sums()) row_sums_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
   loss_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
   if (o.sequence_ratio && a.grad_log_probs != nullptr) share_kernel<<<blocks, kThreads, 0, queue>>>(a);
-  return launch_status();
+  return GK_ISA::launch_status();
 }
 
 }  // namespace grpo_kernels
