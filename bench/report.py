@@ -66,6 +66,10 @@ def header(results: dict[str, Any]) -> list[str]:
         f"{info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads",
         f"measured copy bandwidth (read + write): {info['copy_gigabytes_per_second']:.4g} GB/s",
     ]
+    if info.get("load_average", 0) > info["threads"] + 0.5:
+        lines.append(
+            f"load average {info['load_average']}: OTHER work shared these cores; look at ratios, not at times"
+        )
     if info.get("pages") == "recycled":
         lines.append("memory pages are recycled (glibc tunables), for every provider alike")
     elif "pages" in info:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -183,7 +184,11 @@ def run(device: str, effort: Effort, ops: list[str] | None, quick: bool, progres
     bandwidth = max(bandwidths)
     finish(records, device, bandwidth)
     return {
-        "machine": {**description, "copy_gigabytes_per_second": _rounded(bandwidth * 1e-9)},
+        "machine": {
+            **description,
+            "copy_gigabytes_per_second": _rounded(bandwidth * 1e-9),
+            "load_average": round(os.getloadavg()[1], 1),  # above the number of threads: others were at work too
+        },
         "seconds": round(time.time() - begin),
         "skipped": skipped,
         "cases": records,
