@@ -1,7 +1,7 @@
 // The one file that knows Python: addresses and numbers -> argument structure -> launcher -> exception.
 //
-// Every kernel function ends with (device, stream_or_threads): device -1 is the CPU, with its number of threads; otherwise a CUDA
-// ordinal, with the handle of the current stream. Tensors were checked, and outputs allocated, in Python.
+// Every kernel function ends with (device, stream_or_threads): device -1 is the CPU, with its number of threads; otherwise a
+// CUDA ordinal, with the handle of the current stream. Tensors were checked, and outputs allocated, in Python.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,7 +40,8 @@ void check_cuda(const char* op, int status) {
   throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// The caller's current device stays current; the extension has its own copy of the CUDA runtime, but contexts belong to the driver.
+// The caller's current device stays current; the extension has its own copy of the CUDA runtime, but contexts belong to the
+// driver.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -84,8 +85,8 @@ Grouping make_grouping(int64_t batch, int64_t group_size, Address order, Address
 
 int64_t group_advantages(Address rewards, int dtype, int64_t batch, int functions, int64_t group_size, Address order,
                          Address sorted_ids, Address weights, int baseline, int normalize_by, int aggregation, int singleton,
-                         int correction, double eps, Address scratch, Address advantages, Address mean, Address std,
-                         int device, Address stream_or_threads) {
+                         int correction, double eps, Address scratch, Address advantages, Address mean, Address std, int device,
+                         Address stream_or_threads) {
   GroupAdvantagesArgs args{};
   args.grouping = make_grouping(batch, group_size, order, sorted_ids);
   args.rewards = pointer<const void>(rewards);
@@ -132,10 +133,16 @@ LogitRows make_logit_rows(int64_t rows, int64_t inner, int64_t outer_stride, int
   return {rows, vocab, inner, outer_stride, inner_stride, dtype};
 }
 
-TokenTransform make_token_transform(Address token_ids, bool wide_ids, Address mask, Address temperatures, bool temperature_per_row,
-                                    double temperature, double logit_scale, double softcap) {
-  return {pointer<const void>(token_ids), wide_ids, pointer<const uint8_t>(mask), pointer<const void>(temperatures),
-          temperature_per_row, temperature, logit_scale, softcap};
+TokenTransform make_token_transform(Address token_ids, bool wide_ids, Address mask, Address temperatures,
+                                    bool temperature_per_row, double temperature, double logit_scale, double softcap) {
+  return {pointer<const void>(token_ids),
+          wide_ids,
+          pointer<const uint8_t>(mask),
+          pointer<const void>(temperatures),
+          temperature_per_row,
+          temperature,
+          logit_scale,
+          softcap};
 }
 
 int64_t token_log_probs(int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t vocab, int dtype,
@@ -146,7 +153,8 @@ int64_t token_log_probs(int64_t rows, int64_t inner, int64_t outer_stride, int64
   if (device >= 0) throw std::runtime_error("token_log_probs: on CUDA this op runs on Triton");
   TokenLogProbsArgs args{};
   args.layout = make_logit_rows(rows, inner, outer_stride, inner_stride, vocab, dtype);
-  args.transform = make_token_transform(token_ids, wide_ids, mask, temperatures, temperature_per_row, temperature, logit_scale, softcap);
+  args.transform =
+      make_token_transform(token_ids, wide_ids, mask, temperatures, temperature_per_row, temperature, logit_scale, softcap);
   args.logits = pointer<const void>(logits);
   args.log_probs = pointer<void>(log_probs);
   args.entropy = pointer<void>(entropy);
@@ -157,15 +165,17 @@ int64_t token_log_probs(int64_t rows, int64_t inner, int64_t outer_stride, int64
   return GK_CALL_CPU(token_log_probs, args, int(stream_or_threads));
 }
 
-int64_t token_log_probs_backward(int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t vocab, int dtype,
-                                 Address token_ids, bool wide_ids, Address mask, Address temperatures, bool temperature_per_row,
-                                 double temperature, double logit_scale, double softcap, Address logits, Address statistics,
-                                 Address grad_log_probs, Address grad_entropy, Address grad_logits, int64_t grad_outer_stride,
-                                 int64_t grad_inner_stride, int device, Address stream_or_threads) {
+int64_t token_log_probs_backward(int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t vocab,
+                                 int dtype, Address token_ids, bool wide_ids, Address mask, Address temperatures,
+                                 bool temperature_per_row, double temperature, double logit_scale, double softcap,
+                                 Address logits, Address statistics, Address grad_log_probs, Address grad_entropy,
+                                 Address grad_logits, int64_t grad_outer_stride, int64_t grad_inner_stride, int device,
+                                 Address stream_or_threads) {
   if (device >= 0) throw std::runtime_error("token_log_probs: on CUDA this op runs on Triton");
   TokenLogProbsBackwardArgs args{};
   args.layout = make_logit_rows(rows, inner, outer_stride, inner_stride, vocab, dtype);
-  args.transform = make_token_transform(token_ids, wide_ids, mask, temperatures, temperature_per_row, temperature, logit_scale, softcap);
+  args.transform =
+      make_token_transform(token_ids, wide_ids, mask, temperatures, temperature_per_row, temperature, logit_scale, softcap);
   args.logits = pointer<const void>(logits);
   args.statistics = pointer<const void>(statistics);
   args.grad_log_probs = pointer<const void>(grad_log_probs);
@@ -187,8 +197,8 @@ int64_t grpo_loss(int64_t batch, int64_t tokens, Address cu_seqlens, bool wide_c
                   const std::array<std::array<int64_t, 3>, loss::kLossInputs>& tensors,
                   const std::array<std::pair<Address, double>, loss::kLossNumbers>& numbers, int64_t max_length,
                   const std::array<int, loss::kLossOptions>& options,
-                  const std::array<double, loss::kLossParameters>& parameters, Address workspace, Address counters, Address loss,
-                  Address grad_log_probs, Address grad_entropy, Address scale, Address metrics, int device,
+                  const std::array<double, loss::kLossParameters>& parameters, Address workspace, Address counters,
+                  Address loss, Address grad_log_probs, Address grad_entropy, Address scale, Address metrics, int device,
                   Address stream_or_threads) {
   GRPOLossArgs args{};
   args.layout = {batch, tokens, pointer<const void>(cu_seqlens), wide_cu_seqlens};

@@ -129,8 +129,8 @@ def _resolve(op: str, forced: str | None, device_type: str, index: int, dtype: t
     return chosen
 
 
-# What torch.compiler.assume_constant_result does: torch.compile takes the result and does not trace the look-up. Setting
-# the attribute here saves the import of torch._dynamo (and with it Triton) when the package is imported.
+# What torch.compiler.assume_constant_result does: torch.compile takes the result and does not trace the look-up.
+# Setting the attribute here saves the import of torch._dynamo (and with it Triton) when the package is imported.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

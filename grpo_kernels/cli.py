@@ -30,7 +30,8 @@ def _versions() -> Rows:
         ("Python", platform.python_version()),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})"),
         ("Triton", _version("triton")),
-        ("platform", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, torch uses {torch.get_num_threads()}"),
+        ("platform", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"),
+        ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
     ]
 
 
@@ -48,7 +49,7 @@ def _extension_rows() -> Rows:
 
 
 def _devices() -> list[tuple[str, int, str]]:
-    """Type, index and description of every device to report on: the CPU, and each CUDA device, or one that is not there."""
+    """Type, index and description of every device to report on: the CPU and each CUDA device."""
     devices = [("cpu", -1, platform.machine())]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -61,7 +62,7 @@ def _backend_rows(device_type: str, index: int) -> Rows:
     """Which backend every op takes on a device, and why not the ones before it."""
     rows: Rows = []
     for op in _dispatch.public_ops():
-        reasons = []
+        reasons: list[str] = []
         for name in _dispatch.candidates(op, device_type):
             reason = _dispatch.problem(op, name, device_type, index, torch.float32)
             if not reason:
@@ -87,7 +88,8 @@ def env() -> int:
         name = device_type if index < 0 else f"{device_type}:{index}"
         _print_table(f"Backends on {name} ({description})", _backend_rows(device_type, index))
     if torch.cuda.device_count() == 0:
-        print("No CUDA device: torch.cuda sees none." if torch.version.cuda else "No CUDA device: this torch is a CPU build.")
+        reason = "torch.cuda sees none" if torch.version.cuda else "this torch is a CPU build"
+        print(f"No CUDA device: {reason}.")
     return 0
 
 

@@ -1,4 +1,5 @@
-// Element types as the Python side numbers them (grpo_kernels/_extension.py: DTYPE_CODE), and their conversion to arithmetic types.
+// Element types as the Python side numbers them (grpo_kernels/_extension.py: DTYPE_CODE), and their conversion to arithmetic
+// types.
 //
 // The 16-bit conversions are integer arithmetic on whole words, so that compilers vectorise them on every instruction set.
 #pragma once

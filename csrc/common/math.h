@@ -83,8 +83,8 @@ GK_HOST_DEVICE float fast_exp(float x) {
 }
 GK_HOST_DEVICE double fast_exp(double x) { return ::exp(x); }
 
-// e^x - 1, and `excess` = e^x - 1 - x: neither cancels at 0, and the excess is not negative. 2^n (e^r - 1) + (2^n - 1), formed at half
-// size lest 2^128 overflow; at n = 0 the excess is r^2 times a polynomial.
+// e^x - 1, and `excess` = e^x - 1 - x: neither cancels at 0, and the excess is not negative. 2^n (e^r - 1) + (2^n - 1), formed
+// at half size lest 2^128 overflow; at n = 0 the excess is r^2 times a polynomial.
 GK_HOST_DEVICE float fast_expm1(float x, float& excess) {
   const float low = x < -40.0f ? -40.0f : x;
   const float bounded = low > 88.8f ? 88.8f : low;

@@ -229,8 +229,7 @@ void compute_weight(const Problem<T>& p, const RowState<T>& row, int64_t count, 
   }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const PolicyWeight<T> w =
-        policy_weight(o, off_policy, b.kept[i], b.advantage[i], b.weight[i], b.sampler_weight[i]);
+    const PolicyWeight<T> w = policy_weight(o, off_policy, b.kept[i], b.advantage[i], b.weight[i], b.sampler_weight[i]);
     b.weight[i] = w.weight;
     b.dropped[i] = w.dropped;
   }

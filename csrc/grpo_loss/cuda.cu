@@ -284,8 +284,7 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
     correction = o.corrects_sequences() ? row.sampler_weight : sampler_weight(o, fast_exp(evidence(t.old, t.sampler)));
   }
   const bool kept = t.live && (!shared.entropy_mask || t.entropy >= shared.threshold);
-  const PolicyWeight<float> weight =
-      policy_weight(o, row.off_policy, kept ? 1.0f : 0.0f, t.advantage, t.weight, correction);
+  const PolicyWeight<float> weight = policy_weight(o, row.off_policy, kept ? 1.0f : 0.0f, t.advantage, t.weight, correction);
   const Term<float> policy = policy_term(o.surrogate, o, row, t.advantage, weight.weight, t.log_prob, ratio);
   Term<float> kl{0.0f, 0.0f, 0.0f};
   if (o.estimator != kNoKL) kl = kl_term(o, kl_estimate(o.estimator, o, t.ref, t.log_prob), t.ref, t.log_prob, ratio);

@@ -138,8 +138,8 @@ template <typename T>
 GK_HOST_DEVICE T log_sampler_weight(const LossOptions<T>& o, T gap) {
   const T raw = fast_exp(gap);
   const bool outside = (raw < o.sampler_floor) | (raw > o.sampler_cap);
-  const T log_weight = o.truncates() ? clamp(gap, o.log_sampler_floor, o.log_sampler_cap)
-                                     : (o.masks() & outside ? -infinity<T>() : gap);
+  const T log_weight =
+      o.truncates() ? clamp(gap, o.log_sampler_floor, o.log_sampler_cap) : (o.masks() & outside ? -infinity<T>() : gap);
   return clamp(log_weight, T(kLogWeightMin), T(kLogWeightMax));
 }
 

@@ -146,7 +146,7 @@ struct GRPOLossArgs {
   LossLayout layout;
   int dtype;  // of all floating tensors: kFloat32 or, on the CPU, kFloat64
   LossTensor tensors[loss::kLossInputs];
-  int mask_bytes;  // size of its integers: 1, 4 or 8
+  int mask_bytes;                          // size of its integers: 1, 4 or 8
   LossScalar numbers[loss::kLossNumbers];  // the entropy threshold has data or is absent
   int64_t max_length;
   int options[loss::kLossOptions];

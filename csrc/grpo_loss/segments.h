@@ -17,11 +17,11 @@ constexpr int64_t kSegment = 1024;
 
 // A part of a row. Token i of it is token `begin` + i of the layout.
 struct Segment {
-  int64_t row;         // of the batch; -1 outside all sequences
-  int64_t first;       // number of the first segment of the row
-  int64_t segments;    // of the row
-  int64_t begin;       // in [0, T), or in [0, N) when packed
-  int64_t count;       // of tokens, at most kSegment
+  int64_t row;       // of the batch; -1 outside all sequences
+  int64_t first;     // number of the first segment of the row
+  int64_t segments;  // of the row
+  int64_t begin;     // in [0, T), or in [0, N) when packed
+  int64_t count;     // of tokens, at most kSegment
 };
 
 GK_HOST_DEVICE int64_t padded_segments(const LossLayout& l) {

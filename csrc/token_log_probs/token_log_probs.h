@@ -19,11 +19,11 @@ struct LogitRows {
 // What stands between the caller's logits and the softmax, and which rows count. Per-row values have the arithmetic
 // type: double for float64 logits, else float.
 struct TokenTransform {
-  const void* token_ids;  // [rows]; negative: masked
-  int wide_ids;           // int64, else int32
-  const uint8_t* mask;    // [rows] or null; 0: masked
-  const void* temperatures;   // null: use `temperature`
-  int temperature_per_row;    // [rows], else one value
+  const void* token_ids;     // [rows]; negative: masked
+  int wide_ids;              // int64, else int32
+  const uint8_t* mask;       // [rows] or null; 0: masked
+  const void* temperatures;  // null: use `temperature`
+  int temperature_per_row;   // [rows], else one value
   double temperature;
   double logit_scale;
   double softcap;  // 0: none
@@ -36,11 +36,11 @@ struct TokenLogProbsArgs {
   LogitRows layout;
   TokenTransform transform;
   const void* logits;
-  void* log_probs;           // [rows] each; null: not wanted
+  void* log_probs;  // [rows] each; null: not wanted
   void* entropy;
   void* sum_squared_probs;
   int64_t* top1_ids;
-  void* statistics;          // [4, rows]: max, sum of e^u, target logit, sum of u e^u, where u = z - max
+  void* statistics;  // [4, rows]: max, sum of e^u, target logit, sum of u e^u, where u = z - max
 };
 
 struct TokenLogProbsBackwardArgs {
@@ -50,7 +50,7 @@ struct TokenLogProbsBackwardArgs {
   const void* statistics;
   const void* grad_log_probs;  // [rows]; null: zero
   const void* grad_entropy;
-  void* grad_logits;           // may be `logits`
+  void* grad_logits;  // may be `logits`
   int64_t grad_outer_stride, grad_inner_stride;
 };
 
