@@ -7,13 +7,14 @@ namespace grpo_kernels {
 namespace GK_ISA {
 namespace {
 
-constexpr int64_t kGroupsPerChunk = 256;
+constexpr int64_t kSamplesPerChunk = 32768;  // below that a second thread costs more than it brings
 
 // Calls body(begin, end) with the range of positions of every group.
 template <typename Body>
 void for_each_group(const Grouping& g, int threads, const Body& body) {
   if (g.order == nullptr) {
-    parallel_rows(g.batch / g.group_size, threads, kGroupsPerChunk, [&](int64_t first, int64_t last) {
+    const int64_t grain = g.group_size < kSamplesPerChunk ? kSamplesPerChunk / g.group_size : 1;
+    parallel_rows(g.batch / g.group_size, threads, grain, [&](int64_t first, int64_t last) {
       for (int64_t group = first; group < last; ++group) body(group * g.group_size, (group + 1) * g.group_size);
     });
     return;
@@ -26,20 +27,27 @@ void for_each_group(const Grouping& g, int threads, const Body& body) {
   }
 }
 
-// Statistics of `count` values, in order, NaN left out.
+// Sum of term(value) over the values that are not NaN, in four interleaved partial sums: groups are too short for vectors, and
+// one sum would wait for itself.
+template <typename Term>
+double sum_live(const double* values, int64_t count, const Term& term) {
+  double sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int k = 0; k < 4; ++k) sums[k] += is_nan(values[i + k]) ? 0.0 : term(values[i + k]);
+  }
+  for (; i < count; ++i) sums[0] += is_nan(values[i]) ? 0.0 : term(values[i]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Statistics of `count` values, NaN left out, in an order that depends on the count alone.
 Statistics statistics(const double* values, int64_t count, int correction) {
-  double pivot = 0.0, shifted = 0.0, squared = 0.0;
-  int64_t live = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (is_nan(values[i])) continue;
-    if (live == 0) pivot = values[i];
-    shifted += values[i] - pivot;
-    ++live;
-  }
-  const double mean = mean_from_sum(pivot, shifted, live);
-  for (int64_t i = 0; i < count; ++i) {
-    if (!is_nan(values[i])) squared += (values[i] - mean) * (values[i] - mean);
-  }
+  int64_t first = 0;
+  while (first < count && is_nan(values[first])) ++first;
+  const double pivot = first < count ? values[first] : 0.0;
+  const int64_t live = int64_t(sum_live(values, count, [](double) { return 1.0; }));
+  const double mean = mean_from_sum(pivot, sum_live(values, count, [=](double v) { return v - pivot; }), live);
+  const double squared = sum_live(values, count, [=](double v) { return (v - mean) * (v - mean); });
   return {mean, std_from_sum(squared, live, correction), live};
 }
 
@@ -72,14 +80,14 @@ void store_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const
   Out* advantages = static_cast<Out*>(a.advantages);
   Out* mean = static_cast<Out*>(a.mean);
   Out* std = static_cast<Out*>(a.std);
-  for (int64_t p = begin; p < end; ++p) {
+  const Centring c = make_centring(a, s);
+  const Out group_mean = Out(s.mean), group_std = Out(s.std);
+  for (int64_t p = begin; p < end; ++p) mean[sample_at(a.grouping, p)] = group_mean;
+  for (int64_t p = begin; p < end; ++p) std[sample_at(a.grouping, p)] = group_std;
+  for (int64_t p = begin; p < end && values != nullptr; ++p) {
     const int64_t sample = sample_at(a.grouping, p);
-    mean[sample] = Out(s.mean);
-    std[sample] = Out(s.std);
-    if (values == nullptr) continue;
     const double value = values[p - begin];
-    const double difference = centred(a, s, value);
-    const double result = a.normalize_by == kNormalizeGroup ? scaled(difference, s.std, a.eps) : difference;
+    const double result = scaled(centred(c, value), c.inverse);
     advantages[sample] = is_scored(a, sample, value) ? Out(result) : Out(0);
   }
 }
@@ -93,10 +101,11 @@ void sum_normalized(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, do
     }
     Statistics s = statistics(values, end - begin, a.correction);
     apply_singleton(a, s);
+    const Centring c = make_centring(a, s);
     for (int64_t p = begin; p < end; ++p) {
       const double value = values[p - begin];
       if (is_nan(value)) continue;
-      const double z = scaled(centred(a, s, value), s.std, a.eps);
+      const double z = scaled(centred(c, value), c.inverse);
       sums[sample_at(a.grouping, p)] += a.weights == nullptr ? z : a.weights[k] * z;
     }
   }
@@ -119,8 +128,9 @@ void advantages_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t en
   if (a.aggregation == kNormalizeThenSum) {
     sum_normalized(a, begin, end, values, by_sample);
   } else if (a.normalize_by == kNormalizeBatch) {
+    const Centring c = make_centring(a, s);
     for (int64_t p = begin; p < end; ++p) {
-      by_sample[sample_at(a.grouping, p)] = centred(a, s, values[p - begin]);
+      by_sample[sample_at(a.grouping, p)] = centred(c, values[p - begin]);
     }
   }
 }
@@ -135,9 +145,10 @@ void normalize_batch(const GroupAdvantagesArgs& a) {
     live[i] = whiten && is_scored(a, i, total) ? by_sample[i] : total;
   }
   const Statistics s = statistics(live, batch, a.correction);
+  const double inverse = inverse_scale(s.std, a.eps);
   for (int64_t i = 0; i < batch; ++i) {
     const double difference = whiten ? by_sample[i] - s.mean : by_sample[i];
-    store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, s.std, a.eps) : 0.0);
+    store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, inverse) : 0.0);
   }
 }
 

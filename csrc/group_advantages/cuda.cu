@@ -67,6 +67,7 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
   const auto combined = [&](int64_t p) { return combined_reward(a, sample_at(a.grouping, p)); };
   Statistics s = warp_statistics(begin, end, a.correction, combined);
   apply_singleton(a, s);
+  const Centring c = make_centring(a, s);
   for (int64_t p = begin + lane; p < end; p += kWarp) {
     const int64_t sample = sample_at(a.grouping, p);
     store_value(a.mean, a.dtype, sample, s.mean);
@@ -75,10 +76,9 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
     if (a.aggregation == kNormalizeThenSum) {
       a.scratch[sample] = 0.0;
     } else if (a.normalize_by == kNormalizeBatch) {
-      a.scratch[sample] = centred(a, s, value);
+      a.scratch[sample] = centred(c, value);
     } else {
-      const double difference = centred(a, s, value);
-      const double result = a.normalize_by == kNormalizeGroup ? scaled(difference, s.std, a.eps) : difference;
+      const double result = scaled(centred(c, value), c.inverse);
       store_value(a.advantages, a.dtype, sample, is_scored(a, sample, value) ? result : 0.0);
     }
   }
@@ -87,11 +87,12 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
     const auto reward = [&](int64_t p) { return load_value(a.rewards, a.dtype, sample_at(a.grouping, p) * a.functions + k); };
     Statistics column = warp_statistics(begin, end, a.correction, reward);
     apply_singleton(a, column);
+    const Centring centring = make_centring(a, column);
     // A lane adds to its own samples alone, function after function: no two threads share a scratch element.
     for (int64_t p = begin + lane; p < end; p += kWarp) {
       const double value = reward(p);
       if (is_nan(value)) continue;
-      const double z = scaled(centred(a, column, value), column.std, a.eps);
+      const double z = scaled(centred(centring, value), centring.inverse);
       a.scratch[sample_at(a.grouping, p)] += a.weights == nullptr ? z : a.weights[k] * z;
     }
   }
@@ -123,9 +124,10 @@ __global__ void group_advantages_kernel(GroupAdvantagesArgs a) {
     if (threadIdx.x == 0) batch = s;
   }
   __syncthreads();
+  const double inverse = inverse_scale(batch.std, a.eps);
   for (int64_t i = threadIdx.x; i < a.grouping.batch; i += blockDim.x) {
     const double difference = whiten ? a.scratch[i] - batch.mean : a.scratch[i];
-    store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, batch.std, a.eps) : 0.0);
+    store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, inverse) : 0.0);
   }
 }
 

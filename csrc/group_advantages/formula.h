@@ -84,18 +84,29 @@ GK_HOST_DEVICE void apply_singleton(const GroupAdvantagesArgs& a, Statistics& s)
   }
 }
 
-GK_HOST_DEVICE double centred(const GroupAdvantagesArgs& a, const Statistics& s, double value) {
+// How a group's rewards become advantages, worked out once a group: (value - shift) * factor, and that times inverse.
+struct Centring {
+  double shift, factor, inverse;
+};
+
+GK_HOST_DEVICE double inverse_scale(double std, double eps) { return 1.0 / (std + eps); }
+
+GK_HOST_DEVICE Centring make_centring(const GroupAdvantagesArgs& a, const Statistics& s) {
+  Centring c{0.0, 1.0, a.normalize_by == kNormalizeGroup ? inverse_scale(s.std, a.eps) : 1.0};
   const bool uses_group = a.baseline != kBaselineNone || a.normalize_by == kNormalizeGroup;
-  if (s.count == 1 && uses_group) return a.singleton == kSingletonRaw ? value : 0.0;
-  if (a.baseline == kBaselineNone) return value;
-  const double difference = value - s.mean;
-  return a.baseline == kBaselineLeaveOneOut ? difference * (double(s.count) / double(s.count - 1)) : difference;
+  if (s.count == 1 && uses_group) {
+    c.factor = a.singleton == kSingletonRaw ? 1.0 : 0.0;
+  } else if (a.baseline != kBaselineNone) {
+    c.shift = s.mean;
+    if (a.baseline == kBaselineLeaveOneOut) c.factor = double(s.count) / double(s.count - 1);
+  }
+  return c;
 }
 
+GK_HOST_DEVICE double centred(const Centring& c, double value) { return c.factor == 0.0 ? 0.0 : (value - c.shift) * c.factor; }
+
 // 0 / (0 + eps) is 0 for every eps, 0 included: a group of equal rewards teaches nothing.
-GK_HOST_DEVICE double scaled(double difference, double std, double eps) {
-  return difference == 0.0 ? 0.0 : difference / (std + eps);
-}
+GK_HOST_DEVICE double scaled(double difference, double inverse) { return difference == 0.0 ? 0.0 : difference * inverse; }
 
 // Orders samples of a group from best to worst; the lower index wins a tie.
 GK_HOST_DEVICE bool ranks_before(double score, int64_t sample, double other_score, int64_t other_sample) {
