@@ -182,6 +182,16 @@ def test_equal_rewards_give_exactly_zero(backend: str, value: float, eps: float)
         assert torch.equal(out.mean, rewards)
 
 
+@pytest.mark.parametrize("group", [{"group_size": 5}, {"group_ids": torch.tensor([3, 3, 3, 3, 3])}])
+def test_equal_weighted_rewards_give_exactly_zero(backend: str, group: dict) -> None:
+    """The weighted sum is formed more than once; every time with the same bits."""
+    rewards = torch.tensor([[0.1, 0.7, 1 / 3]]).repeat(5, 1)
+    weights = torch.tensor([0.3, 1.7, 0.9])
+    for options in ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}):
+        out = group_advantages(rewards, reward_weights=weights, eps=0.0, **group, **options)
+        assert torch.equal(out.advantages, torch.zeros(5))
+
+
 def test_large_offsets_do_not_cancel(backend: str) -> None:
     """E[x^2] - E[x]^2 in float32 would lose everything here."""
     rewards = 1e6 + torch.tensor([0.0, 0.5, 1.0, 0.25])

@@ -28,7 +28,7 @@ FORWARD = {"SQUARED": False, "TOP1": False, "STATISTICS": True}
 
 
 def compile_kernel(kernel: Any, dtype: str, capability: int, vocab: int, **flags: Any) -> Any:
-    """The kernel as a launch with 16-byte aligned tensors, whose row stride is a multiple of 16, would compile it."""
+    """The kernel as a launch with 16-byte aligned, contiguous tensors would compile it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -49,7 +49,7 @@ def compile_kernel(kernel: Any, dtype: str, capability: int, vocab: int, **flags
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, (name, kind) in enumerate(signature.items())
-        if kind[0] == "*" or name.endswith("stride") or (name == "vocab" and vocab % 16 == 0)
+        if kind[0] == "*" or (vocab % 16 == 0 and (name.endswith("stride") or name == "vocab"))
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": config.num_warps})
@@ -95,7 +95,7 @@ def test_every_option_and_a_ragged_vocabulary_do_not_spill(capability: int, tmp_
             registers, stack, code = inspect(compiled, tmp_path)
             assert stack == 0
             assert registers <= 255
-            assert "LDG.E.128" in code
+            assert vocab % 16 or "LDG.E.128" in code  # rows of a ragged vocabulary are not aligned
 
 
 def test_launch_config_depends_on_the_row_alone() -> None:

@@ -102,7 +102,7 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
 // three values a sample. Where a statistic of the whole batch follows, one block does everything so that it stays one launch:
 // its first warp forms the batch statistic from the scratch values, in index order, and all warps finish. Bytes: (R + 3) words
 // a sample.
-__global__ void group_advantages_kernel(GroupAdvantagesArgs a) {
+__global__ void __launch_bounds__(kBatchWarps* kWarp) group_advantages_kernel(GroupAdvantagesArgs a) {
   const int warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
   const int64_t units = units_of(a.grouping);

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "common/math.h"
 #include "group_advantages/group_advantages.h"
 
 namespace grpo_kernels {
@@ -40,14 +41,15 @@ GK_HOST_DEVICE int64_t sample_at(const Grouping& g, int64_t position) {
   return g.order == nullptr ? position : g.order[position];
 }
 
-// Weighted sum of the rewards that were scored; NaN if none was.
+// Weighted sum of the rewards that were scored; NaN if none was. Fused by name: if the compiler chose where to fuse, two copies
+// of this function could differ in the last bit, and equal rewards would no longer give exactly 0.
 GK_HOST_DEVICE double combined_reward(const GroupAdvantagesArgs& a, int64_t sample) {
   double sum = 0.0;
   bool scored = false;
   for (int k = 0; k < a.functions; ++k) {
     const double value = load_value(a.rewards, a.dtype, sample * a.functions + k);
     if (is_nan(value)) continue;
-    sum += a.weights == nullptr ? value : a.weights[k] * value;
+    sum = a.weights == nullptr ? sum + value : multiply_add(a.weights[k], value, sum);
     scored = true;
   }
   return scored ? sum : quiet_nan();

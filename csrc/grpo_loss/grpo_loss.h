@@ -152,7 +152,7 @@ struct GRPOLossArgs {
   int options[loss::kLossOptions];
   double parameters[loss::kLossParameters];
   double* workspace;   // workspace_size() doubles of segments.h, any content
-  uint32_t* counters;  // CUDA: count_counters() of segments.h, zeros
+  uint32_t* counters;  // CUDA: count_counters() of segments.h; the launcher zeroes them
   // Outputs; null where not wanted. Per-token ones are contiguous.
   void* loss;  // one number; per token without a reduction
   void* grad_log_probs;

@@ -39,7 +39,9 @@ def group_advantages(
     weights = None if reward_weights is None else reward_weights.to(torch.float64).contiguous()
     order, sorted_ids = _sorted_groups(group_ids)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    scratch = rewards.new_empty(2 * batch, dtype=torch.float64)
+    batch_statistic = normalize_by == "batch" or aggregation == "normalize_then_sum"
+    scratch_size = batch * batch_statistic if rewards.is_cuda else 2 * batch
+    scratch = rewards.new_empty(scratch_size, dtype=torch.float64)
     advantages = rewards.new_empty(batch, dtype=dtype)
     mean, std = torch.empty_like(advantages), torch.empty_like(advantages)
     extension().group_advantages(

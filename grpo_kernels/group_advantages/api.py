@@ -121,8 +121,8 @@ def group_advantages(
 
     Numerics:
         float64 inside, two passes about the group's first reward, in a fixed order: equal rewards give exactly 0,
-        whatever eps. An infinite reward makes its group NaN and no other. Deterministic; no host synchronisation; one
-        launch on CUDA for equal groups.
+        whatever eps. An infinite reward makes its group NaN and no other (the batch, where its deviation divides).
+        Deterministic; no host synchronisation; one launch on CUDA for equal groups.
 
     Source:
         DeepSeekMath (arXiv 2402.03300) section 4.1; leave-one-out: RLOO (2402.14740); Dr. GRPO (2503.20783); GDPO

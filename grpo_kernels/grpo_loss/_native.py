@@ -70,7 +70,7 @@ def grpo_loss(
     native = extension()
     workspace_size, counters_size = native.grpo_loss_sizes(batch, shape[-1], cu_seqlens is not None)
     workspace = log_probs.new_empty(workspace_size, dtype=torch.float64)
-    counters = log_probs.new_zeros(counters_size, dtype=torch.int32) if log_probs.is_cuda else None
+    counters = log_probs.new_empty(counters_size, dtype=torch.int32) if log_probs.is_cuda else None
     inputs = (
         log_probs,
         old_log_probs,

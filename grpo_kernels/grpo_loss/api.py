@@ -91,7 +91,8 @@ def grpo_loss(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device, is missing, or contradicts the
-            config. On the CPU also when cu_seqlens decreases or leaves [0, N].
+            config. On the CPU also when cu_seqlens decreases or leaves [0, N]; on CUDA such bounds give undefined
+            values, but nothing out of bounds is read or written.
 
     Numerics:
         Token terms in float32 (float64 for float64 inputs), all sums in float64 and in a fixed order in the kernels.

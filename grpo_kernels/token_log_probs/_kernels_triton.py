@@ -79,7 +79,7 @@ def _transform(x, in_factor, in_low, CAPPED: tl.constexpr):
 
 @triton.jit
 def _load_block(row_pointer, start, columns, count, padding, BLOCK: tl.constexpr):
-    """A block of a row, `padding` behind its end. Whole blocks need no mask, and so load 16 bytes at a time for any V."""
+    """A block of a row, `padding` behind its end. Whole blocks need no mask: with aligned rows, any V loads 16 bytes at a time."""
     if start + BLOCK <= count:
         x = tl.load(row_pointer + start + columns)
     else:

@@ -157,7 +157,7 @@ def _launch_backward(
             layout.inner,
             layout.outer_stride,
             layout.inner_stride,
-            layout.outer_stride if in_place else layout.inner * vocab,
+            layout.outer_stride if in_place else layout.inner * vocab * (layout.inner < layout.rows),
             layout.inner_stride if in_place else vocab,
             HAS_MASK=mask is not None,
             TEMPERATURE=kind,
