@@ -98,6 +98,12 @@ def test_every_option_and_a_ragged_vocabulary_do_not_spill(capability: int, tmp_
             assert vocab % 16 or "LDG.E.128" in code  # rows of a ragged vocabulary are not aligned
 
 
+def test_the_triton_that_was_asked_for_is_the_one_that_compiles() -> None:
+    """`make test-slow` runs this file once more with the oldest supported release."""
+    assert triton.__version__ == os.environ.get("GK_EXPECTED_TRITON", triton.__version__)
+    assert tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+
 def test_launch_config_depends_on_the_row_alone() -> None:
     assert launch_config(32000, 2) == (512, 8, 8, 4)
     assert launch_config(32000, 4) == (512, 4, 8, 4)
