@@ -271,7 +271,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("openmp") = false;
 #endif
   m.def("cpu_isa", &cpu_isa_name);
-  m.def("cuda_problem", &cuda_problem);
   m.def("cuda_device_problem", &cuda_device_problem);
   m.def("group_advantages", &group_advantages);
   m.def("informative_groups", &informative_groups);

@@ -39,20 +39,22 @@ class BestOfGroupOutput(NamedTuple):
     rank: Tensor
 
 
-def _check_groups(op: str, values: Tensor, values_name: str, group_size: int | None, group_ids: Tensor | None) -> int:
-    """Checks the grouping arguments; returns the group size, 1 where ids tell the groups."""
-    batch = values.shape[0]
+def _check_groups(
+    op: str, values: Tensor, values_name: str, group_size: int | None, group_ids: Tensor | None, ranks: int = 1
+) -> int:
+    """Checks the grouping arguments, of a batch spread over `ranks`; returns the group size, 1 where ids tell."""
     if (group_size is None) == (group_ids is None):
         given = "both" if group_ids is not None else "neither"
         raise ValueError(f"{op}: exactly one of group_size and group_ids must be given, got {given}")
     if group_ids is not None:
         _checks.check_tensor(op, "group_ids", group_ids)
         _checks.check_dtype(op, "group_ids", group_ids, _checks.INTEGER)
-        _checks.check_shape(op, "group_ids", group_ids, ("[B]", [batch]))
+        _checks.check_shape(op, "group_ids", group_ids, ("[B]", [values.shape[0]]))
         _checks.check_same_device(op, "group_ids", group_ids, values_name, values)
         return 1
     _checks.check_integer(op, "group_size", group_size, minimum=1)
     size = int(group_size or 1)
+    batch = values.shape[0] * ranks
     if batch % size:
         raise ValueError(f"{op}: {values_name} must hold whole groups of group_size = {group_size}, got B = {batch}")
     return size
@@ -150,14 +152,11 @@ def group_advantages(
 
     rewards = rewards.detach()
     batch = rewards.shape[0]
-    rank = 0
+    ranks = 1 if process_group is None else torch.distributed.get_world_size(process_group)
+    size = _check_groups(op, rewards, "rewards", group_size, group_ids, ranks)
     if process_group is not None:
-        if group_ids is not None:
-            _checks.check_tensor(op, "group_ids", group_ids)
-            _checks.check_shape(op, "group_ids", group_ids, ("[B]", [batch]))
-            group_ids = _gather(group_ids, process_group)
-        rewards, rank = _gather(rewards, process_group), torch.distributed.get_rank(process_group)
-    size = _check_groups(op, rewards, "rewards", group_size, group_ids)
+        rewards = _gather(rewards, process_group)
+        group_ids = None if group_ids is None else _gather(group_ids, process_group)
     options = (size, baseline, normalize_by, aggregation, singleton, float(eps), correction)
     arguments = (rewards, group_ids, reward_weights, *options)
     backend = resolve(op, rewards)
@@ -166,7 +165,8 @@ def group_advantages(
     else:
         results = ops.group_advantages(*arguments, backend)
     if process_group is not None:
-        own = slice(rank * batch, (rank + 1) * batch)
+        first = torch.distributed.get_rank(process_group) * batch
+        own = slice(first, first + batch)
         return GroupAdvantagesOutput(*(result[own] for result in results))
     return GroupAdvantagesOutput(*results)
 

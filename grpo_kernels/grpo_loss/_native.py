@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels._extension import DTYPE_CODE, execution, extension, pointer
-
-_NONE = 4  # of REDUCTIONS
-_METRICS = 30
+from grpo_kernels.grpo_loss.ops import METRICS, NO_REDUCTION
 
 _ABSENT = (0, 0, 0)
 
@@ -53,7 +51,7 @@ def grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = log_probs.shape
     batch = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    again, per_token = upstream is not None, options[2] == _NONE
+    again, per_token = upstream is not None, options[2] == NO_REDUCTION
     with_grad = again or not per_token
     need_log_probs_grad = need_log_probs_grad and with_grad
     need_entropy_grad = need_entropy_grad and with_grad and entropy is not None
@@ -65,7 +63,7 @@ def grpo_loss(
     grad_log_probs = output(need_log_probs_grad, *shape)
     grad_entropy = output(need_entropy_grad, *shape)
     scale = output(not per_token, 2)
-    metrics = log_probs.new_empty(0 if again else _METRICS, dtype=torch.float32)
+    metrics = log_probs.new_empty(0 if again else METRICS, dtype=torch.float32)
 
     native = extension()
     workspace_size, counters_size = native.grpo_loss_sizes(batch, shape[-1], cu_seqlens is not None)

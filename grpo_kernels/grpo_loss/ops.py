@@ -1,4 +1,4 @@
-"""Schema of the loss. Imports torch alone, so that it exists before anything is traced."""
+"""Schema of the loss. Imports no backend, so that it exists before anything is traced."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
+from grpo_kernels.grpo_loss.config import REDUCTIONS
+from grpo_kernels.grpo_loss.metrics import NAMES
 
-_NONE = 4  # of REDUCTIONS
-_METRICS = 30
+NO_REDUCTION = REDUCTIONS.index("none")
+METRICS = len(NAMES)
 
 _dispatch.register_backends("grpo_loss", cpu=("native",), cuda=("native",))
 
@@ -16,7 +18,7 @@ _dispatch.register_backends("grpo_loss", cpu=("native",), cuda=("native",))
 def _grpo_loss_fake(log_probs: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     entropy, upstream = arguments[6], arguments[9]
     options, need_log_probs_grad, need_entropy_grad = arguments[17], arguments[19], arguments[20]
-    per_token = isinstance(options, (list, tuple)) and options[2] == _NONE
+    per_token = isinstance(options, (list, tuple)) and options[2] == NO_REDUCTION
     again = upstream is not None
     with_grad = again or not per_token
 
@@ -28,7 +30,7 @@ def _grpo_loss_fake(log_probs: Tensor, *arguments: object) -> tuple[Tensor, Tens
         like_log_probs(with_grad and bool(need_log_probs_grad)),
         like_log_probs(with_grad and bool(need_entropy_grad) and entropy is not None),
         log_probs.new_empty((0,) if per_token else (2,)),
-        log_probs.new_empty((0,) if again else (_METRICS,), dtype=torch.float32),
+        log_probs.new_empty((0,) if again else (METRICS,), dtype=torch.float32),
     )
 
 
