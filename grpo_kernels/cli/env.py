@@ -1,18 +1,17 @@
-"""The command `grpo-kernels`."""
+"""Prints versions, what was built, the devices, and the backend that each op takes on them, and why not another."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
-import sys
-from collections.abc import Callable, Sequence
 from importlib import metadata
 
 import torch
 
 import grpo_kernels
 from grpo_kernels import _dispatch, _extension
+from grpo_kernels.cli.table import Table
 
 Rows = list[tuple[str, ...]]
 
@@ -73,15 +72,15 @@ def _backend_rows(device_type: str, index: int) -> Rows:
 
 
 def _print_table(title: str, rows: Rows) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    print(title)
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()
+    print("\n".join(Table(title, [""] * len(rows[0]), rows).text()), end="\n\n")
 
 
-def env() -> int:
-    """Prints versions, what was built, the devices, and the backend that each op takes on them."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints everything; the exit status is 0."""
     _print_table("Versions", _versions())
     _print_table("Build", _extension_rows())
     for device_type, index, description in _devices():
@@ -91,19 +90,3 @@ def env() -> int:
         reason = "torch.cuda sees none" if torch.version.cuda else "this torch is a CPU build"
         print(f"No CUDA device: {reason}.")
     return 0
-
-
-COMMANDS: dict[str, Callable[[], int]] = {"env": env}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="grpo-kernels", description="Tools of the grpo_kernels package.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, function in COMMANDS.items():
-        commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-    return COMMANDS[parser.parse_args(arguments).command]()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
