@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,11 @@ def inputs_of(call: Call, device: str, change: Callable[[Tensor], Tensor] | None
     return inputs
 
 
+def fresh(arguments: Sequence[Any], device: str) -> list[Any]:
+    """Copies on the device that keep their strides: a registered op may write to its arguments."""
+    return [copy.deepcopy(value).to(device) if isinstance(value, Tensor) else value for value in arguments]
+
+
 def run(call: Call, inputs: Sequence[Any]) -> list[Tensor]:
     """Outputs, then the gradients of a fixed weighting of the differentiable ones."""
     outputs = tensors(call.function(*inputs))
@@ -63,6 +69,15 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], **toleranc
 
 def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert_same(actual, expected, rtol=0, atol=0)
+
+
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Equal bit by bit: 0.0 is not -0.0, and one NaN is not another."""
+    assert len(actual) == len(expected)
+    for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        same = torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
+        assert same, f"tensor {index} differs"
 
 
 def synchronize(device: str) -> None:

@@ -28,6 +28,7 @@ def main() -> int:
         if arguments.op and op not in arguments.op:
             continue
         for call in module.CALLS:
+            print(f"{op}: {call.name}", flush=True)  # before it runs: the last line names the call that hung
             actual = run(call, inputs_of(call, arguments.device))
             synchronize(arguments.device)
             with grpo_kernels.backend("reference"):
