@@ -23,6 +23,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -67,6 +68,23 @@ def tool(name: str) -> str:
     return found
 
 
+class BuildPackages(build_py):
+    """Ships bench/ as grpo_kernels._bench, for `grpo-kernels bench`; editable installations use the folder itself."""
+
+    BENCH = "grpo_kernels._bench"
+    NOT_SHIPPED = ("conftest", "docs", "gates", "gpu_check", "pytest_rows", "test_")
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not self.editable_mode:
+            self.packages = [*(self.packages or []), self.BENCH]
+            self.package_dir = {**(self.package_dir or {}), self.BENCH: "bench"}
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
+        return [found for found in modules if package != self.BENCH or not found[1].startswith(self.NOT_SHIPPED)]
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -91,5 +109,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("grpo_kernels._C", sources=[])] if wants_extension() else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPackages},
 )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import grpo_kernels
-from bench.case import Case, Inputs, Provider, Rows, Target, compiled
-from bench.pytest_rows import Play, parameters
+
+from .case import Case, Inputs, Provider, Rows, Target, compiled
 
 _GROUP = 8
 _EPS = 1e-4
@@ -106,8 +105,3 @@ def cases(device: str) -> list[Case]:
         )
     )
     return found
-
-
-@pytest.mark.parametrize(("case", "provider"), parameters(cases))
-def test_group_advantages(case: Case, provider: str, play: Play) -> None:
-    play(case, provider)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import grpo_kernels
-from bench.case import Case, Inputs, Provider, Rows, Target, compiled, with_gradients
-from bench.pytest_rows import Play, parameters
+
+from .case import Case, Inputs, Provider, Rows, Target, compiled, with_gradients
 
 _SHAPES = ((64, 4096), (8, 1024))
 _SMOKE = (3, 7)
@@ -216,8 +215,3 @@ def cases(device: str) -> list[Case]:
         *(_case(device, _SHAPES[0], name) for name in ("dapo", "gspo", "cispo")),
         _host_case(),
     ]
-
-
-@pytest.mark.parametrize(("case", "provider"), parameters(cases))
-def test_grpo_loss(case: Case, provider: str, play: Play) -> None:
-    play(case, provider)

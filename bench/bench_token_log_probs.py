@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import grpo_kernels
-from bench.case import Case, Inputs, Provider, Rows, Target, compiled, with_gradients
-from bench.pytest_rows import Play, parameters
+
+from .case import Case, Inputs, Provider, Rows, Target, compiled, with_gradients
 
 # (batch, tokens, vocabulary): 2048 rows of Llama's vocabulary, 512 of Qwen's; on a GPU 4096 of Qwen's as well.
 _SHAPES = ((8, 256, 32000), (4, 128, 151936))
@@ -229,8 +228,3 @@ def cases(device: str) -> list[Case]:
         for entropy in (False, True)
     ]
     return [*found, _host_case(device)]
-
-
-@pytest.mark.parametrize(("case", "provider"), parameters(cases))
-def test_token_log_probs(case: Case, provider: str, play: Play) -> None:
-    play(case, provider)

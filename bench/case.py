@@ -14,6 +14,7 @@ from grpo_kernels.testing import assert_as_accurate
 Inputs = dict[str, Tensor]
 Row = dict[str, Any]
 Rows = Mapping[str, Row]
+Record = dict[str, Any]
 
 SIZES = ("smoke", "full")
 compile_backend = "inductor"
@@ -64,6 +65,9 @@ class Case:
         make: inputs for a device and a size ("smoke": tiny, only to see that everything runs).
         providers: who competes; exactly one is of kind "eager".
         bytes_moved: fewest bytes that the work has to move; None where bandwidth says nothing.
+        operations: fewest floating-point operations that the work takes (a multiply-add counts as two); None where
+            their rate says nothing.
+        matmul_dtype: operands of the matrix product whose measured rate is the limit of `operations`.
         targets: what the design promises.
         clock: "device" (CUDA graph on a GPU, wall clock on a CPU) or "host" (what a call costs the calling thread).
         sample_inputs, sample_outputs: the part that is compared with float64, where the whole would take too long.
@@ -76,12 +80,18 @@ class Case:
     make: Callable[[str, str], Inputs]
     providers: tuple[Provider, ...]
     bytes_moved: int | None = None
+    operations: int | None = None
+    matmul_dtype: torch.dtype | None = None
     targets: tuple[Target, ...] = ()
     clock: str = "device"
     sample_inputs: Callable[[Inputs], Inputs] = _identity
     sample_outputs: Callable[[Sequence[Tensor]], Sequence[Tensor]] = _identity
     quick: bool = False
     memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.operations is None) != (self.matmul_dtype is None):
+            raise ValueError(f"{self.op}, {self.name}: operations and matmul_dtype go together")
 
     def provider(self, name: str) -> Provider:
         return next(provider for provider in self.providers if provider.name == name)

@@ -1,18 +1,17 @@
-"""Clocks: interleaved rounds of competing providers, on the wall clock or on the device's own."""
+"""Interleaved rounds of competing providers over rotating inputs, and the wall clock; cuda_clock.py has the GPU's."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from bench.case import Inputs, Provider, copy_inputs
-from bench.machine import cache_bytes
+from .case import Inputs, Provider, copy_inputs
+from .machine import cache_bytes, free_bytes
 
 _SHORTEST_ROUND = 2e-3  # seconds: well above the resolution of the clock and the cost of reading it
 _MAXIMUM_SETS = 96
@@ -20,36 +19,62 @@ _MAXIMUM_SETS = 96
 
 @dataclass
 class Runner:
-    """A provider that is ready to be timed: `round()` runs it `calls` times and returns seconds per call."""
+    """A provider that is ready to be timed: `round()` runs it over inputs and returns seconds per call.
+
+    Attributes:
+        clock: what the seconds were read from.
+        note: what a reader of the number has to know about it, or "".
+        samples: seconds per call, one for each round so far.
+        error: why it was given up during the rounds, or "".
+    """
 
     provider: Provider
     round: Callable[[], float]
     clock: str
+    note: str = ""
+    samples: list[float] = field(default_factory=list)
+    error: str = ""
+
+
+def error_text(error: Exception) -> str:
+    """The error on one line: CUDA's messages run over many."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def size_of(inputs: Inputs) -> int:
+    """Bytes of all inputs."""
+    return sum(t.numel() * t.element_size() for t in inputs.values())
 
 
 def input_sets(inputs: Inputs, device: str, sets: int | None = None) -> list[Inputs]:
-    """Copies of the inputs, together several times the cache, so that no call finds its data there."""
-    size = sum(t.numel() * t.element_size() for t in inputs.values())
+    """Copies of the inputs, together several times the cache, so that no call finds its data there. They take at most a
+    quarter of the free memory, because what the providers allocate needs the rest.
+    """
+    size = max(size_of(inputs), 1)
     if sets is None:
-        wanted = math.ceil(2 * cache_bytes(device) / max(size, 1))
-        sets = min(max(wanted, 4 if device == "cuda" else 2), _MAXIMUM_SETS)
+        wanted = max(math.ceil(2 * cache_bytes(device) / size), 4 if device == "cuda" else 2)
+        sets = max(min(wanted, _MAXIMUM_SETS, free_bytes(device) // 4 // size), 1)
     return [inputs, *(copy_inputs(inputs) for _ in range(sets - 1))]
 
 
-def _restore(provider: Provider, sets: Sequence[Inputs], pristine: Inputs) -> None:
+def restore(provider: Provider, sets: Sequence[Inputs], pristine: Inputs) -> None:
+    """Writes the inputs that the provider destroys anew."""
     with torch.no_grad():
         for inputs in sets:
             for name in provider.overwrites:
                 inputs[name].copy_(pristine[name])
 
 
-def _wall_runner(provider: Provider, sets: list[Inputs], pristine: Inputs, device: str) -> Runner:
+def wall_runner(provider: Provider, sets: list[Inputs], pristine: Inputs, device: str) -> Runner:
     """Calls over rotating inputs on the wall clock; on CUDA only the enqueueing is timed."""
 
     def synchronize() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
+    provider.run(sets[0])
+    restore(provider, sets[:1], pristine)
+    synchronize()
     begin = time.perf_counter()
     provider.run(sets[0])
     synchronize()
@@ -63,7 +88,7 @@ def _wall_runner(provider: Provider, sets: list[Inputs], pristine: Inputs, devic
         nonlocal position
         used = [sets[(position + i) % len(sets)] for i in range(calls)]
         position += calls
-        _restore(provider, used[: len(sets)], pristine)
+        restore(provider, used[: len(sets)], pristine)
         synchronize()
         begin = time.perf_counter()
         for inputs in used:
@@ -75,72 +100,12 @@ def _wall_runner(provider: Provider, sets: list[Inputs], pristine: Inputs, devic
     return Runner(provider, measure, "wall clock")
 
 
-def _graph_runner(provider: Provider, sets: list[Inputs], pristine: Inputs) -> Runner:
-    """A CUDA graph of one call per set of inputs, timed with events: no launch gaps, no host."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            provider.run(sets[0])
-    torch.cuda.current_stream().wait_stream(side)
-    _restore(provider, sets, pristine)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            provider.run(inputs)
-
-    def measure() -> float:
-        _restore(provider, sets, pristine)
-        return _events(graph.replay) / len(sets)
-
-    measure()
-    return Runner(provider, measure, "CUDA graph")
-
-
-def _events(work: Callable[[], None]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3
-
-
-def _event_runner(provider: Provider, sets: list[Inputs], pristine: Inputs) -> Runner:
-    """For what a graph cannot capture: events around the calls. Launch gaps count."""
-
-    def work() -> None:
-        for inputs in sets:
-            provider.run(inputs)
-
-    def measure() -> float:
-        _restore(provider, sets, pristine)
-        return _events(work) / len(sets)
-
-    measure()
-    return Runner(provider, measure, "CUDA events")
-
-
-def runner(provider: Provider, sets: list[Inputs], pristine: Inputs, device: str, clock: str) -> Runner:
-    """The provider, warmed up, on the clock that this case and device call for."""
-    provider.run(sets[0])
-    _restore(provider, sets[:1], pristine)
-    if device != "cuda" or clock == "host":
-        return _wall_runner(provider, sets, pristine, device)
-    try:
-        return _graph_runner(provider, sets, pristine)
-    except RuntimeError as error:
-        warnings.warn(f"{provider.name}: no CUDA graph ({error}); timed with events", stacklevel=2)
-        torch.cuda.synchronize()
-        return _event_runner(provider, sets, pristine)
-
-
-def interleave(runners: Sequence[Runner], seconds: float, minimum: int, maximum: int) -> list[list[float]]:
-    """Samples of every runner. A round runs all of them, every other one in reverse, until the time is up and `minimum`
-    rounds are done.
+def interleave(
+    runners: Sequence[Runner], seconds: float, minimum: int, maximum: int, step: Callable[[str], None]
+) -> None:
+    """Collects samples. A round runs all runners, every other one in reverse, until the time is up and `minimum` rounds
+    are done. A runner that raises is out of the following rounds, and says why.
     """
-    samples: list[list[float]] = [[] for _ in runners]
     gc.collect()
     gc.disable()
     try:
@@ -148,9 +113,13 @@ def interleave(runners: Sequence[Runner], seconds: float, minimum: int, maximum:
         for count in range(maximum):
             if count >= minimum and time.perf_counter() > end:
                 break
-            order = range(len(runners)) if count % 2 == 0 else reversed(range(len(runners)))
-            for index in order:
-                samples[index].append(runners[index].round())
+            for runner in runners if count % 2 == 0 else reversed(runners):
+                if runner.error:
+                    continue
+                step(f"timing {runner.provider.name}")
+                try:
+                    runner.samples.append(runner.round())
+                except Exception as error:
+                    runner.error = error_text(error)
     finally:
         gc.enable()
-    return samples

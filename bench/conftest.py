@@ -9,11 +9,11 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from bench import case as case_module
-from bench import machine, pytest_rows, run
-from bench.case import Case
+from . import case as case_module
+from . import machine, pytest_rows, run
+from .case import Case, Record
 
-_measured: dict[tuple[str, str], dict[str, Any]] = {}
+_measured: dict[tuple[str, str], Record] = {}
 
 
 def pytest_report_header() -> list[str]:
@@ -22,11 +22,11 @@ def pytest_report_header() -> list[str]:
     return []
 
 
-def _rows(case: Case) -> dict[str, Any]:
+def _record(case: Case) -> Record:
     key = (case.op, case.name)
     if key not in _measured:
         _measured.clear()  # the samples of one case at a time
-        _measured[key] = run.measure(case, machine.default_device(), run.QUICK)["rows"]
+        _measured[key] = run.measure(case, machine.default_device(), run.QUICK)
     return _measured[key]
 
 
@@ -49,10 +49,11 @@ def play(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> pytest_rows.Play:
         if benchmark.disabled:
             benchmark(_smoke, case, provider, monkeypatch)
             return
-        row = _rows(case)[provider]
+        record = _record(case)
+        row = record["rows"][provider]
         if "seconds" not in row:
             benchmark.skipped = True
-            pytest.skip(f"not timed: {row['accuracy']}")
+            pytest.skip(f"not timed: {row.get('accuracy') or row.get('error') or record.get('error')}")
         samples = row["seconds"]
         benchmark.extra_info.update(case=case.name, provider=provider, kind=row["kind"], clock=row["clock"])
         benchmark.pedantic(pytest_rows.advance, args=(iter(samples),), rounds=len(samples))

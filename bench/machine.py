@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import time
 from pathlib import Path
 
 import torch
@@ -34,11 +33,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _cpu_flags() -> set[str]:
+def _text(path: Path) -> str:
     try:
-        match = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return path.read_text()
     except OSError:
-        return set()
+        return ""
+
+
+def _cpu_flags() -> set[str]:
+    match = re.search(r"^flags\s*:(.*)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     return set(match.group(1).split()) if match else set()
 
 
@@ -98,22 +101,10 @@ def cache_bytes(device: str) -> int:
     return min(max(sizes), _MAXIMUM_CACHE)
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of the fastest of a few large copies: the limit that percentages refer to."""
-    numel = max(2 * cache_bytes(device), 2**30 if device == "cuda" else 0) // 4
-    source = torch.rand(numel, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(7):
-        if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3)
-        else:
-            begin = time.perf_counter()
-            target.copy_(source)
-            times.append(time.perf_counter() - begin)
-    return 2 * 4 * numel / min(times[1:])
+def free_bytes(device: str) -> int:
+    """Memory that new tensors can take: on a GPU what the driver has free and what PyTorch keeps without using it."""
+    if device == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0] + unused)
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
+    return int(match.group(1)) * 2**10 if match else 2**32

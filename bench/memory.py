@@ -1,4 +1,4 @@
-"""Peak memory of one provider above its inputs. `python -m bench.memory` is the CPU's fresh process."""
+"""Peak memory of one provider above its inputs. As a program, this module is the CPU's fresh process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from bench import case as cases_module
-from bench.case import Case
-from bench.machine import RETURNING, environment
+from .case import SIZES, Case, Inputs, Provider
+from .machine import RETURNING, environment
 
 _TIMEOUT = 180
 
@@ -50,44 +49,43 @@ def _peak_cpu(case: Case, provider: str, size: str) -> int:
     return max(peak - before, 0)
 
 
-def peak_cuda(case: Case, provider: str, size: str) -> int:
-    """Growth of the allocator's peak over the second of two runs."""
-    inputs = case.make("cuda", size)
-    run = case.provider(provider).run
-    run(inputs)
+def peak_cuda(provider: Provider, inputs: Inputs) -> int:
+    """Growth of the allocator's peak over a call; the provider has run before, so nothing fixed is in it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    results = run(inputs)
+    results = provider.run(inputs)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     del results
     return peak - before
 
 
-def peaks_in_new_process(op: str, provider: str, names: list[str], size: str) -> dict[str, int]:
-    """Peak bytes by case, measured in a fresh process; empty where it cannot be measured."""
-    command = [sys.executable, "-m", "bench.memory", op, provider, size, *names]
-    root = Path(__file__).parents[1]
+def peaks_in_new_process(op: str, provider: str, names: list[str], size: str) -> tuple[dict[str, int], str]:
+    """Peak bytes by case, measured in a fresh process, and why there are none, or ""."""
+    package = __package__ or ""
+    command = [sys.executable, "-m", f"{package}.memory", op, provider, size, *names]
+    root = Path(__file__).parents[len(package.split("."))]  # where this package is found first
     try:
         done = subprocess.run(
             command, env=environment(RETURNING), cwd=root, capture_output=True, text=True, timeout=_TIMEOUT, check=True
         )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        print(f"bench: no memory figures for {op}, {provider}: {error}\n{error.stderr or ''!s}", file=sys.stderr)
-        return {}
+    except subprocess.CalledProcessError as error:
+        return {}, f"exit status {error.returncode}: {' '.join(error.stderr.split())[-200:]}"
+    except subprocess.TimeoutExpired as error:
+        return {}, str(error)
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return result, ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("op")
     parser.add_argument("provider")
-    parser.add_argument("size", choices=cases_module.SIZES)
+    parser.add_argument("size", choices=SIZES)
     parser.add_argument("names", nargs="+")
     arguments = parser.parse_args()
-    from bench.run import cases
+    from .run import cases
 
     wanted = [case for case in cases("cpu") if case.op == arguments.op and case.name in arguments.names]
     print(json.dumps({case.name: _peak_cpu(case, arguments.provider, arguments.size) for case in wanted}))

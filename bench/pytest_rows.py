@@ -6,13 +6,13 @@ measures all of them, and each test then plays its samples back on a clock that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import pytest
 
-from bench import machine
-from bench.case import Case
+from . import machine, run
+from .case import Case
 
 _now = 0.0
 
@@ -34,13 +34,13 @@ def advance(samples: Iterator[float]) -> None:
     _now += next(samples)
 
 
-def parameters(cases: Callable[[str], list[Case]]) -> list[Any]:
+def parameters() -> list[Any]:
     """One test per provider of every case, grouped by case."""
     found = []
-    for case in cases(machine.default_device()):
+    for case in run.cases(machine.default_device()):
         group = pytest.mark.benchmark(group=f"{case.op}: {case.name}", timer=sample_clock)
         found += [
-            pytest.param(case, provider.name, id=f"{case.name}-{provider.name}", marks=group)
+            pytest.param(case, provider.name, id=f"{case.op}-{case.name}-{provider.name}", marks=group)
             for provider in case.providers
         ]
     return found
