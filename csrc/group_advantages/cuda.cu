@@ -194,7 +194,7 @@ int group_advantages_cuda(const GroupAdvantagesArgs& a, void* stream) {
   const bool batch = a.aggregation == kNormalizeThenSum || a.normalize_by == kNormalizeBatch;
   const int warps = batch ? kBatchWarps : kWarps;
   const int64_t blocks = batch ? 1 : ceil_div(units_of(a.grouping), warps);
-  group_advantages_kernel<<<unsigned(blocks), warps * kWarp, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  launch(group_advantages_kernel, unsigned(blocks), warps * kWarp, stream, a);
   return launch_status();
 }
 
@@ -202,7 +202,7 @@ int informative_groups_cuda(const InformativeGroupsArgs& a, void* stream) {
   using namespace GK_ISA;
   if (a.grouping.batch == 0) return 0;
   const unsigned blocks = unsigned(ceil_div(units_of(a.grouping), kWarps));
-  informative_groups_kernel<<<blocks, kWarps * kWarp, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  launch(informative_groups_kernel, blocks, kWarps * kWarp, stream, a);
   return launch_status();
 }
 
@@ -210,7 +210,7 @@ int group_rank_cuda(const GroupRankArgs& a, void* stream) {
   using namespace GK_ISA;
   if (a.grouping.batch == 0) return 0;
   const unsigned blocks = unsigned(ceil_div(units_of(a.grouping), kWarps));
-  group_rank_kernel<<<blocks, kWarps * kWarp, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  launch(group_rank_kernel, blocks, kWarps * kWarp, stream, a);
   return launch_status();
 }
 

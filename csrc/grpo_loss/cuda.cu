@@ -386,14 +386,14 @@ __global__ void __launch_bounds__(kThreads) share_kernel(const GRPOLossArgs a) {
 
 int grpo_loss_cuda(const GRPOLossArgs& a, void* stream) {
   using namespace GK_ISA::loss_kernels;
-  const auto queue = static_cast<cudaStream_t>(stream);
   const Options o = make_options<float>(a);
   const auto blocks = unsigned(count_segments(a.layout));
   // A memset, not a kernel; a captured graph repeats it with every replay. launch_status() reports its error, too.
-  if (a.metrics != nullptr) cudaMemsetAsync(a.counters, 0, size_t(count_counters(a.layout)) * sizeof(uint32_t), queue);
-  if (o.needs_row_sums()) row_sums_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
-  loss_kernel<<<blocks, kThreads, 0, queue>>>(a, o);
-  if (o.sequence_ratio && a.grad_log_probs != nullptr) share_kernel<<<blocks, kThreads, 0, queue>>>(a);
+  if (a.metrics != nullptr)
+    cudaMemsetAsync(a.counters, 0, size_t(count_counters(a.layout)) * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
+  if (o.needs_row_sums()) GK_ISA::launch(row_sums_kernel, blocks, kThreads, stream, a, o);
+  GK_ISA::launch(loss_kernel, blocks, kThreads, stream, a, o);
+  if (o.sequence_ratio && a.grad_log_probs != nullptr) GK_ISA::launch(share_kernel, blocks, kThreads, stream, a);
   return GK_ISA::launch_status();
 }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._extension import DTYPE_CODE, execution, extension, pointer
+from grpo_kernels import _extension
+from grpo_kernels._extension import DTYPE_CODE, pointer
 
 # The kernels' numbers for the options: csrc/group_advantages/group_advantages.h
 _BASELINE = {"mean": 0, "leave_one_out": 1, "none": 2}
@@ -39,12 +40,13 @@ def group_advantages(
     weights = None if reward_weights is None else reward_weights.to(torch.float64).contiguous()
     order, sorted_ids = _sorted_groups(group_ids)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    execution = _extension.execution(rewards)
     batch_statistic = normalize_by == "batch" or aggregation == "normalize_then_sum"
-    scratch_size = batch * batch_statistic if rewards.is_cuda else 2 * batch
+    scratch_size = batch * batch_statistic if execution[0] >= 0 else 2 * batch
     scratch = rewards.new_empty(scratch_size, dtype=torch.float64)
     advantages = rewards.new_empty(batch, dtype=dtype)
     mean, std = torch.empty_like(advantages), torch.empty_like(advantages)
-    extension().group_advantages(
+    _extension.extension().group_advantages(
         rewards.data_ptr(),
         DTYPE_CODE[rewards.dtype],
         batch,
@@ -63,7 +65,7 @@ def group_advantages(
         advantages.data_ptr(),
         mean.data_ptr(),
         std.data_ptr(),
-        *execution(rewards),
+        *execution,
     )
     return advantages, mean, std
 
@@ -75,7 +77,7 @@ def informative_groups(
     mask = None if mask is None else mask.contiguous()
     order, sorted_ids = _sorted_groups(group_ids)
     informative = rewards.new_empty(rewards.shape, dtype=torch.bool)
-    extension().informative_groups(
+    _extension.extension().informative_groups(
         rewards.data_ptr(),
         DTYPE_CODE[rewards.dtype],
         rewards.shape[0],
@@ -85,7 +87,7 @@ def informative_groups(
         pointer(mask),
         tolerance,
         informative.data_ptr(),
-        *execution(rewards),
+        *_extension.execution(rewards),
     )
     return informative
 
@@ -95,7 +97,7 @@ def group_rank(scores: Tensor, group_ids: Tensor | None, valid: Tensor | None, g
     valid = None if valid is None else valid.contiguous()
     order, sorted_ids = _sorted_groups(group_ids)
     rank = scores.new_empty(scores.shape, dtype=torch.int32)
-    extension().group_rank(
+    _extension.extension().group_rank(
         scores.data_ptr(),
         DTYPE_CODE[scores.dtype],
         scores.shape[0],
@@ -104,6 +106,6 @@ def group_rank(scores: Tensor, group_ids: Tensor | None, valid: Tensor | None, g
         pointer(sorted_ids),
         pointer(valid),
         rank.data_ptr(),
-        *execution(scores),
+        *_extension.execution(scores),
     )
     return rank

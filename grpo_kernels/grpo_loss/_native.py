@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._extension import DTYPE_CODE, execution, extension, pointer
+from grpo_kernels import _extension
+from grpo_kernels._extension import DTYPE_CODE, pointer
 from grpo_kernels.grpo_loss.ops import METRICS, NO_REDUCTION
 
 _ABSENT = (0, 0, 0)
@@ -65,10 +66,10 @@ def grpo_loss(
     scale = output(not per_token, 2)
     metrics = log_probs.new_empty(0 if again else METRICS, dtype=torch.float32)
 
-    native = extension()
+    native, execution = _extension.extension(), _extension.execution(log_probs)
     workspace_size, counters_size = native.grpo_loss_sizes(batch, shape[-1], cu_seqlens is not None)
     workspace = log_probs.new_empty(workspace_size, dtype=torch.float64)
-    counters = log_probs.new_empty(counters_size, dtype=torch.int32) if log_probs.is_cuda else None
+    counters = log_probs.new_empty(counters_size, dtype=torch.int32) if execution[0] >= 0 else None
     inputs = (
         log_probs,
         old_log_probs,
@@ -107,7 +108,7 @@ def grpo_loss(
         grad_entropy.data_ptr() if need_entropy_grad else 0,
         pointer(None if per_token else scale),
         pointer(None if again else metrics),
-        *execution(log_probs),
+        *execution,
     )
     if bad_row >= 0 and cu_seqlens is not None:
         raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._extension import DTYPE_CODE, execution, extension, pointer
+from grpo_kernels import _extension
+from grpo_kernels._extension import DTYPE_CODE, pointer
 from grpo_kernels.token_log_probs.layout import RowLayout, dense, overwritable, raise_outside, readable
 from grpo_kernels.token_log_probs.ops import empty_outputs, result_dtype
 
@@ -65,8 +66,10 @@ def token_log_probs(
     arguments, alive = _transform(
         logits, layout, token_ids, mask, temperature_tensor, temperature, logit_scale, softcap
     )
-    bad_row = extension().token_log_probs(
-        *arguments, *(_wanted(output, want) for output, want in zip(outputs, wanted, strict=True)), *execution(logits)
+    bad_row = _extension.extension().token_log_probs(
+        *arguments,
+        *(_wanted(output, want) for output, want in zip(outputs, wanted, strict=True)),
+        *_extension.execution(logits),
     )
     del alive
     if bad_row >= 0:
@@ -134,12 +137,12 @@ def _launch_backward(
     upstream = dense(grad_log_probs, dtype)
     upstream_entropy = None if grad_entropy is None else dense(grad_entropy, dtype)
     statistics = statistics.contiguous()
-    extension().token_log_probs_backward(
+    _extension.extension().token_log_probs_backward(
         *arguments,
         statistics.data_ptr(),
         upstream.data_ptr(),
         pointer(upstream_entropy),
         grad_logits.data_ptr(),
         *grad_strides,
-        *execution(grad_logits),
+        *_extension.execution(grad_logits),
     )
