@@ -1,0 +1,92 @@
+"""Runs the phases within the budget, and keeps what they found."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from bench.gpu_check import processes
+from bench.gpu_check.phases import NOT_RUN, SKIPPED, Phase, note_of
+from bench.gpu_check.results import FAIL, LATE, PASS, SKIP, Check, Results
+from bench.gpu_check.settings import ROOT, Settings
+
+_LEAST = 8.0  # seconds under which a phase is not begun
+_MARGIN = 8.0  # seconds of the budget for writing and printing
+_REFRESH = 15.0  # seconds between writes of the log while a phase runs
+_WORDS: dict[int | None, str] = {0: PASS, SKIPPED: SKIP, NOT_RUN: LATE}
+
+
+class Runner:
+    """One run."""
+
+    def __init__(self, settings: Settings, results: Results, chosen: Sequence[Phase], begin: float) -> None:
+        self.settings = settings
+        self.results = results
+        self.chosen = list(chosen)
+        self.begin = begin
+        self.refreshed = begin
+
+    def left(self) -> float:
+        return self.settings.budget - _MARGIN - (time.monotonic() - self.begin)
+
+    def limit(self, phase: Phase) -> float:
+        """Seconds for a phase: its own limit, less what has to be kept for those after it."""
+        later: dict[str, float] = {}
+        seen = False
+        for other in self.chosen:
+            if seen and not (other.group and other.group == phase.group) and not self.settled(other):
+                later[other.group or other.name] = other.reserve  # a group runs at once
+            seen = seen or other is phase
+        reserved = sum(later.values()) * self.settings.stretch
+        return min(phase.limit * self.settings.stretch, self.left() - reserved)
+
+    def settled(self, phase: Phase) -> bool:
+        return not phase.always and self.results.has_passed(phase.name)
+
+    def run(self) -> None:
+        """All chosen phases, in order; neighbours of one group at the same time."""
+        position = 0
+        while position < len(self.chosen) and not processes.stop.is_set():
+            phase = self.chosen[position]
+            neighbours = [p for p in self.chosen[position:] if p.group and p.group == phase.group] or [phase]
+            position += len(neighbours)
+            threads = [threading.Thread(target=self.phase, args=(p,), daemon=True) for p in neighbours]
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.05)  # here signals are handled
+                self.refresh()
+
+    def refresh(self) -> None:
+        if time.monotonic() - self.refreshed > _REFRESH:
+            self.refreshed = time.monotonic()
+            self.results.refresh_log()
+
+    def phase(self, phase: Phase) -> None:
+        """Runs one and keeps its verdict."""
+        if self.settled(phase):
+            return
+        if self.results.blocked:
+            self.results.add(phase, Check(phase.name, SKIP, 0.0, self.results.blocked))
+            return
+        limit = self.limit(phase)
+        if limit < _LEAST:
+            self.results.add(phase, Check(phase.name, LATE, 0.0, f"no time left of {self.settings.budget:.0f} s"))
+            return
+        print(f"  {phase.name} (at most {limit:.0f} s)", flush=True)
+        log = self.results.log_of(phase.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            command = phase.command(self.settings, limit)
+            result = processes.run(command, limit, log, self.settings.environment(), ROOT)
+        except (OSError, ValueError, KeyError) as error:  # a file that an earlier phase should have left
+            self.results.add(phase, Check(phase.name, FAIL, 0.0, f"{type(error).__name__}: {error}"))
+            return
+        note = note_of(phase, log.read_text(errors="replace"))
+        verdict = LATE if result.stopped else _WORDS.get(result.status, FAIL)
+        if result.stopped:
+            note = f"{result.stopped}; its last words: {note}"
+        elif verdict == FAIL:
+            note = f"status {result.status}: {note}"
+        self.results.add(phase, Check(phase.name, verdict, result.seconds, note[:400]))
