@@ -116,10 +116,9 @@ def _verdict(target: dict[str, Any]) -> str:
 def header(results: Results) -> list[str]:
     """What the numbers were measured on, and how."""
     info = results["machine"]
-    lines = [
-        f"{info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads",
-        f"measured copy bandwidth (read + write): {info['copy_gigabytes_per_second']:.4g} GB/s",
-    ]
+    lines = [f"{info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads"]
+    if "copy_gigabytes_per_second" in info:
+        lines.append(f"measured copy bandwidth (read + write): {info['copy_gigabytes_per_second']:.4g} GB/s")
     if rates := info.get("matmul_teraflops"):
         text = ", ".join(f"{name} {rate:.4g} TFLOP/s" for name, rate in rates.items())
         lines.append(f"measured matmul rate: {text} (TF32 {'on' if info.get('tf32') else 'off'})")
