@@ -110,7 +110,7 @@ def _sanitizer(tool: str) -> Phase:
     def command(settings: Settings, limit: float) -> list[str]:
         return [settings.python, "-m", "bench.gpu_check.steps", "sanitizer", tool, settings.device]
 
-    return Phase(tool, 100, command, reserve=60, note=r"ERROR SUMMARY|RACECHECK SUMMARY|not found", group="sanitizer")
+    return Phase(tool, 100, command, reserve=80, note=r"ERROR SUMMARY|RACECHECK SUMMARY|not found", group="sanitizer")
 
 
 _CONTRACT = ("python_tests/gpu/test_contract.py", "python_tests/gpu/test_launches.py")
@@ -131,7 +131,7 @@ PHASES = (
     Phase("verify", 110, _each_op("public", "-m", "grpo_kernels.cli", "verify", merge=True), note=r"^\d+ of \d+ ops"),
     Phase("contract", 110, _suite("contract", *_CONTRACT), note=_TOTALS, outcomes=True),
     Phase("tests", 90, _suite("tests", "python_tests", *_ELSEWHERE), note=_TOTALS, outcomes=True),
-    Phase("benchmarks", 180, _benchmarks, reserve=130, note=r"targets? met"),
+    Phase("benchmarks", 240, _benchmarks, reserve=130, note=r"targets? met"),
     *(_sanitizer(tool) for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
     Phase("determinism", 60, _suite("determinism", _DETERMINISM), reserve=20, note=_TOTALS, outcomes=True),
     Phase("sizes", 60, _suite("sizes", _SIZES, slow=True, workers=1), reserve=25, note=_TOTALS, outcomes=True),

@@ -70,6 +70,28 @@ def _read(path: Path) -> Any:
         return None
 
 
+def merged_verification(by_op: Any) -> dict[str, Any] | None:
+    """What `grpo-kernels verify --json` writes for every op, from a file for each; an op without one has failed."""
+    if not isinstance(by_op, dict) or not by_op:
+        return None
+    parts = {op: part if isinstance(part, dict) else {} for op, part in by_op.items()}
+    rows = [row for part in parts.values() for row in part.get("rows", [])]
+    failures = [row for part in parts.values() for row in part.get("failures", [])]
+    failures += [{"op": op, "verdict": "FAILED", "problem": "it did not finish"} for op in parts if not parts[op]]
+    verified = all(part.get("verified") for part in parts.values())
+    counts = f"{len(parts)} ops, {sum(row.get('comparisons', 0) for row in rows)} comparisons"
+    first: dict[str, Any] = next((part for part in parts.values() if part), {})
+    return {
+        "verified": verified,
+        "summary": f"verified: {counts}" if verified else f"FAILED: {len(failures)} checks; {counts}",
+        "seconds": round(sum(part.get("seconds", 0.0) for part in parts.values()), 1),
+        "versions": first.get("versions", {}),
+        "devices": first.get("devices", {}),
+        "rows": rows,
+        "failures": failures,
+    }
+
+
 def shortened(output: bytes) -> str:
     """The head and the tail of what a phase printed."""
     if len(output) > _HEAD + _TAIL:
@@ -113,7 +135,7 @@ class Results:
                 phases.outcomes_file(self.settings, name).write_text(lines)
             self.bench, self.verify = state["bench"], state["verify"]
             phases.bench_file(self.settings).write_text(json.dumps(self.bench))
-            phases.verify_file(self.settings).write_text(json.dumps(self.verify))
+            phases.verify_file(self.settings).unlink(missing_ok=True)  # the merged one is in the state
         except (KeyError, TypeError, AttributeError) as error:
             return f"what an earlier run left is damaged ({type(error).__name__}): everything is run"
         for check in checks.values():
@@ -148,7 +170,7 @@ class Results:
             if phase.name == "versions":
                 self._identify()
             self.bench = _read(phases.bench_file(self.settings)) or self.bench
-            self.verify = _read(phases.verify_file(self.settings)) or self.verify
+            self.verify = merged_verification(_read(phases.verify_file(self.settings))) or self.verify
             self._save()
 
     def _identify(self) -> None:
@@ -232,5 +254,9 @@ class Results:
         self._save_log()
 
     def _save_log(self) -> None:
-        logs = [path for path in (self.log_of(phase.name) for phase in phases.PHASES) if path.exists()]
+        order = [phase.name for phase in phases.PHASES]
+        logs = sorted(
+            self.log_of("any").parent.glob("*.log"),
+            key=lambda path: (order.index(path.stem) if path.stem in order else 99, path.stem),
+        )
         write(self.log, "\n".join(f"===== {path.stem}\n{shortened(path.read_bytes())}\n" for path in logs))

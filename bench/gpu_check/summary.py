@@ -47,6 +47,8 @@ def lines_of(results: Results, seconds: float) -> list[str]:
         note = check.note
         if check.phase == "benchmarks" and results.bench and check.verdict in (PASS, FAIL, LATE):
             note = _targets(results.bench) if check.verdict == PASS else f"{_targets(results.bench)}; {note}"
+        if check.phase == "verify" and results.verify and not check.note.startswith("stopped"):
+            note = results.verify["summary"]
         if check.failed:  # named below
             note = note.partition("; failed:")[0]
         took = "  kept" if check.kept else f"{check.seconds:4.0f} s"

@@ -1,0 +1,482 @@
+"""The command that runs everything on a GPU, with small commands in place of its phases."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.gpu_check import phases, processes, results, runner, steps, summary, worker
+from bench.gpu_check import settings as settings_module
+from bench.gpu_check.__main__ import check, main
+from bench.gpu_check.phases import PHASES, Phase
+from bench.gpu_check.results import Check, Results
+from bench.gpu_check.runner import Runner
+from bench.gpu_check.settings import ROOT, Settings
+
+PLANTED = """
+    import ctypes, os, sys, time, types
+    import pytest
+
+    def test_first(): pass
+    def test_fails(): assert 1 == 2
+    def test_hangs(): time.sleep(60)
+    def test_after_the_hang(): pass
+    def test_segfault(): ctypes.string_at(0)
+    def test_after_the_segfault(): pass
+    @pytest.mark.parametrize("value", [1, 2])
+    def test_sticky(value):
+        def synchronize(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(
+            is_initialized=lambda: True, synchronize=synchronize))
+    def test_after_the_sticky_error(): assert "torch" not in sys.modules
+    def test_exits(): os._exit(0)
+    def test_skipped(): pytest.skip("needs luck")
+    @pytest.fixture
+    def broken(): raise ValueError("no fixture")
+    def test_setup(broken): pass
+    def test_last(): pass
+"""
+
+
+def _run_suite(folder: Path, *options: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    command = [sys.executable, "-m", "bench.gpu_check.suite", *options, "--", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout
+
+
+def _outcomes(path: Path) -> dict[str, tuple[str, str]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["id"].rpartition("::")[2]: (line["outcome"], line["message"]) for line in lines}
+
+
+def test_a_test_that_hangs_crashes_or_breaks_the_device_costs_no_other(tmp_path) -> None:
+    (tmp_path / "test_planted.py").write_text(textwrap.dedent(PLANTED))
+    (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there\n")
+    file = tmp_path / "outcomes.jsonl"
+    status, output = _run_suite(tmp_path, "--workers", "2", "--test-seconds", "1", "--results", str(file))
+    outcomes = _outcomes(file)
+    passed = {"test_first", "test_last", *(f"test_after_the_{what}" for what in ("hang", "segfault", "sticky_error"))}
+    assert {name for name, (outcome, _) in outcomes.items() if outcome == "passed"} == passed
+    assert outcomes["test_skipped"] == ("skipped", "Skipped: needs luck")
+    assert {name: message for name, (outcome, message) in outcomes.items() if outcome == "failed"} == {
+        "test_broken.py": "ModuleNotFoundError: No module named 'a_module_that_is_not_there'",
+        "test_fails": "assert 1 == 2",
+        "test_hangs": "it ran longer than 1 s",
+        "test_segfault": "its process died: SIGSEGV",
+        "test_sticky[1]": "the device was left in error: RuntimeError: CUDA error: an illegal memory access was "
+        "encountered",
+        "test_sticky[2]": "the device was left in error: RuntimeError: CUDA error: an illegal memory access was "
+        "encountered",
+        "test_exits": "its process ended with status 0",
+        "test_setup": "ValueError: no fixture",
+    }
+    assert status == 1
+    assert re.search(r"^5 passed, 8 failed, 1 skipped in \d+ s; failed: ", output, re.MULTILINE)
+    assert "in test_hangs" in output, "where it hung"
+
+
+def test_a_suite_goes_on_where_it_was_stopped(tmp_path) -> None:
+    tests = "import time\ndef test_one(): pass\ndef test_two(): time.sleep(1.5)\ndef test_three(): pass\n"
+    (tmp_path / "test_slow.py").write_text(tests)
+    file = tmp_path / "outcomes.jsonl"
+    status, output = _run_suite(tmp_path, "--deadline", "2.5", "--results", str(file))
+    while status == phases.NOT_RUN:  # how far it comes depends on the machine
+        before = len(file.read_text().splitlines()) if file.exists() else 0
+        status, output = _run_suite(tmp_path, "--deadline", str(5 + before), "--results", str(file))
+    assert status == 0
+    assert "3 passed" in output
+    assert len(file.read_text().splitlines()) == 3, "nothing ran twice"
+    status, output = _run_suite(tmp_path, "--deadline", "0", "--results", str(tmp_path / "none"))
+    assert status == 1
+    assert "no test was found" in output
+
+
+def test_the_plugin_stands_in_for_pytest_timeout(monkeypatch) -> None:
+    """The project's settings name an option of it, which pytest would otherwise refuse."""
+    declared = []
+    parser = type("Parser", (), {"addini": lambda self, name, help: declared.append(name)})()
+    monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
+    worker.pytest_addoption(parser)
+    assert declared == ["timeout"]
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def _python(code: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code)]
+
+
+def test_a_command_is_ended_with_all_that_it_started(tmp_path) -> None:
+    code = """
+        import os, signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
+        print(child.pid, flush=True)
+        time.sleep(60)
+    """
+    log = tmp_path / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_GRACE", 0.3)
+        result = processes.run(_python(code), 1.0, log, None, tmp_path)
+    assert result.stopped == "stopped at its limit of 1 s"
+    assert result.status == -signal.SIGKILL
+    assert result.seconds < 6
+    child = Path("/proc") / log.read_text().strip()
+    assert not child.exists() or ") Z " in (child / "stat").read_text()
+
+
+def test_a_command_that_is_not_there_fails(tmp_path) -> None:
+    result = processes.run(["/nonexistent/program"], 5.0, tmp_path / "log", None, tmp_path)
+    assert result.status == 127
+    assert "/nonexistent/program" in (tmp_path / "log").read_text()
+
+
+def test_each_op_runs_by_itself(tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys, time\nop, file = sys.argv[2], sys.argv[4]\n"
+        "if op == 'hang': time.sleep(60)\nif op == 'crash': os.abort()\n"
+        "json.dump({'right': op}, open(file, 'w'))\nprint('done', op)\n"
+    )
+    merged = tmp_path / "merged.json"
+    options = ["--ops", "a,hang,crash,b", "--workers", "4", "--seconds", "2", "--json", str(merged), "--", str(script)]
+    # The script takes `--op NAME --json FILE`, in the order in which they are added.
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_check.each_op", *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"2 of 4 ops right in \d+ s; failed: hang \(stopped .*\), crash \(status -6\)", last)
+    assert json.loads(merged.read_text()) == {"a": {"right": "a"}, "hang": None, "crash": None, "b": {"right": "b"}}
+
+
+# --- phases within a budget ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> Settings:
+    folders = tmp_path / "work", tmp_path / "a folder" / "out"
+    for folder in folders:
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(processes, "_GRACE", 0.3)
+    monkeypatch.setattr(runner, "_LEAST", 1.0)
+    return Settings(rehearse=True, python=sys.executable, work=folders[0], output=folders[1], budget=570)
+
+
+def _phase(name: str, code: str, limit: float = 20, **options: object) -> Phase:
+    return Phase(name, limit, lambda settings, seconds: _python(code), **options)
+
+
+def _machine(settings: Settings) -> str:
+    content = {"slug": "a-machine", "machine": {"device": "a machine", "torch": "2", "python": "3"}}
+    return (
+        f"open({str(phases.machine_file(settings))!r}, 'w').write({json.dumps(content)!r}); print('device: a machine')"
+    )
+
+
+def _found(found: Results) -> dict[str, tuple[str, str]]:
+    return {entry.phase: (entry.verdict, entry.note) for entry in found.checks.values()}
+
+
+def _options(**given: object) -> object:
+    return type("Options", (), {"fresh": False, "resume": None, "only": None, **given})()
+
+
+def test_verdicts(settings) -> None:
+    chosen = [
+        _phase("versions", _machine(settings)),
+        _phase("good", "print('noise'); print('42 things in order'); print('more noise')", note=r"in order"),
+        _phase("bad", "print('what went wrong'); raise SystemExit(3)"),
+        _phase("absent", "print('no such tool'); raise SystemExit(77)"),
+        _phase("half", "print('1 passed, 2 not run in 3 s'); raise SystemExit(75)"),
+        _phase("hangs", "import time; print('at it', flush=True); time.sleep(60)", limit=1.5),
+        Phase("program", 20, lambda settings, seconds: ["/nonexistent/program"]),
+        Phase("command", 20, lambda settings, seconds: [phases.read_machine(settings)["missing"]]),
+        _phase("after", "print('still here')"),
+    ]
+    found, _ = check(settings, chosen, _options())
+    assert _found(found) == {
+        "versions": ("pass", "device: a machine"),
+        "good": ("pass", "42 things in order"),
+        "bad": ("fail", "status 3: what went wrong"),
+        "absent": ("skip", "no such tool"),
+        "half": ("late", "1 passed, 2 not run in 3 s"),
+        "hangs": ("late", "stopped at its limit of 2 s; its last words: at it"),
+        "program": (
+            "fail",
+            "status 127: /nonexistent/program: [Errno 2] No such file or directory: '/nonexistent/program'",
+        ),
+        "command": ("fail", "KeyError: 'missing'"),
+        "after": ("pass", "still here"),
+    }
+    assert summary.status(found) == 1
+    assert sorted(path.name for path in settings.output.iterdir()) == [
+        "a-machine.json",
+        "gpu_check.log",
+        "gpu_check_state.json",
+    ]
+    log = found.log.read_text()
+    assert "===== bad\nwhat went wrong" in log
+    written = json.loads(found.file.read_text())
+    assert written["machine"]["device"] == "a machine"
+    assert written["checks"][2] == {"phase": "bad", "verdict": "fail", "seconds": written["checks"][2]["seconds"],
+                                    "note": "status 3: what went wrong"}  # fmt: skip
+    assert written["cases"] == []
+
+
+def test_nothing_runs_when_there_is_no_device(settings) -> None:
+    found, _ = check(
+        settings, [_phase("versions", "print('device: none'); raise SystemExit(1)"), PHASES[2]], _options()
+    )
+    assert _found(found) == {
+        "versions": ("fail", "status 1: device: none"),
+        "build": ("skip", "the phase versions did not pass"),
+    }
+    assert summary.status(found) == 1
+
+
+def test_later_phases_keep_their_share(settings) -> None:
+    chosen = [
+        _phase("early", "", limit=500),
+        _phase("reserved", "", limit=200, reserve=130),
+        _phase("one", "", limit=100, reserve=60, group="together"),
+        _phase("two", "", limit=100, reserve=60, group="together"),
+        _phase("last", "", limit=100, reserve=25),
+    ]
+    run = Runner(settings, Results(settings), chosen, time.monotonic())
+    limits = [run.limit(phase) for phase in chosen]
+    assert limits == pytest.approx([570 - 8 - 130 - 60 - 25, 200, 100, 100, 100], abs=1)
+    run.begin -= 400
+    limits = [run.limit(phase) for phase in chosen]
+    assert limits == pytest.approx([162 - 215, 162 - 85, 100, 100, 100], abs=1)
+    run.results.checks["reserved"] = Check("reserved", "pass", 1.0, "")
+    assert run.limit(chosen[0]) == pytest.approx(162 - 85, abs=1)
+
+
+def test_a_group_runs_at_once_and_late_phases_are_not_begun(settings) -> None:
+    meet = """
+        import os, time
+        open('{0}', 'w')
+        end = time.time() + 8
+        while not os.path.exists('{1}'):
+            assert time.time() < end
+    """
+    one, two = (str(settings.work / name) for name in ("one", "two"))
+    chosen = [
+        _phase("one", meet.format(one, two), group="g"),
+        _phase("two", meet.format(two, one), group="g"),
+    ]
+    found = Results(settings)
+    Runner(settings, found, chosen, time.monotonic()).run()
+    assert {name: verdict for name, (verdict, _) in _found(found).items()} == {"one": "pass", "two": "pass"}
+    Runner(settings, found, [_phase("late", "")], time.monotonic() - 562).run()
+    assert _found(found)["late"] == ("late", "no time left of 570 s")
+
+
+# --- what is kept from run to run ------------------------------------------------------------------------------------
+
+
+def _counting(settings: Settings, name: str, more: str = "", **options: object) -> Phase:
+    file = str(settings.work / f"{name}.count")
+    return _phase(name, f"open({file!r}, 'a').write('x')\n{more}", **options)
+
+
+def _count(settings: Settings, name: str) -> int:
+    return len((settings.work / f"{name}.count").read_text())
+
+
+def test_a_second_run_does_what_the_first_left(settings) -> None:
+    flaky = "import os, sys; sys.exit(0 if os.path.exists('{0}') else open('{0}', 'w') and 1)"
+    chosen = [
+        _phase("versions", _machine(settings), always=True),
+        _counting(settings, "build", always=True),
+        _counting(settings, "good"),
+        _counting(settings, "flaky", flaky.format(settings.work / "second")),
+    ]
+    first, _ = check(settings, chosen, _options())
+    assert first.checks["flaky"].verdict == "fail"
+    second, _ = check(settings, chosen, _options())
+    assert {name: verdict for name, (verdict, _) in _found(second).items()} == dict.fromkeys(
+        ("versions", "build", "good", "flaky"), "pass"
+    )
+    assert [_count(settings, name) for name in ("build", "good", "flaky")] == [2, 1, 2]
+    assert second.checks["good"].kept
+    assert summary.status(second) == 0
+    check(settings, chosen, _options(only=["good"]))
+    assert _count(settings, "good") == 2, "asked for by name"
+    check(settings, chosen, _options(fresh=True))
+    assert _count(settings, "good") == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', '{"key": "KEY"}', '{"key": "KEY", "checks": [{}]}'])
+def test_a_damaged_state_is_not_believed(content: str, settings) -> None:
+    chosen = [_phase("versions", _machine(settings), always=True), _counting(settings, "good")]
+    first, _ = check(settings, chosen, _options())
+    (settings.work / first.state.name).write_text(content.replace("KEY", first.key))
+    second, _ = check(settings, chosen, _options())
+    assert _count(settings, "good") == 2
+    assert not second.checks["good"].kept
+
+
+def test_results_of_other_sources_are_not_kept(settings, monkeypatch) -> None:
+    chosen = [_phase("versions", _machine(settings), always=True), _counting(settings, "good")]
+    check(settings, chosen, _options())
+    monkeypatch.setattr(results, "source_digest", lambda: "other")
+    check(settings, chosen, _options())
+    assert _count(settings, "good") == 2
+
+
+def test_outcomes_of_tests_travel_with_the_state(settings, tmp_path) -> None:
+    suite = _phase("contract", "raise SystemExit(1)", outcomes=True)
+    line = json.dumps({"id": "a::b", "outcome": "failed", "seconds": 1.0, "message": "m"})
+    found = Results(settings)
+    phases.outcomes_file(settings, "contract").write_text(line + '\n{"id": "half')
+    found.key = "key"
+    found.add(suite, Check("contract", "fail", 1.0, "1 failed; failed: a::b"))
+    assert found.checks["contract"].failed == ["a::b"]
+    phases.outcomes_file(settings, "contract").unlink()
+    other = Results(settings)
+    other.key = "key"
+    assert other.resume(other.earlier(settings.output)).startswith("continuing")
+    assert line in phases.outcomes_file(settings, "contract").read_text()
+
+
+def test_verifications_of_the_ops_become_one() -> None:
+    part = {"verified": True, "seconds": 1.0, "versions": {"torch": "2"}, "devices": {"cuda:0": "a"}, "failures": []}
+    by_op = {"a": None, "b": {**part, "rows": [{"op": "b", "comparisons": 7}]}, "c": {**part, "rows": []}}
+    merged = results.merged_verification(by_op)
+    assert not merged["verified"]
+    assert merged["summary"] == "FAILED: 1 checks; 3 ops, 7 comparisons"
+    assert merged["failures"] == [{"op": "a", "verdict": "FAILED", "problem": "it did not finish"}]
+    del by_op["a"]
+    merged = results.merged_verification(by_op)
+    assert merged == {**part, "seconds": 2.0, "rows": [{"op": "b", "comparisons": 7}],
+                      "summary": "verified: 2 ops, 7 comparisons"}  # fmt: skip
+    assert results.merged_verification(None) is None
+
+
+def test_the_log_is_bounded(settings) -> None:
+    text = results.shortened(b"a" * 10**6 + b"the end")
+    assert len(text) < 400_000
+    assert text.endswith("the end")
+    assert "left out" in text
+
+
+def test_a_run_that_is_told_to_stop_still_writes_and_prints(tmp_path) -> None:
+    code = f"""
+        import sys
+        from bench.gpu_check import __main__ as command, phases
+        hang = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+        command.PHASES = (
+            phases.Phase("versions", 60, lambda s, l: [sys.executable, "-c", "print('device: none')"]),
+            phases.Phase("hangs", 60, lambda s, l: hang),
+            phases.Phase("never", 60, lambda s, l: hang),
+        )
+        sys.exit(command.main(["--fresh", "--output", {str(tmp_path / "out")!r}]))
+    """
+    environment = {**os.environ, "REHEARSE": "1", "GK_PYTHON": sys.executable}
+    process = subprocess.Popen(_python(code), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "hangs" in line:
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == 130
+    assert "LATE  hangs" in output
+    assert "stopped with the whole run; its last words: begun" in output
+    assert "never" not in output
+
+
+# --- the summary and the real table of phases ------------------------------------------------------------------------
+
+
+def test_the_summary_is_one_screen(settings) -> None:
+    found = Results(settings)
+    found.bench = {
+        "machine": {},
+        "cases": [
+            {
+                "op": f"op{index % 7}",
+                "rows": {
+                    "ours": {"kind": "ours", "median_us": 10.0, "percent_of_copy": 80.0 + index, "speedup": 3.0},
+                    "eager": {"kind": "eager", "median_us": 30.0, "speedup": 1.0},
+                },
+                "targets": [{"met": index % 2 == 0}, {"met": None}],
+            }
+            for index in range(14)
+        ],
+    }
+    for phase in PHASES:
+        found.checks[phase.name] = Check(phase.name, "pass", 12.0, "n" * 300)
+    found.checks["tests"] = Check("tests", "fail", 9.0, "3 passed, 60 failed; failed: a", [f"t{i}" for i in range(60)])
+    lines = summary.lines_of(found, 500.0)
+    text = "\n".join(lines)
+    assert len(lines) <= summary.LINES
+    assert "7 targets met, 7 short; 14 cases" in text
+    assert "op0: 80 to 87 % of copy bandwidth, median 3.0x eager, 2 cases" in text
+    assert "FAILED t0" in text
+    assert "more failed tests: see the log" in text
+    assert str(settings.output) in lines[-1]
+    assert summary.status(found) == 1
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_every_phase_has_a_command(rehearse: bool, tmp_path) -> None:
+    settings = Settings(rehearse, sys.executable, tmp_path, tmp_path, workers=3)
+    machine = {"capability": "90", "public": ["token_log_probs"], "packages": ["token_log_probs"]}
+    phases.machine_file(settings).write_text(json.dumps(machine))
+    for phase in PHASES:
+        for limit in (phase.limit, 10.0):
+            command = phase.command(settings, limit)
+            assert all(isinstance(part, str) for part in command)
+            assert command[:2] == [sys.executable, "-m"]
+            for option in ("--deadline", "--seconds"):
+                if option in command:
+                    assert 0 < float(command[command.index(option) + 1]) < limit
+        assert not [part for part in command if part.startswith("python_tests/") and not (ROOT / part).exists()]
+        if rehearse:
+            assert "cuda" not in command
+    assert sum(max(p.reserve for p in PHASES if (p.group or p.name) == name)
+               for name in {p.group or p.name for p in PHASES}) < settings_module.BUDGET / 2  # fmt: skip
+
+
+def test_unknown_phases_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "everything"])
+    assert "invalid choice: 'everything'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("body", "status"), [("exit 0", 0), ("exit 7", 7)])
+def test_the_sanitizer_is_run_or_said_to_be_missing(body: str, status: int, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert steps.sanitizer("memcheck", "cpu") == phases.SKIPPED
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $*\n{body}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
+    assert steps.sanitizer("memcheck", "cpu") == status
+    output = capfd.readouterr().out
+    assert "not found on PATH" in output
+    assert "1 --tool memcheck" in output
+    assert "-m python_tests.gpu.small --device cpu" in output
+
+
+def test_a_rehearsal_leaves_the_built_module_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
+    package = tmp_path / "grpo_kernels"
+    package.mkdir()
+    assert steps._module_folder(tmp_path / "work", True) == package
+    (package / f"_C{steps.sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    assert steps._module_folder(tmp_path / "work", True) == tmp_path / "work" / "module"
+    assert steps._module_folder(tmp_path / "work", False) == package
