@@ -176,11 +176,14 @@ def test_with_a_deadline_the_short_list_comes_first_and_the_rest_is_named(monkey
     monkeypatch.setattr(limits, "copy_bandwidth", lambda device: 1e9)
     now = iter(range(0, 1000, 10))
     monkeypatch.setattr(run.time, "time", lambda: float(next(now)))
-    first = Case("group_advantages", "long", _fake_case().make, _fake_case().providers)
-    second = Case("group_advantages", "short", _fake_case().make, _fake_case().providers, quick=True)
-    effort = run.Effort(seconds=0.01, minimum_rounds=1, maximum_rounds=1, memory=False, deadline=15.0)
-    results = run.run("cpu", effort, [first, second], Progress())
-    assert [record["case"] for record in results["cases"]] == ["short"]
+
+    def case(name: str, **fields) -> Case:
+        return Case("group_advantages", name, _fake_case().make, _fake_case().providers, **fields)
+
+    cases = [case("long"), case("of the host", clock="host"), case("short", quick=True)]
+    effort = run.Effort(seconds=0.01, minimum_rounds=1, maximum_rounds=1, memory=False, deadline=35.0)
+    results = run.run("cpu", effort, cases, Progress())
+    assert [record["case"] for record in results["cases"]] == ["of the host", "short"]
     assert results["skipped"] == ["group_advantages: long"]
 
 
