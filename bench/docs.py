@@ -1,0 +1,83 @@
+"""`python -m bench.docs`: writes docs/kernels.md and the tables of docs/benchmarks.md from bench/results/*.json.
+
+With --check nothing is written, and the exit status is 1 if a page is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench import docs_benchmarks, docs_kernels
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+Results = dict[str, Any]
+
+
+def results() -> dict[str, Results]:
+    """Every file of benchmark results, by name; rehearsals of gpu-check prove nothing about a GPU."""
+    files = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {name: content for name, content in files.items() if "machine" in content and not content.get("rehearsal")}
+
+
+def between_markers(page: str, text: str) -> str:
+    """The page with `text` between its markers.
+
+    Raises:
+        ValueError: the page does not have each marker once.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page needs one line {BEGIN} and one line {END}")
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{text.strip()}\n{END}{tail}"
+
+
+def _benchmarks(old: str) -> str:
+    return between_markers(old, docs_benchmarks.text(results()))
+
+
+def _kernels(old: str) -> str:
+    return docs_kernels.text(results())
+
+
+PAGES: dict[str, Callable[[str], str]] = {"docs/kernels.md": _kernels, "docs/benchmarks.md": _benchmarks}
+
+
+def stale(names: Iterable[str] = tuple(PAGES)) -> dict[Path, str]:
+    """Pages that are not what the results say -> what they should be."""
+    found = {}
+    for name in names:
+        path = ROOT / name
+        old = path.read_text() if path.is_file() else ""
+        try:
+            new = PAGES[name](old)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if new != old:
+            found[path] = new
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.docs", description=__doc__)
+    parser.add_argument("page", nargs="*", choices=[*PAGES, []], help="these pages; all by default")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is stale")
+    arguments = parser.parse_args()
+    pages = stale(arguments.page or PAGES)
+    for path, text in pages.items():
+        print(f"{path.relative_to(ROOT)}: {'stale, run python -m bench.docs' if arguments.check else 'written'}")
+        if not arguments.check:
+            path.write_text(text)
+    return 1 if pages and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

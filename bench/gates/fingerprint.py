@@ -1,0 +1,43 @@
+"""Which sources a row was compiled from: a hash that changes when their code does, and not when a comment does."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """A C++ source and everything of csrc that it includes."""
+    seen: list[Path] = []
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in seen:
+            seen.append(path)
+            names = re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.MULTILINE)
+            waiting += [ROOT / "csrc" / name for name in names]
+    return sorted(seen)
+
+
+def code(path: Path) -> str:
+    """The text of a source without its comments and its layout."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        return ast.dump(ast.parse(text))
+    return " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL).split())
+
+
+def of(op: str, compiler: str) -> str:
+    """Hash of the code that `compiler` ("nvcc ..." or "Triton ...") makes the kernels of an op from."""
+    if compiler.startswith("nvcc"):
+        sources = {path for source in (ROOT / "csrc" / op).glob("*.cu") for path in _with_headers(source)}
+    else:
+        sources = set((ROOT / "grpo_kernels" / op).glob("_*triton.py"))
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(code(path).encode())
+    return digest.hexdigest()[:16]

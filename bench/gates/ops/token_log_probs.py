@@ -1,0 +1,155 @@
+"""Gates of the Triton kernels of token_log_probs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bench.gates.gate import NO_BARRIER, WIDE_LOADS, WIDE_STORES, Gate, Instructions
+from bench.gates.triton_kernels import Specialisation, TritonKernels
+
+_BOTH = frozenset({False, True})
+_SHAPE = {"SLOTS": frozenset({32, 64, 128, 256, 512}), "WIDTH": frozenset({4, 8})}
+_SHARED_FLAGS = {"HAS_MASK": _BOTH, "TEMPERATURE": frozenset({0, 1, 2}), "CAPPED": _BOTH, "ENTROPY": _BOTH}
+
+
+class Flags(NamedTuple):
+    """What the code depends on, beside the shape and the dtypes."""
+
+    mask: bool = False
+    temperature: int = 0  # 0 a number, 1 a 0-d tensor, 2 one a row
+    capped: bool = False
+    entropy: bool = False
+    squared: bool = False
+    top1: bool = False
+    statistics: bool = True  # for a backward
+
+
+class Rows(NamedTuple):
+    """Logits of shape [2, length, vocab], cut from a buffer of width `padded` that begins at element `offset`."""
+
+    vocab: int
+    dtype: str = "bfloat16"
+    ids: str = "int64"
+    padded: int = 0
+    offset: int = 0
+    sliced: bool = False  # logits[:, :-1]
+    length: int = 3
+
+
+TRAINING = Flags(mask=True, entropy=True)
+EVERYTHING = Flags(True, 2, True, True, True, True)
+DTYPES = ("bfloat16", "float16", "float32")
+VOCABS = (32000, 50257, 1, 100, 256, 512, 1000, 1024, 2048)  # every number of slots; aligned rows, and ragged ones
+LAYOUTS = (
+    Rows(50257, padded=50304),
+    Rows(32000, offset=1),
+    Rows(32000, sliced=True),
+    Rows(151936, sliced=True, length=40000),  # strides beyond 2^31
+)
+
+
+def _combinations() -> Iterator[tuple[Rows, Flags]]:
+    on_or_off = (False, True)
+    for mask, temperature, *others in itertools.product(on_or_off, (0, 1, 2), *[on_or_off] * 5):
+        yield Rows(32000), Flags(bool(mask), temperature, *map(bool, others))
+    for dtype, vocab in itertools.product(DTYPES, VOCABS):
+        yield Rows(vocab, dtype), TRAINING
+    for dtype, vocab, ids in itertools.product(DTYPES, (32000, 50257), ("int32", "int64")):
+        yield Rows(vocab, dtype, ids), TRAINING
+        yield Rows(vocab, dtype, ids), EVERYTHING
+    yield from itertools.product(LAYOUTS, (TRAINING, EVERYTHING))
+
+
+def _few() -> Iterator[tuple[Rows, Flags]]:
+    yield Rows(32000), TRAINING
+    yield Rows(32000, "float32"), TRAINING
+    yield Rows(32000, ids="int32"), EVERYTHING
+    yield Rows(50257, "float16"), TRAINING
+    yield Rows(100), TRAINING
+
+
+def _launch(rows: Rows, flags: Flags) -> None:
+    import torch
+
+    from grpo_kernels.token_log_probs import _triton
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    width = rows.padded or rows.vocab
+    flat = empty(2 * rows.length * width + rows.offset, dtype=getattr(torch, rows.dtype))
+    logits = flat[rows.offset :].view(2, rows.length, width)[..., : rows.vocab]
+    if rows.sliced:
+        logits = logits[:, :-1]
+    leading = logits.shape[:-1]
+    temperatures = (None, empty(dtype=torch.float32), empty(*leading, dtype=torch.float32))
+    options = (
+        empty(*leading, dtype=getattr(torch, rows.ids)),
+        empty(*leading, dtype=torch.bool) if flags.mask else None,
+        temperatures[flags.temperature],
+        1.0,
+        1.0,
+        30.0 if flags.capped else 0.0,
+    )
+    outputs = _triton.token_log_probs(logits, *options, flags.entropy, flags.squared, flags.top1, flags.statistics)
+    if not flags.statistics:
+        return
+    upstream = empty(*leading, dtype=torch.float32)
+    arguments = (*options, outputs[4], upstream, upstream if flags.entropy else None)
+    _triton.token_log_probs_backward(logits, *arguments)
+    _triton.token_log_probs_backward_(logits, *arguments)
+
+
+def launch(quick: bool) -> None:
+    for rows, flags in _few() if quick else _combinations():
+        _launch(rows, flags)
+
+
+_ROWS = ("logits", "outer_stride", "inner_stride")
+_GRADIENTS = ("grad_logits", "grad_outer_stride", "grad_inner_stride")
+
+
+def gate(of: Specialisation) -> Gate:
+    """What a specialisation may cost depends on how its rows lie, and on what it computes."""
+    backward = of.kernel == "backward_kernel"
+    wide = [WIDE_LOADS] if of.aligned(*_ROWS) else []
+    if backward and of.aligned(*_GRADIENTS):
+        wide.append(WIDE_STORES)
+    if not of.aligned(*_ROWS, "vocab"):
+        return _ragged_gate(of, wide)
+    options = ("TEMPERATURE", "CAPPED") if backward else ("TEMPERATURE", "CAPPED", "SQUARED", "TOP1")
+    plain = of.warps > 1 and not any(of.constant(name) for name in options)
+    # After the loop of the forward its slots merge; there is no barrier in it, and none in the backward.
+    barriers = NO_BARRIER if backward else Instructions("BAR", r"BAR\..*", at_most=10)
+    return Gate(
+        of.kernel,
+        48 if backward and plain else 64,  # five programs of 256 threads a multiprocessor, or four
+        of.warps * 32,
+        0 if backward else 256,
+        (*wide, barriers),
+        "aligned rows" if plain else "aligned rows, options or one warp",
+    )
+
+
+def _ragged_gate(of: Specialisation, wide: list[Instructions]) -> Gate:
+    """Rows that start anywhere, or end inside a tile: no spills is all that can be asked of the registers."""
+    if of.kernel == "forward_kernel":
+        return Gate(
+            of.kernel, 255, of.warps * 32, 256, (*wide, Instructions("BAR", r"BAR\..*", at_most=10)), "ragged rows"
+        )
+    # Logits that are read 16 bytes at a time and gradients that are not: tiles change their layout in shared memory.
+    mixed = of.aligned(*_ROWS) != of.aligned(*_GRADIENTS)
+    barriers = Instructions("BAR", r"BAR\..*", at_most=4 if mixed else 0)
+    return Gate(of.kernel, 255, of.warps * 32, 8192 if mixed else 0, (*wide, barriers), "ragged rows")
+
+
+TRITON = TritonKernels(
+    launch,
+    gate,
+    {
+        "forward_kernel": {**_SHARED_FLAGS, "SQUARED": _BOTH, "TOP1": _BOTH, "STATISTICS": _BOTH, **_SHAPE},
+        "backward_kernel": {**_SHARED_FLAGS, "BLOCKS": frozenset({4}), **_SHAPE},
+    },
+)
