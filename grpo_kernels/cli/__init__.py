@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "env": "versions, what was built, the devices, and the backend that each op takes on them",
+    "verify": "every op and backend, value and gradient, against float64 on your devices",
     "bench": "time, bandwidth and memory of every op against eager PyTorch, torch.compile and peers",
 }
 """Subcommand (and module of this package) -> what it prints or does."""

@@ -23,7 +23,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _versions() -> Rows:
+def versions() -> Rows:
+    """Names and versions of what decides how fast and how exact the kernels are."""
     return [
         ("grpo_kernels", grpo_kernels.__version__),
         ("Python", platform.python_version()),
@@ -47,14 +48,14 @@ def _extension_rows() -> Rows:
     ]
 
 
-def _devices() -> list[tuple[str, int, str]]:
+def devices() -> list[tuple[str, int, str]]:
     """Type, index and description of every device to report on: the CPU and each CUDA device."""
-    devices = [("cpu", -1, platform.machine())]
+    found = [("cpu", -1, platform.machine())]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         description = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
-        devices.append(("cuda", index, description))
-    return devices
+        found.append(("cuda", index, description))
+    return found
 
 
 def _backend_rows(device_type: str, index: int) -> Rows:
@@ -81,9 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints everything; the exit status is 0."""
-    _print_table("Versions", _versions())
+    _print_table("Versions", versions())
     _print_table("Build", _extension_rows())
-    for device_type, index, description in _devices():
+    for device_type, index, description in devices():
         name = device_type if index < 0 else f"{device_type}:{index}"
         _print_table(f"Backends on {name} ({description})", _backend_rows(device_type, index))
     if torch.cuda.device_count() == 0:
