@@ -22,13 +22,20 @@ class MissingTool(RuntimeError):
 
 
 @functools.cache
-def tool(name: str) -> str:
-    """Path of `nvdisasm`, `cuobjdump` or `nvcc`: the CUDA toolkit's, else those in Triton's wheel."""
-    folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{folder}/bin" for folder in folders if folder)])
+def tool(name: str, of_triton: bool = False) -> str:
+    """Path of `nvdisasm`, `cuobjdump` or `nvcc`.
+
+    The CUDA toolkit and Triton's wheel both have the first two. A disassembler may not know what a newer compiler
+    wrote, so each compiler's own comes first.
+    """
+    folders = [
+        os.environ.get("PATH", ""),
+        *(f"{root}/bin" for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root),
+    ]
+    spec = importlib.util.find_spec("triton")
+    wheel = [str(Path(spec.origin).parent / "backends" / "nvidia" / "bin")] if spec is not None and spec.origin else []
+    path = os.pathsep.join([*wheel, *folders] if of_triton else [*folders, *wheel])
     found = shutil.which(name, path=path)
-    if found is None and (triton := importlib.util.find_spec("triton")) is not None and triton.origin:
-        found = shutil.which(name, path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     if found is None:
         raise MissingTool(f"{name} was found neither on PATH nor in a CUDA toolkit nor in Triton")
     return found
@@ -71,13 +78,13 @@ def local_bytes(opcodes: Mapping[str, int]) -> int:
     return total
 
 
-def contents(cubin: bytes) -> dict[str, tuple[int, int, dict[str, int]]]:
+def contents(cubin: bytes, of_triton: bool = False) -> dict[str, tuple[int, int, dict[str, int]]]:
     """Symbol of each kernel -> registers, bytes of stack, instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.cubin"
         path.write_bytes(cubin)
-        usage = _output([tool("cuobjdump"), "--dump-resource-usage", str(path)])
-        code = _sections(_output([tool("nvdisasm"), "-c", str(path)]))
+        usage = _output([tool("cuobjdump", of_triton), "--dump-resource-usage", str(path)])
+        code = _sections(_output([tool("nvdisasm", of_triton), "-c", str(path)]))
     found = {}
     for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
         found[symbol] = (int(registers), int(stack), opcodes_of(code[symbol]))

@@ -142,7 +142,7 @@ def compile_launch(launch: Launch, architecture: int) -> Measured:
     """What Triton makes of a launch."""
     with _target(architecture):
         compiled = launch.function.warmup(*launch.arguments, grid=(1,), **launch.options)
-    ((registers, stack, opcodes),) = binary.contents(compiled.asm["cubin"]).values()
+    ((registers, stack, opcodes),) = binary.contents(compiled.asm["cubin"], of_triton=True).values()
     return Measured(registers, binary.local_bytes(opcodes), stack, compiled.metadata.shared, opcodes)
 
 
