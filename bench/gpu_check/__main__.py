@@ -37,7 +37,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="run everything, whatever has passed before")
     parser.add_argument("--bench-seconds", type=float, default=0.5, help="for each benchmark (default %(default)s)")
     parser.add_argument("--workers", type=int, help="test processes that share the GPU")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("output", "resume"):  # before the folder is changed
+        if (path := getattr(options, name)) is not None:
+            setattr(options, name, path.absolute())
+    return options
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -45,6 +49,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     work = ROOT / "build" / ("gpu-check-rehearsal" if rehearse else "gpu-check")
     asked = options.output or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
     output = (asked or work / "results").absolute()
+    if os.environ.get("GK_WHEELS"):
+        os.environ["GK_WHEELS"] = os.path.abspath(os.environ["GK_WHEELS"])
     for folder in (work, output):
         folder.mkdir(parents=True, exist_ok=True)
     workers = options.workers or max(1, min(3, cores() // 4))

@@ -169,7 +169,9 @@ class Results:
             self.checks[phase.name] = check
             if phase.name == "versions":
                 self._identify()
-            self.bench = _read(phases.bench_file(self.settings)) or self.bench
+            measured = _read(phases.bench_file(self.settings))
+            if isinstance(measured, dict) and isinstance(measured.get("cases"), list):
+                self.bench = measured
             self.verify = merged_verification(_read(phases.verify_file(self.settings))) or self.verify
             self._save()
 

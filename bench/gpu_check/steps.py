@@ -42,7 +42,10 @@ def versions(target: str, device: str) -> int:
             print(" ", name, importlib.metadata.version(name.replace("_", "-")))
         except importlib.metadata.PackageNotFoundError:
             print(" ", name, "is not installed")
-    _call("nvcc", "--version")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    print(f"{header} {'exists' if header.exists() else 'is missing: nothing can be built for this Python'}")
+    for tool in ("nvcc", "c++", "cmake"):
+        _call(tool, "--version")
     if device == "cuda":
         fields = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,temperature.gpu,ecc.mode.current"
         _call("nvidia-smi", f"--query-gpu={fields}", "--format=csv", timeout=20)
