@@ -53,6 +53,8 @@ def _case_text(record: dict[str, Any]) -> str:
 def time_text(microseconds: float | None) -> str:
     if microseconds is None:
         return "not timed"
+    if microseconds >= 1e6:
+        return f"{microseconds / 1e6:.3g} s"
     return f"{microseconds / 1e3:.3g} ms" if microseconds >= 1e3 else f"{microseconds:.3g} us"
 
 
@@ -81,6 +83,7 @@ def _cells(provider: str, row: dict[str, Any]) -> dict[str, str]:
         "provider": f"{provider} ({row['backend']})" if "backend" in row else provider,
         "median": time_text(row.get("median_us")),
         "min": time_text(row["min_us"]) if "min_us" in row else "",
+        "spread": f"{100 * row['iqr_us'] / row['median_us']:.0f} %" if "iqr_us" in row else "",
         "vs eager": _number(row, "speedup", "{:.2f}x"),
         "GB/s": _number(row, "gigabytes_per_second", "{:.1f}"),
         "of copy": _number(row, "percent_of_copy", "{:.0f} %"),

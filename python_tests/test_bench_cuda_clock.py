@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cuda_clock
-from bench.case import Inputs, Provider
+from bench import clock, cuda_clock, memory, run
+from bench.case import Case, Inputs, Provider
 from bench.cuda_clock import CudaClock
 
 
@@ -164,8 +164,8 @@ def test_a_round_times_the_replay_alone_and_returns_seconds_a_call(cuda: FakeCud
 
 
 def test_the_scrub_reads_twice_the_cache(cuda: FakeCuda) -> None:
-    clock = CudaClock(sets(), pristine())
-    assert clock._scrub.numel() * clock._scrub.element_size() == 2 * 1024
+    scrub = CudaClock(sets(), pristine())._scrub
+    assert scrub.numel() * scrub.element_size() == 2 * 1024
 
 
 def test_overwritten_inputs_are_restored_before_the_capture_and_before_every_round(cuda: FakeCuda) -> None:
@@ -185,16 +185,16 @@ def test_overwritten_inputs_are_restored_before_the_capture_and_before_every_rou
 
 
 def test_providers_of_a_case_share_one_memory_pool(cuda: FakeCuda) -> None:
-    clock = CudaClock(sets(), pristine())
-    clock.runner(provider(cuda))
-    clock.runner(provider(cuda))
+    device_clock = CudaClock(sets(), pristine())
+    device_clock.runner(provider(cuda))
+    device_clock.runner(provider(cuda))
     assert [entry for entry in cuda.log if "pool" in entry] == ["capture in pool 1"] * 2
 
 
 def test_what_cannot_be_captured_is_timed_with_events_and_the_row_says_so(cuda: FakeCuda) -> None:
-    clock = CudaClock(sets(), pristine())
+    device_clock = CudaClock(sets(), pristine())
     cuda.broken = "operation not permitted\nwhen stream is capturing"
-    runner = clock.runner(provider(cuda))
+    runner = device_clock.runner(provider(cuda))
     assert runner.clock == "CUDA events"
     assert "operation not permitted when stream is capturing" in runner.note
     cuda.log.clear()
@@ -202,7 +202,7 @@ def test_what_cannot_be_captured_is_timed_with_events_and_the_row_says_so(cuda: 
     assert cuda.log == ["synchronize", "sleep", "scrub", "event", "main: 0", "main: 1", "main: 2", "event"]
     cuda.broken = ""
     cuda.log.clear()
-    clock.runner(provider(cuda))
+    device_clock.runner(provider(cuda))
     assert "capture in pool 2" in cuda.log  # the first pool may still be in use by what broke off
     assert gc.isenabled()
 
@@ -214,3 +214,61 @@ def test_a_provider_that_cannot_run_at_all_raises(cuda: FakeCuda) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         CudaClock(sets(), pristine()).runner(provider(cuda, work=fail))
     assert cuda.stream_now == "main"
+
+
+# --- what a run does with it ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_gpu(cuda: FakeCuda, monkeypatch) -> FakeCuda:
+    """A run that takes the CPU for a GPU with 64 KiB to spare; each call of a provider is one byte of peak memory."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(clock, "cache_bytes", lambda device: 64)
+    monkeypatch.setattr(clock, "free_bytes", lambda device: 65536)
+    monkeypatch.setattr(memory, "peak_cuda", lambda provider, inputs: len(provider.run(inputs)))
+    return cuda
+
+
+def _case(ours: Provider, **fields: Any) -> Case:
+    def make(device: str, size: str) -> Inputs:
+        return {"x": torch.ones(4)}
+
+    eager = Provider("eager", lambda inputs: (inputs["x"] + 1,), "eager")
+    return Case("group_advantages", "4", make, (ours, eager), bytes_moved=32, **fields)
+
+
+_EFFORT = run.Effort(seconds=0.01, minimum_rounds=2, maximum_rounds=2)
+
+
+def test_cases_are_timed_by_graphs_and_their_memory_is_measured_on_the_way(on_a_gpu: FakeCuda) -> None:
+    def in_place(inputs: Inputs) -> list[torch.Tensor]:
+        return [inputs["x"].add_(1)]
+
+    record = run.measure(_case(Provider("ours", in_place, "ours", overwrites=("x",)), memory=16), "cuda", _EFFORT)
+    assert "error" not in record
+    for row in record["rows"].values():
+        assert (row["clock"], row["extra_bytes"], len(row["seconds"])) == ("CUDA graph", 1, 2)
+        assert "accuracy" not in row
+    assert on_a_gpu.log.count("capture in pool 1") == 2
+
+
+def test_host_costs_stay_on_the_wall_clock(on_a_gpu: FakeCuda) -> None:
+    ours = Provider("ours", lambda inputs: (inputs["x"] + 1,), "ours")
+    record = run.measure(_case(ours, clock="host"), "cuda", _EFFORT)
+    assert {row["clock"] for row in record["rows"].values()} == {"wall clock"}
+    assert on_a_gpu.log == []
+
+
+def test_a_provider_that_runs_out_of_memory_later_is_reported_alone(on_a_gpu: FakeCuda) -> None:
+    calls = []
+
+    def run_out(inputs: Inputs) -> list[torch.Tensor]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return [inputs["x"] + 1]
+
+    rows = run.measure(_case(Provider("ours", run_out, "ours"), memory=16), "cuda", _EFFORT)["rows"]
+    assert rows["ours"]["error"] == "OutOfMemoryError: no memory"
+    assert "seconds" not in rows["ours"]
+    assert len(rows["eager"]["seconds"]) == 2
