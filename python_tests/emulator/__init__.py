@@ -1,0 +1,51 @@
+"""Our CUDA C++ kernels on the CPU: what the public functions compute when they launch `csrc/*/cuda.cu`.
+
+    with emulated(order=2):
+        grpo_kernels.grpo_loss(...)  # CPU tensors
+
+See docs/emulator.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import grpo_kernels
+from grpo_kernels import _extension
+from grpo_kernels.testing import poisoned_allocations
+from python_tests.emulator import build
+
+ORDERS = (0, 1, 2, 3, 4)
+"""Thread orders: forward, backward, and three random ones, with two to four blocks at once."""
+
+
+@contextlib.contextmanager
+def emulated(order: int = 0, module: ModuleType | None = None) -> Iterator[None]:
+    """In the block, native kernels on CPU tensors are the CUDA kernels, and allocated memory is full of NaN.
+
+    Args:
+        order: who runs when; see include/emulator.h. Read at each launch.
+        module: the build to use; that of the sources if None.
+    """
+    kernels = build.module() if module is None else module
+
+    def execution(tensor: Tensor) -> tuple[int, int]:
+        if tensor.dtype == torch.float64:
+            raise TypeError("the CUDA kernels do not take float64")
+        return 0, 0
+
+    with (
+        mock.patch.object(_extension, "extension", lambda: kernels),
+        mock.patch.object(_extension, "execution", execution),
+        mock.patch.dict(os.environ, {"GK_EMULATOR_ORDER": str(order)}),
+        grpo_kernels.backend("native"),
+        poisoned_allocations(),
+    ):
+        yield
