@@ -22,8 +22,8 @@ from grpo_kernels.testing.verification.report import FAILED, NOT_AVAILABLE, PASS
 
 _SHOWN_FAILURES = 20
 _STYLES = {PASSED: None, FAILED: "red", NOT_AVAILABLE: "dim"}
-_COLUMNS = ("op", "backend", "device", "dtype", "cases", "worst error", "budget", "verdict", "worst case")
-_RIGHT = frozenset({"cases", "worst error", "budget"})
+_COLUMNS = ("op", "backend", "device", "dtype", "cases", "error", "budget", "verdict", "closest to its budget")
+_RIGHT = frozenset({"cases", "error", "budget"})
 Work = list[tuple[Case, list[Target]]]
 
 
@@ -123,10 +123,15 @@ def _with_progress(work: Work) -> Iterable[tuple[Case, list[Target]]]:
 
 
 def _show(report: Report, every_case: bool) -> None:
-    table = Table(f"grpo_kernels {grpo_kernels.__version__}, torch {torch.__version__}", _COLUMNS, right=_RIGHT)
+    title = f"grpo_kernels {grpo_kernels.__version__}, torch {torch.__version__}"
+    table = Table(title, _COLUMNS, right=_RIGHT, spare=_COLUMNS[-1])
     for row in report.rows(every_case):
         table.add(*_cells(row), style=_STYLES[row.verdict])
     table.show()
+    for where, reason in dict.fromkeys(
+        (f"{target.backend} on {target.device}", why) for target, why in report.unavailable
+    ):
+        print(f"not available: {where}: {reason}")
     failures = report.failures()
     for row in failures if every_case else failures[:_SHOWN_FAILURES]:
         print(f"FAILED {row.describe()}")
@@ -135,12 +140,10 @@ def _show(report: Report, every_case: bool) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    place = (row.op, row.backend, row.device, row.dtype)
-    if row.verdict == NOT_AVAILABLE or not row.cases:
-        return (*place, "", "", "", row.verdict, row.problem)
+    place = (row.op, row.backend, row.device, row.dtype, str(row.cases or ""))
     numbers = _number(row.error), _number(row.budget) if row.budget else "exact"
-    worst = f"{row.case}: {row.tensor}" if row.error else row.case if row.problem or row.cases == 1 else ""
-    return (*place, str(row.cases), *(numbers if row.tensor else ("", "")), row.verdict, worst)
+    closest = f"{row.case}: {row.tensor}" if row.error else row.case if row.problem or row.cases == 1 else ""
+    return (*place, *(numbers if row.tensor else ("", "")), row.verdict, closest)
 
 
 def _number(value: float) -> str:

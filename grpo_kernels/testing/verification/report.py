@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grpo_kernels import _dispatch
+from grpo_kernels.testing.verification.case import EVERY_DTYPE
 from grpo_kernels.testing.verification.engine import Outcome, Target
 
 PASSED, FAILED, NOT_AVAILABLE = "ok", "FAILED", "not available"
@@ -62,7 +63,13 @@ class Report:
         for target, reason in self.unavailable:
             rows.append(Row(target.op, target.backend, str(target.device), verdict=NOT_AVAILABLE, problem=reason))
         ops = list(_dispatch.public_ops())
-        rows.sort(key=lambda row: (ops.index(row.op), row.device, _dispatch.BACKENDS.index(row.backend)))
+        dtypes = ["", *map(dtype_name, EVERY_DTYPE)]
+
+        def order(row: Row) -> tuple[int, str, int, int]:
+            place = 0 if every_case else dtypes.index(row.dtype)
+            return ops.index(row.op), row.device, _dispatch.BACKENDS.index(row.backend), place
+
+        rows.sort(key=order)
         return rows + [Row(op, verdict=FAILED, problem="this op has no cases") for op in self.without_cases]
 
     def failures(self) -> list[Row]:
