@@ -225,3 +225,14 @@ def test_the_gate_sees_a_wrong_gradient() -> None:
     inputs = run.make_inputs(case, "cpu", "smoke")
     wrong = Provider("wrong", lambda inputs: [t * 1.001 for t in case.eager.run(inputs)], "ours")
     assert "exceeds the budget" in Gate(case, inputs).problem(wrong, inputs)
+
+
+def test_the_gate_sees_wrong_shapes_and_numbers_of_results() -> None:
+    case = _fake_case()
+    gate = Gate(case, case.make("cpu", "full"))
+    inputs = case.make("cpu", "full")
+    assert gate.problem(Provider("two", lambda inputs: [inputs["x"]] * 2, "ours"), inputs) == (
+        "returned 2 tensors, expected 1"
+    )
+    short = Provider("short", lambda inputs: [inputs["x"][:3] + 1], "ours")
+    assert "must have the shape of expected, [8], got [3]" in gate.problem(short, inputs)
