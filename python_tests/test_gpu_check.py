@@ -100,6 +100,13 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path) -> None:
     assert "no test was found" in output
 
 
+def test_a_suite_that_skips_everything_has_not_passed(tmp_path) -> None:
+    (tmp_path / "test_all.py").write_text("import pytest\ndef test_it(): pytest.skip('no such device')\n")
+    status, output = _run_suite(tmp_path)
+    assert status == phases.SKIPPED
+    assert "1 skipped" in output.splitlines()[-1]
+
+
 def test_the_plugin_stands_in_for_pytest_timeout(monkeypatch) -> None:
     """The project's settings name an option of it, which pytest would otherwise refuse."""
     declared = []

@@ -143,4 +143,4 @@ def note_of(phase: Phase, output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if phase.note:
         lines = [line for line in lines if re.search(phase.note, line)] or lines
-    return lines[-1][:300] if lines else ""
+    return lines[-1].strip("= ")[:300] if lines else ""

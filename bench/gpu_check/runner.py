@@ -14,6 +14,7 @@ from bench.gpu_check.settings import ROOT, Settings
 _LEAST = 8.0  # seconds under which a phase is not begun
 _MARGIN = 8.0  # seconds of the budget for writing and printing
 _REFRESH = 15.0  # seconds between writes of the log while a phase runs
+_SHOWN, _WIDTH = 20, 200  # of the output of a phase that did not pass: lines, and their length
 _WORDS: dict[int | None, str] = {0: PASS, SKIPPED: SKIP, NOT_RUN: LATE}
 
 
@@ -83,10 +84,16 @@ class Runner:
         except (OSError, ValueError, KeyError) as error:  # a file that an earlier phase should have left
             self.results.add(phase, Check(phase.name, FAIL, 0.0, f"{type(error).__name__}: {error}"))
             return
-        note = note_of(phase, log.read_text(errors="replace"))
+        output = log.read_text(errors="replace")
+        note = note_of(phase, output)
         verdict = LATE if result.stopped else _WORDS.get(result.status, FAIL)
         if result.stopped:
             note = f"{result.stopped}; its last words: {note}"
         elif verdict == FAIL:
             note = f"status {result.status}: {note}"
+        shown = output.splitlines()[-_SHOWN:] if verdict in (FAIL, LATE) else []
+        first = (
+            f"  {phase.name}: {verdict.upper()}, {result.seconds:.0f} s{'; the end of its output:' if shown else ''}"
+        )
+        print("\n".join([first, *(f"      {line[:_WIDTH]}" for line in shown)]), flush=True)
         self.results.add(phase, Check(phase.name, verdict, result.seconds, note[:400]))

@@ -49,13 +49,13 @@ class Settings:
         site = self.work / "site"
         here = Path(self.python).parent  # not resolved: a virtual environment's python is a link
         added = [str(here), str(site / "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+        caches = {"TRITON_CACHE_DIR": str(self.work / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor")}
         return {
+            **({} if " " in str(self.work) else caches),  # Inductor does not quote the path for the compiler
             **{key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")},
-            "PATH": os.pathsep.join(added),
+            "PATH": os.pathsep.join(filter(None, added)),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(site), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",  # what a phase printed before it was killed is wanted most
             "OMP_WAIT_POLICY": "passive",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            "TRITON_CACHE_DIR": str(self.work / "triton"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
         }

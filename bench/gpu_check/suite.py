@@ -4,7 +4,7 @@
 
 A worker collects the tests, runs one at a time and reports it at once. When it dies, when a test takes too long, or
 when the device is in error after a test, that test has failed and a new worker goes on with the others. Exit status:
-0 all passed, 1 some failed, 75 some were not run.
+0 all passed, 1 some failed, 75 some were not run, 77 all were skipped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
-NOT_RUN = 75
+from bench.gpu_check.phases import NOT_RUN, SKIPPED
+from bench.gpu_check.settings import ROOT, cores
+
 _START_SECONDS = 120.0  # for imports and collection
 _PLUGIN = "bench.gpu_check.worker"
-_ROOT = Path(__file__).parents[2]
 
 
 class Process:
@@ -37,13 +38,12 @@ class Process:
         self.pipe, theirs = Pipe()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         self.test_seconds = test_seconds
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // workers)), **os.environ}
+        environment = {"OMP_NUM_THREADS": str(max(1, cores() // workers)), **os.environ}
         environment |= {"GK_WORKER_FD": str(theirs.fileno()), "GK_TEST_SECONDS": str(test_seconds)}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", _PLUGIN, *pytest_arguments],
-            cwd=_ROOT,
+            cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self.log,
@@ -222,7 +222,9 @@ class Suite:
         print(f"{', '.join(parts) or 'no test was found'} in {time.monotonic() - self.begin:.0f} s{names}")
         if failed or not self.collected:
             return 1
-        return NOT_RUN if missing else 0
+        if missing:
+            return NOT_RUN
+        return 0 if counts["passed"] else SKIPPED
 
 
 def _passed_before(results: Path | None) -> dict[str, tuple[str, float, str]]:
