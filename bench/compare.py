@@ -18,8 +18,9 @@ _SAME_VERSIONS = ("torch", "triton", "cuda", "python")
 class Change:
     """One row of both files; a time is None where that file has none.
 
-    A row of ours is slower if its median and its minimum both grew by more than the limit: the median alone moves with
-    whatever else the machine does. It is lost if the new file has the case, but no time for the row.
+    A row of ours is slower if its median, its minimum, and its time in proportion to eager PyTorch's all grew by more
+    than the limit: the first moves with whatever else the machine does, and where the whole machine is slower, eager
+    PyTorch, which took turns with ours, is so too. A row is lost if the new file has the case, but no time for the row.
     """
 
     case: str
@@ -27,11 +28,11 @@ class Change:
     kind: str
     old: dict[str, Any]
     new: dict[str, Any]
+    eager_ratio: float | None
 
     @property
     def ratio(self) -> float | None:
-        old, new = self.old.get("median_us"), self.new.get("median_us")
-        return None if old is None or new is None else float(new / old)
+        return _ratio(self.old, self.new, "median_us")
 
     @property
     def lost(self) -> bool:
@@ -39,9 +40,14 @@ class Change:
 
     def slower(self, limit: float) -> bool:
         """Whether this is a regression."""
-        if self.kind != "ours" or self.ratio is None:
+        shortest = _ratio(self.old, self.new, "min_us")
+        if self.kind != "ours" or self.ratio is None or shortest is None:
             return self.lost
-        return self.ratio > limit and self.new["min_us"] / self.old["min_us"] > limit
+        return min(self.ratio, shortest, self.ratio / (self.eager_ratio or 1.0)) > limit
+
+
+def _ratio(old: dict[str, Any], new: dict[str, Any], field: str) -> float | None:
+    return float(new[field] / old[field]) if field in old and field in new else None
 
 
 def differences(old: Results, new: Results, fields: tuple[str, ...] = _SAME_MACHINE) -> list[str]:
@@ -56,10 +62,10 @@ def changes(old: Results, new: Results) -> list[Change]:
     found = []
     for record in new["cases"]:
         rows = before.get((record["op"], record["case"]), {})
-        found += [
-            Change(f"{record['op']}: {record['case']}", provider, row["kind"], row, record["rows"].get(provider, {}))
-            for provider, row in rows.items()
-        ]
+        name = f"{record['op']}: {record['case']}"
+        pairs = [(provider, row, record["rows"].get(provider, {})) for provider, row in rows.items()]
+        eager = next((_ratio(old, new, "median_us") for _, old, new in pairs if old["kind"] == "eager"), None)
+        found += [Change(name, provider, old["kind"], old, new, eager) for provider, old, new in pairs]
     return found
 
 
@@ -93,5 +99,5 @@ def show(old: Results, new: Results, limit: float) -> int:
         print()
         table.show()
     slower, ours = sum(change.slower(limit) for change in found), sum(change.kind == "ours" for change in found)
-    print(f"\n{slower} of {ours} rows of ours are lost, or slower by more than {limit:g}x")
+    print(f"\n{slower} of {ours} rows of ours are lost, or more than {limit:g}x slower")
     return slower

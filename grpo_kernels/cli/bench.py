@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-above",
         type=float,
         metavar="RATIO",
-        help="with --compare: exit status 1 if median and minimum of a row of ours grew by more than this, such as 1.2",
+        help="with --compare: exit status 1 if a row of ours got slower by more than this, such as 1.2: in its median, "
+        "its minimum, and against eager PyTorch",
     )
 
 
