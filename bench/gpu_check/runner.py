@@ -92,8 +92,7 @@ class Runner:
         elif verdict == FAIL:
             note = f"status {result.status}: {note}"
         shown = output.splitlines()[-_SHOWN:] if verdict in (FAIL, LATE) else []
-        first = (
-            f"  {phase.name}: {verdict.upper()}, {result.seconds:.0f} s{'; the end of its output:' if shown else ''}"
-        )
-        print("\n".join([first, *(f"      {line[:_WIDTH]}" for line in shown)]), flush=True)
+        why = "; the end of its output:" if shown else ""
+        lines = [f"  {phase.name}: {verdict.upper()}, {result.seconds:.0f} s{why}"]
+        print("\n".join([*lines, *(f"      {line[:_WIDTH]}" for line in shown)]), flush=True)
         self.results.add(phase, Check(phase.name, verdict, result.seconds, note[:400]))

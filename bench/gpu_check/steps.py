@@ -47,7 +47,7 @@ def versions(target: str, device: str) -> int:
     for tool in ("nvcc", "c++", "cmake"):
         _call(tool, "--version")
     if device == "cuda":
-        fields = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,temperature.gpu,ecc.mode.current"
+        fields = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,temperature.gpu,compute_mode"
         _call("nvidia-smi", f"--query-gpu={fields}", "--format=csv", timeout=20)
     import torch
 
