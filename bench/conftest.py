@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from . import case as case_module
-from . import machine, pytest_rows, run
+from . import machine, measure, pytest_rows, run
 from .case import Case, Record
 
 _measured: dict[tuple[str, str], Record] = {}
@@ -26,14 +26,14 @@ def _record(case: Case) -> Record:
     key = (case.op, case.name)
     if key not in _measured:
         _measured.clear()  # the samples of one case at a time
-        _measured[key] = run.measure(case, machine.default_device(), run.QUICK)
+        _measured[key] = measure.measure(case, machine.default_device(), run.QUICK)
     return _measured[key]
 
 
 def _smoke(case: Case, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the provider once on tiny inputs; ours must keep the accuracy budget."""
     monkeypatch.setattr(case_module, "compile_backend", "eager")
-    inputs = run.make_inputs(case, machine.default_device(), "smoke")
+    inputs = measure.make_inputs(case, machine.default_device(), "smoke")
     chosen = case.provider(provider)
     if chosen.kind == "ours":
         assert case_module.Gate(case, inputs).problem(chosen, inputs) == ""

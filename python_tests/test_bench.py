@@ -14,11 +14,12 @@ import torch
 from bench import clock, derive, limits, report, run
 from bench.case import Case, Gate, Inputs, Provider, Record, Target
 from bench.limits import Limits
+from bench.measure import Effort, make_inputs, measure
 from bench.progress import Progress
 from grpo_kernels import _extension
 
 ROOT = Path(__file__).parents[1]
-SHORT = run.Effort(seconds=0.01, minimum_rounds=2, maximum_rounds=2, memory=False)
+SHORT = Effort(seconds=0.01, minimum_rounds=2, maximum_rounds=2, memory=False)
 
 
 @pytest.mark.skipif(bool(_extension.cpu_problem()), reason=f"native CPU kernels: {_extension.cpu_problem()}")
@@ -57,14 +58,14 @@ def _fake_case(ours=_right, **fields) -> Case:
 
 
 def test_an_inaccurate_provider_is_reported_and_not_timed() -> None:
-    record = run.measure(_fake_case(_add(1e-3)), "cpu", SHORT)
+    record = measure(_fake_case(_add(1e-3)), "cpu", SHORT)
     assert "seconds" not in record["rows"]["ours"]
     assert "exceeds the budget" in record["rows"]["ours"]["accuracy"]
     assert len(record["rows"]["eager"]["seconds"]) == 2
 
 
 def test_a_provider_that_raises_is_reported_and_the_others_are_timed() -> None:
-    record = run.measure(_fake_case(_fail), "cpu", SHORT)
+    record = measure(_fake_case(_fail), "cpu", SHORT)
     assert record["rows"]["ours"]["error"] == "OutOfMemoryError: out of memory"
     assert len(record["rows"]["eager"]["seconds"]) == 2
 
@@ -102,7 +103,7 @@ def test_a_case_whose_inputs_fail_does_not_end_the_run(monkeypatch) -> None:
 
 
 def _record(case: Case) -> Record:
-    record = run.measure(case, "cpu", SHORT)
+    record = measure(case, "cpu", SHORT)
     record["rows"]["ours"]["seconds"], record["rows"]["eager"]["seconds"] = [1e-6, 2e-6, 3e-6], [8e-6, 4e-6, 2e-6]
     derive.summarise(record)
     return record
@@ -181,7 +182,7 @@ def test_with_a_deadline_the_short_list_comes_first_and_the_rest_is_named(monkey
         return Case("group_advantages", name, _fake_case().make, _fake_case().providers, **fields)
 
     cases = [case("long"), case("of the host", clock="host"), case("short", quick=True)]
-    effort = run.Effort(seconds=0.01, minimum_rounds=1, maximum_rounds=1, memory=False, deadline=35.0)
+    effort = Effort(seconds=0.01, minimum_rounds=1, maximum_rounds=1, memory=False, deadline=35.0)
     results = run.run("cpu", effort, cases, Progress())
     assert [record["case"] for record in results["cases"]] == ["of the host", "short"]
     assert results["skipped"] == ["group_advantages: long"]
@@ -220,9 +221,13 @@ def test_every_case_has_one_baseline_and_its_own_name() -> None:
         assert sum(provider.kind == "ours" for provider in case.providers) >= 1
 
 
+def test_every_file_of_cases_is_run() -> None:
+    assert {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} == set(run.MODULES)
+
+
 def test_the_gate_sees_a_wrong_gradient() -> None:
     case = run.cases("cpu")[0]
-    inputs = run.make_inputs(case, "cpu", "smoke")
+    inputs = make_inputs(case, "cpu", "smoke")
     wrong = Provider("wrong", lambda inputs: [t * 1.001 for t in case.eager.run(inputs)], "ours")
     assert "exceeds the budget" in Gate(case, inputs).problem(wrong, inputs)
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock, cuda_clock, memory, run
+from bench import clock, cuda_clock, memory
 from bench.case import Case, Inputs, Provider
 from bench.cuda_clock import CudaClock
+from bench.measure import Effort, measure
 
 
 @dataclass
@@ -237,14 +238,14 @@ def _case(ours: Provider, **fields: Any) -> Case:
     return Case("group_advantages", "4", make, (ours, eager), bytes_moved=32, **fields)
 
 
-_EFFORT = run.Effort(seconds=0.01, minimum_rounds=2, maximum_rounds=2)
+_EFFORT = Effort(seconds=0.01, minimum_rounds=2, maximum_rounds=2)
 
 
 def test_cases_are_timed_by_graphs_and_their_memory_is_measured_on_the_way(on_a_gpu: FakeCuda) -> None:
     def in_place(inputs: Inputs) -> list[torch.Tensor]:
         return [inputs["x"].add_(1)]
 
-    record = run.measure(_case(Provider("ours", in_place, "ours", overwrites=("x",)), memory=16), "cuda", _EFFORT)
+    record = measure(_case(Provider("ours", in_place, "ours", overwrites=("x",)), memory=16), "cuda", _EFFORT)
     assert "error" not in record
     for row in record["rows"].values():
         assert (row["clock"], row["extra_bytes"], len(row["seconds"])) == ("CUDA graph", 1, 2)
@@ -254,7 +255,7 @@ def test_cases_are_timed_by_graphs_and_their_memory_is_measured_on_the_way(on_a_
 
 def test_host_costs_stay_on_the_wall_clock(on_a_gpu: FakeCuda) -> None:
     ours = Provider("ours", lambda inputs: (inputs["x"] + 1,), "ours")
-    record = run.measure(_case(ours, clock="host"), "cuda", _EFFORT)
+    record = measure(_case(ours, clock="host"), "cuda", _EFFORT)
     assert {row["clock"] for row in record["rows"].values()} == {"wall clock"}
     assert on_a_gpu.log == []
 
@@ -268,7 +269,7 @@ def test_a_provider_that_runs_out_of_memory_later_is_reported_alone(on_a_gpu: Fa
             raise torch.OutOfMemoryError("no memory")
         return [inputs["x"] + 1]
 
-    rows = run.measure(_case(Provider("ours", run_out, "ours"), memory=16), "cuda", _EFFORT)["rows"]
+    rows = measure(_case(Provider("ours", run_out, "ours"), memory=16), "cuda", _EFFORT)["rows"]
     assert rows["ours"]["error"] == "OutOfMemoryError: no memory"
     assert "seconds" not in rows["ours"]
     assert len(rows["eager"]["seconds"]) == 2
