@@ -147,6 +147,13 @@ def provider(cuda: FakeCuda, overwrites: tuple[str, ...] = (), work: Callable[[I
     return Provider("p", run, "peer", overwrites=overwrites)
 
 
+def test_the_fake_invents_nothing() -> None:
+    asked = {name for name in vars(FakeCuda) if not name.startswith("__")} - {"write"}
+    asked -= set(FakeCuda.__dataclass_fields__)
+    assert {"CUDAGraph", "Event", "_sleep", "graph_pool_handle"} < asked
+    assert [name for name in asked if not hasattr(torch.cuda, name)] == []
+
+
 def test_one_call_a_set_is_captured_after_the_warm_up(cuda: FakeCuda) -> None:
     runner = CudaClock(sets(), pristine()).runner(provider(cuda))
     assert (runner.clock, runner.note) == ("CUDA graph", "")
