@@ -261,7 +261,7 @@ def test_sources_for_one_architecture_are_compiled_for_it_alone(
     ("name", "text", "same", "other"),
     [
         ("a.cu", "int x = 1;  // why", "int x =\n 1; /* new */", "int x = 2;"),
-        ("a.py", "x = 1  # why", "x = (\n    1\n)", "x = 2"),
+        ("a.py", "x = '#1'  # why\n", "# why\nx  = '#1'\n", "x = '#2'  # why\n"),
     ],
 )
 def test_fingerprints_see_code_and_no_comments(name: str, text: str, same: str, other: str, tmp_path: Path) -> None:

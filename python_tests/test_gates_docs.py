@@ -42,7 +42,11 @@ def test_what_was_compiled() -> None:
     assert docs_kernels.compiled(rows) == "compile-verified: 100-118 registers, 0 spills, nvcc 13.0"
     assert docs_kernels.compiled(rows[:1]) == "compile-verified: 118 registers, 0 spills, nvcc 13.0"
     assert docs_kernels.compiled([*rows, _gates_row(sources="older")]) == "changed since it was compiled"
-    assert docs_kernels.compiled([*rows, _gates_row(failures=["too much"])]) == "OVER ITS LIMITS"
+    assert docs_kernels.compiled([*rows, _gates_row(failures=["too much"])]) == "OVER ITS LIMITS with nvcc 13.0"
+    older = _gates_row(failures=["too much"], compiler="nvcc 12.4")
+    assert docs_kernels.compiled([*rows[:1], older]) == (
+        "compile-verified: 118 registers, 0 spills, nvcc 13.0; OVER ITS LIMITS with nvcc 12.4"
+    )
     assert docs_kernels.compiled([]) == ""
 
 

@@ -109,6 +109,7 @@ def launch(quick: bool) -> None:
 
 _ROWS = ("logits", "outer_stride", "inner_stride")
 _GRADIENTS = ("grad_logits", "grad_outer_stride", "grad_inner_stride")
+_BARRIERS = r"BAR\..*"
 
 
 def gate(of: Specialisation) -> Gate:
@@ -117,32 +118,21 @@ def gate(of: Specialisation) -> Gate:
     wide = [WIDE_LOADS] if of.aligned(*_ROWS) else []
     if backward and of.aligned(*_GRADIENTS):
         wide.append(WIDE_STORES)
-    if not of.aligned(*_ROWS, "vocab"):
-        return _ragged_gate(of, wide)
     options = ("TEMPERATURE", "CAPPED") if backward else ("TEMPERATURE", "CAPPED", "SQUARED", "TOP1")
-    plain = of.warps > 1 and not any(of.constant(name) for name in options)
-    # After the loop of the forward its slots merge; there is no barrier in it, and none in the backward.
-    barriers = NO_BARRIER if backward else Instructions("BAR", r"BAR\..*", at_most=10)
-    return Gate(
-        of.kernel,
-        48 if backward and plain else 64,  # five programs of 256 threads a multiprocessor, or four
-        of.warps * 32,
-        0 if backward else 256,
-        (*wide, barriers),
-        "aligned rows" if plain else "aligned rows, options or one warp",
-    )
-
-
-def _ragged_gate(of: Specialisation, wide: list[Instructions]) -> Gate:
-    """Rows that start anywhere, or end inside a tile: no spills is all that can be asked of the registers."""
-    if of.kernel == "forward_kernel":
-        return Gate(
-            of.kernel, 255, of.warps * 32, 256, (*wide, Instructions("BAR", r"BAR\..*", at_most=10)), "ragged rows"
-        )
-    # Logits that are read 16 bytes at a time and gradients that are not: tiles change their layout in shared memory.
-    mixed = of.aligned(*_ROWS) != of.aligned(*_GRADIENTS)
-    barriers = Instructions("BAR", r"BAR\..*", at_most=4 if mixed else 0)
-    return Gate(of.kernel, 255, of.warps * 32, 8192 if mixed else 0, (*wide, barriers), "ragged rows")
+    plain = not any(of.constant(name) for name in options)
+    # The slots of the forward merge after its loop: up to three barriers for each of its sums, none inside the loop.
+    barriers = NO_BARRIER if backward else Instructions("BAR", _BARRIERS, at_most=8 if plain else 14)
+    shared = 0 if backward else 256
+    if not of.aligned(*_ROWS, "vocab"):
+        if backward and of.aligned(*_ROWS) != of.aligned(*_GRADIENTS):
+            # One side is moved 16 bytes at a time and the other is not: a tile changes its layout in shared memory.
+            barriers, shared = Instructions("BAR", _BARRIERS, at_most=4), 8192
+        # One program of 256 threads a multiprocessor is left; this only keeps it from growing worse.
+        return Gate(of.kernel, 248, of.warps * 32, shared, (*wide, barriers), "ragged rows")
+    plain = plain and of.warps > 1
+    registers = 48 if backward and plain else 64  # five programs of 256 threads a multiprocessor, or four
+    variant = "aligned rows" if plain else "aligned rows, options or one warp"
+    return Gate(of.kernel, registers, of.warps * 32, shared, (*wide, barriers), variant)
 
 
 TRITON = TritonKernels(
