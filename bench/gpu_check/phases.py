@@ -100,9 +100,10 @@ def _each_op(which: str, *command: str, merge: bool = False) -> Command:
 
 
 def _benchmarks(settings: Settings, limit: float) -> list[str]:
+    deadline = min(limit - 35, 0.8 * limit) if limit > 70 else limit / 2  # what is begun then must still end
     return [
         *(settings.python, "-m", "bench", "--device", settings.device, "--seconds", str(settings.bench_seconds)),
-        *("--deadline", f"{max(limit - 35 * settings.stretch, limit / 2):.0f}", "--output", str(bench_file(settings))),
+        *("--deadline", f"{deadline:.0f}", "--output", str(bench_file(settings))),
     ]
 
 

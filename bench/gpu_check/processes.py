@@ -25,25 +25,34 @@ class Result:
     stopped: str = ""  # why it was ended from outside
 
 
-def session_members(session: int) -> list[int]:
-    """Processes of a session, whatever process group they made for themselves."""
-    members = []
+def _processes() -> dict[int, tuple[int, int]]:
+    """Parent and session of every process that lives."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            state, parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
         except OSError:  # gone
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            members.append(int(entry.name))
-    return members
+        if state != "Z":
+            found[int(entry.name)] = int(parent), int(session)
+    return found
 
 
-def _signal_session(session: int, number: int) -> None:
-    with contextlib.suppress(OSError):
-        os.killpg(session, number)
-    for pid in session_members(session):
+def _members(leader: int) -> set[int]:
+    """A process's session, whatever process groups are in it, and its descendants, whatever sessions they made."""
+    living = _processes()
+    members = {pid for pid, (_, session) in living.items() if session == leader} | {leader}
+    size = 0
+    while size != len(members):
+        size = len(members)
+        members |= {pid for pid, (parent, _) in living.items() if parent in members}
+    return members & living.keys()
+
+
+def _signal(members: set[int], number: int) -> None:
+    for pid in members:
         with contextlib.suppress(OSError):
             os.kill(pid, number)
 
@@ -81,6 +90,7 @@ def run(
             file.write(f"{command[0]}: {error}\n".encode())
             return Result(127, 0.0)
         stopped = ""
+        members: set[int] = set()
         while (status := _wait(process, 0.2)) is None:
             if time.monotonic() - begin > seconds:
                 stopped = f"stopped at its limit of {seconds:.0f} s"
@@ -89,10 +99,11 @@ def run(
             elif log.stat().st_size > _LARGEST_LOG:
                 stopped = "stopped: it printed too much"
             if stopped:
-                _signal_session(process.pid, signal.SIGTERM)
+                members = _members(process.pid)
+                _signal(members, signal.SIGTERM)
                 status = _wait(process, _GRACE)
                 break
-        _signal_session(process.pid, signal.SIGKILL)  # and whatever it left running
+        _signal((members & _processes().keys()) | _members(process.pid), signal.SIGKILL)  # and what it left running
         if status is None:
             status = _wait(process, 5.0)
     return Result(status, time.monotonic() - begin, stopped)

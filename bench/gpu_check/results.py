@@ -145,6 +145,7 @@ class Results:
 
     def forget(self, keep: str) -> None:
         """Removes what an earlier run left in the working folder, but for the log of one phase of this run."""
+        self.bench = self.verify = None
         for phase in phases.PHASES:
             phases.outcomes_file(self.settings, phase.name).unlink(missing_ok=True)
         for path in (phases.bench_file(self.settings), phases.verify_file(self.settings)):

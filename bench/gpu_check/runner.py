@@ -75,7 +75,7 @@ class Runner:
         if limit < _LEAST:
             self.results.add(phase, Check(phase.name, LATE, 0.0, f"no time left of {self.settings.budget:.0f} s"))
             return
-        print(f"  {phase.name} (at most {limit:.0f} s)", flush=True)
+        print(f"  {phase.name} (at most {limit:.0f} s)\n", end="", flush=True)  # one write: phases may run at once
         log = self.results.log_of(phase.name)
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -94,5 +94,6 @@ class Runner:
         shown = output.splitlines()[-_SHOWN:] if verdict in (FAIL, LATE) else []
         why = "; the end of its output:" if shown else ""
         lines = [f"  {phase.name}: {verdict.upper()}, {result.seconds:.0f} s{why}"]
-        print("\n".join([*lines, *(f"      {line[:_WIDTH]}" for line in shown)]), flush=True)
+        lines += [f"      {line[:_WIDTH]}" for line in shown]
+        print("\n".join(lines) + "\n", end="", flush=True)
         self.results.add(phase, Check(phase.name, verdict, result.seconds, note[:400]))

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -28,10 +29,13 @@ _SHOWN = ("torch", "triton", "numpy", *_NEEDED, *_OPTIONAL)
 def _call(*command: str | Path, **options: Any) -> int:
     print("+", *command, flush=True)
     try:
-        return subprocess.run([str(part) for part in command], check=False, **options).returncode
+        status = subprocess.run([str(part) for part in command], check=False, **options).returncode
     except (OSError, subprocess.SubprocessError) as error:
         print(f"{command[0]}: {error}")
         return 127
+    if status < 0:
+        print(f"{command[0]} died: {signal.Signals(-status).name}")
+    return status
 
 
 def versions(target: str, device: str) -> int:
