@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 from bench.gates import binary
@@ -23,11 +23,16 @@ from bench.gates.gate import Gate, Measured
 
 @dataclass(frozen=True)
 class Specialisation:
-    """One compiled form of a kernel: for each argument its type and what Triton knows of the value, and the warps."""
+    """One compiled form of a kernel: for each argument its type and what Triton knows of the value, and the options."""
 
     kernel: str
     arguments: tuple[tuple[str, str, object], ...]
-    warps: int
+    options: tuple[tuple[str, object], ...]
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return cast(int, dict(self.options).get("num_warps", 4))
 
     def constant(self, name: str) -> Any:
         """The value that is compiled into the code, None if there is none."""
@@ -42,7 +47,8 @@ class Specialisation:
         types = [f"{n}: {kind}" for n, kind, _ in self.arguments if kind[0] == "*"]
         constants = [f"{n}={value}" for n, kind, value in self.arguments if kind == "constexpr"]
         loose = [n for n, kind, value in self.arguments if kind[0] in "*i" and value != "D"]
-        return f"{self.kernel}({', '.join([*types, *constants])}; {self.warps} warps; not aligned: {' '.join(loose)})"
+        options = [f"{n}={value}" for n, value in self.options]
+        return f"{self.kernel}({', '.join([*types, *constants, *options])}; not aligned: {' '.join(loose)})"
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,8 @@ def specialise(function: Any, arguments: tuple[Any, ...], options: Mapping[str, 
     """What Triton would make of a launch with these arguments."""
     bound, special, rest = function.create_binder()[-1](*arguments, **options)
     described = tuple((name, *pair) for name, pair in zip(bound, special, strict=True))
-    return Specialisation(function.__name__, described, rest.get("num_warps", 4))
+    given = tuple((name, value) for name, value in sorted(rest.items()) if value is not None)
+    return Specialisation(function.__name__, described, given)
 
 
 def record(launch: Callable[[], None]) -> list[Launch]:
