@@ -121,9 +121,9 @@ def run_on(op: str, language: str, architecture: int, files: Mapping[str, Result
 
 
 def registers_text(rows: list[Row]) -> str:
-    """Registers of a thread, over all forms of a kernel."""
-    counts = sorted({row["registers"] for row in rows})
-    return f"{counts[0]} registers" if len(counts) == 1 else f"{counts[0]}-{counts[-1]} registers"
+    """Registers of a thread; the most that any form of the kernel has."""
+    most = max(row["registers"] for row in rows)
+    return f"{'at most ' if sum(row['specialisations'] for row in rows) > 1 else ''}{most} registers"
 
 
 def checks_text(machine: Mapping[str, Any], checks: list[dict[str, Any]]) -> str:
