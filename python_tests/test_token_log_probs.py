@@ -276,6 +276,7 @@ def test_bad_values_stay_in_their_row(backend: str, softcap: float | None, value
     for name in ("log_probs", "entropy", "sum_squared_probs"):
         assert getattr(out, name)[1].isnan(), name
     assert out.top1_ids[1] == -1
+    assert gradient[1].isnan().all()
     for row in (0, 2):
         assert all(torch.equal(a[row], b[row]) for a, b in zip(out, clean, strict=True))
         assert torch.equal(gradient[row], clean_gradient[row])

@@ -9,11 +9,11 @@ from torch import Tensor
 def transformed(logits: Tensor, temperature: Tensor | float, logit_scale: float, softcap: float) -> Tensor:
     """[..., V]. z = softcap * tanh(logits * logit_scale / softcap) / temperature; without the softcap where it is 0.
 
-    -inf stays -inf through the softcap, since it means probability zero. +inf and NaN stay too. None passes a gradient.
+    -inf stays -inf through the softcap, since it means probability zero. +inf and NaN stay too.
     """
     z = logits * logit_scale if logit_scale != 1.0 else logits
     if softcap > 0.0:
-        z = torch.where(z.isfinite(), softcap * torch.tanh(z / softcap), z.detach())
+        z = torch.where(z.isfinite(), softcap * torch.tanh(z / softcap), z)
     return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
 
 

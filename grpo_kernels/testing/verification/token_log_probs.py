@@ -94,23 +94,19 @@ def _behind_mask(inputs: Inputs) -> None:
         inputs["temperature"][dead] = 0.0
 
 
-def _impossible_neighbours(inputs: Inputs) -> None:
-    """-inf: half of a row, the first blocks, and everything but the chosen token."""
+def _impossible_tokens(inputs: Inputs) -> None:
+    """-inf: half of a row, the first blocks, everything but the chosen token, and chosen tokens."""
     logits, ids = inputs["logits"], inputs["token_ids"]
     vocab = logits.shape[-1]
     logits[0, : vocab // 2] = -_INF
     logits[1, : vocab - 100] = -_INF
     logits[2, torch.arange(vocab) != 7] = -_INF
     logits[3::8, 1::2] = -_INF
+    logits[5, 9] = -_INF
+    logits[6, :4096] = -_INF
     ids[:3] = torch.tensor([vocab - 1, vocab - 2, 7])
     ids[3::8] = 10
-
-
-def _impossible_tokens(inputs: Inputs) -> None:
-    """The same, and chosen tokens that are -inf themselves."""
-    _impossible_neighbours(inputs)
-    inputs["logits"][5, 9], inputs["token_ids"][5] = -_INF, 9
-    inputs["logits"][6, :4096], inputs["token_ids"][6] = -_INF, 4000
+    ids[5:7] = torch.tensor([9, 4000])
 
 
 def _broken_rows(inputs: Inputs) -> None:
@@ -170,7 +166,8 @@ CASES = [
     _case("flat rows", 5003, spread=0.01, outputs=_EVERY),
     _case("two tokens", 2, outputs=_EVERY),
     _case("ties", 5003, _TRAINING, spread=1.0, spoil=_ties, outputs=_EVERY),
-    _case("impossible tokens under a softcap", 9000, spoil=_impossible_neighbours, softcap=6.0, outputs=_EVERY),
+    _case("impossible tokens under a softcap", 9000, spoil=_impossible_tokens, softcap=6.0, outputs=_EVERY),
     _case("NaN and infinite rows", 5003, _TRAINING, spoil=_broken_rows, outputs=_EVERY),
+    _case("NaN and infinite rows under a softcap", 5003, spoil=_broken_rows, softcap=6.0, outputs=_EVERY),
     _case("no rows", 5003, spoil=_no_rows, outputs=_EVERY),
 ]
