@@ -162,7 +162,7 @@ class Suite:
                         self.outcomes |= {i: self.known[i] for i in self.collected if i in self.known}
                         self.queue = collections.deque(i for i in self.collected if i not in self.known)
                 return True
-        status = worker.end()
+        status = worker.end(2)
         if self.left() > 0 and not self.stopped:
             print(f"a worker died before its first test ({_death(status)}):\n{_indented(worker.output())}", flush=True)
         return False
@@ -181,7 +181,7 @@ class Suite:
         late = self.left() <= 0 and seconds < self.arguments.test_seconds and worker.process.poll() is None
         if late or self.stopped:
             return False
-        status = worker.end()
+        status = worker.end(2 if seconds < patience else 0)  # its end of the pipe closes before it is gone
         reason = _death(status)
         if seconds >= self.arguments.test_seconds:
             reason = f"it ran longer than {self.arguments.test_seconds:g} s"
