@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.gates import binary, cuda_kernels, fingerprint, ops, report, sweep, triton_kernels
+from bench.gates import binary, cuda_kernels, ops, report, sweep, triton_kernels
 from bench.gates.gate import NO_BARRIER, NO_FLOAT_ATOMICS, WIDE_LOADS, WIDE_STORES, Gate, Measured, violations
 from python_tests import gated_kernels
 
@@ -230,68 +228,3 @@ def test_names_of_kernels() -> None:
     assert binary.function_name("_Z6streamPKfPf") == "stream"
     assert binary.function_name("_ZN2ab4tileILi128EEEvPf") == "tile"
     assert binary.function_name("forward_kernel") == "forward_kernel"
-
-
-# --- what is kept ----------------------------------------------------------------------------------------------------
-
-
-def test_flags_are_those_of_the_build() -> None:
-    path = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "build.ninja"
-    if not path.is_file() or ".cu.o:" not in path.read_text():
-        pytest.skip("no build tree with CUDA beside the sources")
-    for rule in re.findall(r"\.cu\.o: (.*?)\n\n", path.read_text(), re.DOTALL):
-        flags, defines = (re.search(rf"^  {name} = (.*)$", rule, re.MULTILINE) for name in ("FLAGS", "DEFINES"))
-        assert flags is not None
-        assert defines is not None
-        used = {flag for flag in flags.group(1).split() if "--generate-code" not in flag}
-        assert used | set(defines.group(1).split()) == set(cuda_kernels.FLAGS)
-
-
-def test_sources_for_one_architecture_are_compiled_for_it_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    source = tmp_path / "csrc" / "experts" / "cuda.cu"
-    (tmp_path / "CMakeLists.txt").write_text("set(SM90A_SOURCES csrc/experts/cuda.cu)  # wgmma\nset(SM100A_SOURCES)\n")
-    monkeypatch.setattr(cuda_kernels, "ROOT", tmp_path)
-    assert cuda_kernels.architecture_names(source) == {90: "90a"}
-    assert cuda_kernels.architecture_names(source.with_name("other.cu")) == {80: "80", 90: "90", 100: "100"}
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "same", "other"),
-    [
-        ("a.cu", "int x = 1;  // why", "int x =\n 1; /* new */", "int x = 2;"),
-        ("a.py", "x = '#1'  # why\n", "# why\nx  = '#1'\n", "x = '#2'  # why\n"),
-    ],
-)
-def test_fingerprints_see_code_and_no_comments(name: str, text: str, same: str, other: str, tmp_path: Path) -> None:
-    codes = []
-    for content in (text, same, other):
-        (tmp_path / name).write_text(content)
-        codes.append(fingerprint.code(tmp_path / name))
-    assert codes[0] == codes[1] != codes[2]
-
-
-def test_fingerprints_see_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
-    (tmp_path / "csrc" / "op").mkdir(parents=True)
-    (tmp_path / "csrc" / "op" / "cuda.cu").write_text('#include <cmath>\n#include "op/a.h"\n')
-    (tmp_path / "csrc" / "op" / "a.h").write_text('#include "op/b.h"\n#include "op/a.h"\n')
-    (tmp_path / "csrc" / "op" / "b.h").write_text("int x = 1;\n")
-    before = fingerprint.of("op", "nvcc 13.0")
-    (tmp_path / "csrc" / "op" / "b.h").write_text("int x = 2;\n")
-    assert fingerprint.of("op", "nvcc 13.0") != before
-
-
-def _row(**changes: Any) -> dict[str, Any]:
-    row = {"op": "a", "kernel": "k", "variant": "", "compiler": "Triton 3.8.0", "arch": 90, "registers": 1}
-    return {**row, **changes}
-
-
-def test_new_rows_replace_those_of_their_op_and_compiler(tmp_path: Path) -> None:
-    old = [_row(), _row(kernel="gone"), _row(compiler="Triton 3.6.0"), _row(op="b")]
-    rows = report.merged(old, [_row(registers=2)])
-    assert rows == [_row(compiler="Triton 3.6.0"), _row(registers=2), _row(op="b")]
-    report.save(rows, tmp_path / "gates.json")
-    assert report.load(tmp_path / "gates.json") == {"rows": rows}
-    assert report.load(tmp_path / "none.json") == {"rows": []}

@@ -32,7 +32,11 @@ def _arguments() -> argparse.Namespace:
                         help="another release of Triton (pip install --target FOLDER), in the same table")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--json", type=Path, help="write the rows of this run here, and nowhere else")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for folder in arguments.beside:
+        if not (folder / "triton" / "__init__.py").is_file():
+            parser.error(f"--beside: there is no Triton in {folder}")
+    return arguments
 
 
 def _compilers(arguments: argparse.Namespace) -> list[str]:
@@ -60,6 +64,23 @@ def _rows_of_other_triton(folder: Path, arguments: argparse.Namespace) -> list[r
         return rows
 
 
+def _keep(rows: list[report.Row], arguments: argparse.Namespace, compilers: list[str]) -> Path | None:
+    """Writes the rows where they belong: into the record only if they are complete for their op and compiler."""
+    rows = report.stamped(rows)
+    asked: Path | None = arguments.json
+    if asked is not None:
+        report.save(rows, asked)
+        return asked
+    if arguments.quick or arguments.arch:
+        return None
+    # Rows of compilers that are no longer used go when everything was compiled anew.
+    everything = arguments.beside and not arguments.op and len(compilers) == len(COMPILERS)
+    report.save(
+        report.order(rows) if everything else report.merged(report.load(report.PATH)["rows"], rows), report.PATH
+    )
+    return report.PATH
+
+
 def main() -> int:
     arguments = _arguments()
     begin = time.time()
@@ -72,17 +93,14 @@ def main() -> int:
         print("nothing was compiled", file=sys.stderr)
         return 1
     report.table(rows).show()
-    for failure in (f"{report.kernel_name(row)}, {row['compiler']}, sm_{row['arch']}: {text}"
-                    for row in rows for text in row["failures"]):  # fmt: skip
-        print(failure)
+    for row in rows:
+        for text in row["failures"]:
+            print(f"{report.kernel_name(row)}, {row['compiler']}, sm_{row['arch']}: {text}")
     count = sum(row["specialisations"] for row in rows)
     failed = sum(len(row["failures"]) for row in rows)
     print(f"{count} kernels compiled, {failed} limits broken; {time.time() - begin:.0f} s")
-    if arguments.json:
-        report.save(report.stamped(rows), arguments.json)
-    elif not arguments.quick and not arguments.arch:
-        report.save(report.merged(report.load()["rows"], report.stamped(rows)), report.PATH)
-        print(f"written: {report.PATH.relative_to(ROOT)}")
+    if path := _keep(rows, arguments, compilers):
+        print(f"written: {path}")
     return 1 if failed else 0
 
 
