@@ -42,7 +42,7 @@ def emulated(order: int = 0, module: ModuleType | None = None) -> Iterator[None]
         return 0, 0
 
     with (
-        mock.patch.object(_extension, "extension", lambda: kernels),
+        mock.patch.object(_extension, "extension", return_value=kernels),
         mock.patch.object(_extension, "execution", execution),
         mock.patch.dict(os.environ, {"GK_EMULATOR_ORDER": str(order)}),
         grpo_kernels.backend("native"),

@@ -1,6 +1,6 @@
 """Builds the emulated kernels under build/emulator, and loads them.
 
-GK_EMULATOR_SANITIZE=1 takes the build with address sanitizer; the process then needs `sanitizer_environment()`.
+GK_EMULATOR_SANITIZE=1 takes the build with address sanitizer; the process then needs `sanitizer_settings()`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,11 +44,14 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)]))
 
 
-def _run(*command: str, cwd: Path = ROOT) -> None:
+def output(command: str, *arguments: str, cwd: Path = ROOT) -> str:
+    """What a command prints. Raises RuntimeError with all of it when it fails."""
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    words = [_tool(command) or command, *arguments]
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+        raise RuntimeError(f"{shlex.join(words)}\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+    return done.stdout
 
 
 @contextlib.contextmanager
@@ -67,18 +71,18 @@ def built(sanitize: bool = SANITIZE) -> Path:
     folder = FOLDERS[sanitize]
     includes = f"{sysconfig.get_paths()['include']};{pybind11.get_include()}"
     with _alone(folder):
-        _run(
-            *(_tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-S", str(HERE)),
+        output(
+            *("cmake", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-S", str(HERE)),
             *("-B", str(folder), f"-DCMAKE_CXX_COMPILER={_tool(COMPILER)}", f"-DGK_INCLUDES={includes}"),
             f"-DGK_SANITIZE={'ON' if sanitize else 'OFF'}",
         )
-        _run(_tool("ninja"), "-C", str(folder), *(["-j1"] if os.cpu_count() == 1 else []))
+        output("ninja", "-C", str(folder))
     return folder
 
 
 def load(path: Path) -> ModuleType:
-    """The module `_C` in a file."""
-    loader = ExtensionFileLoader(f"{path.stem}._C", str(path))
+    """The module `_C` in a file. Its name tells files apart: Python keeps one module a name."""
+    loader = ExtensionFileLoader(re.sub(r"\W", "_", str(path.parent)) + "._C", str(path))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
@@ -103,19 +107,23 @@ def commands() -> dict[str, str]:
     return {os.path.relpath(entry["file"], ROOT): entry["command"] for entry in entries}
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """The environment of a Python process that loads the sanitized build: the sanitizer must come first."""
-    libraries = [
-        subprocess.run(
-            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
+def sanitizer_settings() -> dict[str, str]:
+    """What the environment of a Python process needs before it loads the sanitized build: the sanitizer comes first."""
+    libraries = [output(COMPILER, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     return {
-        **os.environ,
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
         "GK_EMULATOR_SANITIZE": "1",
     }
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """This process' environment with those settings."""
+    return {**os.environ, **sanitizer_settings()}
+
+
+if __name__ == "__main__":  # env $(python -m python_tests.emulator.build) python -m pytest ...
+    built(True)
+    print(*(f"{name}={value}" for name, value in sanitizer_settings().items()))

@@ -78,6 +78,7 @@ std::map<const void*, size_t> allowed_shared;
 Block blocks[kMaxResident];
 Block* active;  // whose shared memory is in place
 Block* lazy;    // a block that pauses where it could be fatal: between its part and the sign that the part is done
+unsigned candidates;
 int patience;   // how often others get a turn before it; without limit, those that wait for it would wait for ever
 Thread* current;
 Stack scheduler;
@@ -404,8 +405,8 @@ int barrier(const char* name, bool predicate, Location where) {
 
 void yield(unsigned odds) {
   if (order_number < 2) return;
-  if (lazy == nullptr && odds > 0 && random_numbers.below(odds) == 0) {
-    lazy = active;
+  if (odds > 0 && random_numbers.below(odds) == 0 && random_numbers.below(++candidates) == 0) {
+    lazy = active;  // in the end, every candidate had the same chance
   } else if (random_numbers.below(2) == 0) {
     return;
   }
@@ -430,6 +431,7 @@ int launch(const void* kernel, const dim3& grid, const dim3& threads, size_t sha
   blockDim = threads;
   body = &function;
   active = lazy = nullptr;
+  candidates = 0;
   patience = kPatience;
   failed = false;
   run_grid(shared_bytes);

@@ -28,7 +28,7 @@ NOTICED = {
     "shuffle_in_a_branch": COLLECTIVE + f"threads 0 to 15 wait in __shfl_xor_sync (kernels/faults.cu:L, {FULL}; "
     f"threads 16 to 31 wait in __syncwarp (kernels/faults.cu:L, {FULL}",
     "shuffle_from_a_lane_that_left": WRONG,
-    "mask_without_the_caller": "__shfl_xor_sync: the mask 0x0000ffff leaves out the calling lane (kernels/faults.cu:L, ",
+    "mask_without_the_caller": "__shfl_xor_sync: the mask 0x0000ffff leaves out the calling lane (kernels/faults.cu:L",
     "masks_that_differ": COLLECTIVE + f"threads 0 to 15 wait in __shfl_xor_sync (kernels/faults.cu:L, {FULL}; "
     "threads 16 to 31 wait in __shfl_xor_sync (kernels/faults.cu:L, mask 0xfffffff0)",
     "uninitialised_shared": WRONG,

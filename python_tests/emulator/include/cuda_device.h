@@ -118,7 +118,7 @@ T atomic(T* address, const Change& change) {
   yield(0);
   const T before = *address;
   *address = T(change(before));
-  yield(2);  // now others know of it: what the block has not stored yet, it stores too late
+  yield(1);  // now others know of it: what the block has not stored yet, it stores too late
   return before;
 }
 

@@ -41,8 +41,8 @@ uint64_t meet(const Collective& collective, unsigned mask, uint64_t value, uint6
 // Waits for the whole block; returns how many threads brought `predicate`. All must wait at one place.
 int barrier(const char* name, bool predicate, Location where);
 
-// Another thread, or another block, may run now. Once in `odds` times (0: never), if no other block does so already, the block
-// pauses for as long as others can run.
+// Another thread, or another block, may run now. One block of a launch pauses for as long as others can run: at a yield drawn
+// among all of them, each taken once in `odds` times (0: never).
 void yield(unsigned odds);
 
 // Ends the launch with an error: what a thread did that CUDA does not define.

@@ -1,0 +1,61 @@
+"""Mistakes planted in the real kernels: one source is changed, compiled and linked with everything else as it is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from python_tests.emulator import build
+
+BARRIER = "__syncthreads();"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, where it stands for the `occurrence`-th time in `source` (below csrc), becomes `new`."""
+
+    source: str
+    old: str
+    new: str
+    occurrence: int = 0
+
+    def __str__(self) -> str:
+        name = re.sub(r"[^A-Za-z0-9_]+", "_", self.old).strip("_")[:40]
+        return f"{self.source.partition('/')[0]}-{name}-{self.occurrence}"
+
+    def text(self) -> str:
+        """The changed source. Raises ValueError where `old` is not there: the table of mutants is out of date."""
+        parts = (build.ROOT / "csrc" / self.source).read_text().split(self.old)
+        if len(parts) < self.occurrence + 2:
+            raise ValueError(f"csrc/{self.source} has no {self.old!r} number {self.occurrence}")
+        head = self.old.join(parts[: self.occurrence + 1])
+        return head + self.new + self.old.join(parts[self.occurrence + 1 :])
+
+
+def without_each_barrier(source: str) -> list[Mutant]:
+    """One mutant for every barrier of a kernel source."""
+    count = (build.ROOT / "csrc" / source).read_text().count(BARRIER)
+    return [Mutant(source, BARRIER, "", occurrence) for occurrence in range(count)]
+
+
+def compile_mutant(mutant: Mutant, folder: Path, sanitize: bool = False) -> Path:
+    """The module with the mistake in it, in `folder`."""
+    finished = build.built(sanitize)
+    source, changed = build.ROOT / "csrc" / mutant.source, folder / Path(mutant.source).name
+    changed.write_text(mutant.text())
+    linked = build.output("ninja", "-C", str(finished), "-t", "commands", "_C.so").splitlines()
+    compiled = next(line for line in linked if shlex.split(line)[-1:] == [str(source)])
+    original = _after(compiled, "-o")
+    replacements = {original: f"{changed}.o", f"{original}.d": f"{changed}.d", str(source): str(changed)}
+    replacements["_C.so"] = str(folder / "_C.so")
+    for command in (compiled, linked[-1].removeprefix(": && ").removesuffix(" && :")):
+        words = [replacements.get(word, word) for word in shlex.split(command)]
+        build.output(*words, cwd=finished)
+    return folder / "_C.so"
+
+
+def _after(command: str, option: str) -> str:
+    words = shlex.split(command)
+    return words[words.index(option) + 1]

@@ -1,0 +1,139 @@
+"""The tests of the emulated kernels notice mistakes in the kernels: what they are worth."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from python_tests.emulator import build, test_group_advantages, test_grpo_loss
+from python_tests.emulator.checks import assert_same_in_every_order
+from python_tests.emulator.mutants import Mutant, compile_mutant, without_each_barrier
+from python_tests.test_grpo_loss import cast, run
+
+ADVANTAGES, LOSS = "group_advantages/cuda.cu", "grpo_loss/cuda.cu"
+SLOW = pytest.mark.slow
+
+UNWRITTEN = [
+    Mutant(ADVANTAGES, "store_value(a.mean, a.dtype, sample, s.mean);", ""),
+    Mutant(ADVANTAGES, "store_value(a.std, a.dtype, sample, s.std);", ""),
+    Mutant(ADVANTAGES, "a.scratch[sample] = 0.0;", ""),
+    Mutant(ADVANTAGES, "a.scratch[sample] = centred(c, value);", ""),
+    Mutant(ADVANTAGES, "if (threadIdx.x == 0) batch = s;", ""),
+    Mutant(ADVANTAGES, "a.informative[sample_at(a.grouping, p)] = ", ""),
+    Mutant(ADVANTAGES, "a.rank[sample] = ", ""),
+    Mutant(LOSS, "segment_row_sums(a, blockIdx.x)[threadIdx.x] = total;", ""),
+    Mutant(LOSS, "if (lane == j) warp_sums[warp][j] = sum;", ""),
+    Mutant(LOSS, "if (threadIdx.x < kWarp) segment_record(a, blockIdx.x)[threadIdx.x] = value;", ""),
+    Mutant(LOSS, "if (threadIdx.x < kWarp) group_record(a, group)[threadIdx.x] = merged;", ""),
+    Mutant(LOSS, "if (threadIdx.x < kWarp) results[threadIdx.x] = totals;", ""),
+    Mutant(LOSS, "static_cast<float*>(a.grad_log_probs)[output] = t.live ? gradient : 0.0f;", "(void)gradient;"),
+    Mutant(LOSS, "static_cast<float*>(a.grad_entropy)[output] = gradient;", "(void)gradient;"),
+    Mutant(LOSS, "static_cast<float*>(a.loss)[output] = t.live ? loss : 0.0f;", "(void)loss;"),
+    Mutant(LOSS, "grad[i] += shared;", ";"),
+    Mutant(LOSS, "atomicAdd(counters + 1, uint32_t(value));", ";"),
+]
+TOO_MUCH = [Mutant(LOSS, "k < count ? records", "k <= count ? records")]  # still inside the workspace
+OUT_OF_BOUNDS = [
+    Mutant(ADVANTAGES, "p < end;", "p <= end;"),
+    Mutant(ADVANTAGES, "p < end;", "p <= end;", 1),
+    Mutant(ADVANTAGES, "q < end;", "q <= end;"),
+    Mutant(ADVANTAGES, "i < a.grouping.batch;", "i <= a.grouping.batch;"),
+    Mutant(LOSS, "i < s.count; }", "i <= s.count; }"),
+    Mutant(LOSS, "i < s.count; i += kThreads) {\n    add", "i <= s.count; i += kThreads) {\n    add"),
+    Mutant(LOSS, "row < a.layout.batch;", "row <= a.layout.batch;"),
+]
+LATE = [  # what others may read is written after they were told that it is
+    Mutant(
+        LOSS, "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) last", "  if (threadIdx.x == 0) last"
+    ),
+    Mutant(LOSS, "uint32_t(groups))) return;", "1u)) return;"),
+]
+
+
+def _advantages() -> None:
+    for options in ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}):
+        test_group_advantages.test_every_option({"baseline": "mean", **options}, "ragged")
+    test_group_advantages.test_every_option({"normalize_by": "batch"}, "equal")
+    test_group_advantages.test_informative_groups_and_ranks(66, 33, test_group_advantages.torch.float32)
+
+
+def _losses() -> None:
+    lengths = ((1030, 5, 0), (3, 1, 0, 2) * 19, (33, 2000), test_grpo_loss.LENGTHS)
+    for variant, reduction in (
+        ("everything", "token_mean"),
+        ("gspo", "none"),
+        ("vespo_mask", "sequence_mean_token_mean"),
+    ):
+        test_grpo_loss.check(variant, reduction, lengths, first_order=1)
+
+
+def _same_bits() -> None:
+    config = test_grpo_loss.config_of("everything", "token_mean")
+    for lengths, orders in ((test_grpo_loss.LENGTHS, range(64)), ((3, 1, 0, 2) * 19, range(12))):
+        inputs, options = test_grpo_loss.sample("everything", lengths, 1, "token_mean")
+        inputs = cast(inputs, test_grpo_loss.torch.float32)
+        assert_same_in_every_order(partial(run, inputs, config, **options), orders)
+
+
+TESTS: dict[str, list[Callable[[], None]]] = {ADVANTAGES: [_advantages], LOSS: [_losses, _same_bits]}
+
+
+def complaint(library: Path, source: str) -> str:
+    """What the tests of a source say about a module, "" if they pass."""
+    with mock.patch.object(build, "module", return_value=build.load(library)):
+        for test in TESTS[source]:
+            try:
+                test()
+            except (AssertionError, RuntimeError) as error:
+                return f"{test.__name__}: {error}"
+    return ""
+
+
+def test_the_kernels_as_they_are_pass() -> None:
+    assert [complaint(build.built() / "_C.so", source) for source in TESTS] == ["", ""]
+
+
+REPRESENTATIVE = [without_each_barrier(LOSS)[2], UNWRITTEN[0]]
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        *REPRESENTATIVE,
+        *(
+            pytest.param(mutant, marks=SLOW)
+            for mutant in (*without_each_barrier(ADVANTAGES), *without_each_barrier(LOSS), *UNWRITTEN, *TOO_MUCH, *LATE)
+            if mutant not in REPRESENTATIVE
+        ),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
+    assert complaint(compile_mutant(mutant, tmp_path), mutant.source)
+
+
+@pytest.mark.parametrize(
+    "mutant", [OUT_OF_BOUNDS[0], *(pytest.param(mutant, marks=SLOW) for mutant in OUT_OF_BOUNDS[1:])], ids=str
+)
+def test_the_sanitizer_notices_a_read_out_of_bounds(mutant: Mutant, tmp_path: Path) -> None:
+    library = compile_mutant(mutant, tmp_path, sanitize=True)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(library), mutant.source],
+        env=build.sanitizer_environment(),
+        cwd=build.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert Path(mutant.source).name in done.stderr
+
+
+if __name__ == "__main__":
+    print(complaint(Path(sys.argv[1]), sys.argv[2]))
