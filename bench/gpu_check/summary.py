@@ -59,7 +59,8 @@ def lines_of(results: Results, seconds: float) -> list[str]:
     head = "REHEARSAL on the CPU: this proves nothing about CUDA" if results.settings.rehearse else "gpu-check"
     machine = results.machine["machine"].get("device", "unknown device")
     first = f"{head}; {machine}; {', '.join(counts)}; {seconds:.0f} s"
-    last = f"in {results.settings.output}: {results.file.name}, {results.log.name}, {results.state.name}"
+    files = [path.name for path in (results.file, results.log, results.state) if path.exists()]
+    last = f"in {results.settings.output}: {', '.join(files)}"
     failed = [name for check in checks for name in check.failed]
     room = max(0, LINES - 3 - len(body))
     named = [f"    FAILED {name}" for name in failed[: room - 1 if len(failed) > room else room]]
