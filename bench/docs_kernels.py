@@ -27,8 +27,8 @@ What each GPU kernel was put through so far. From weak to strong:
 - **compile-verified**: compiled for that architecture within the limits of the second table. It has not run there.
 - **interpreted**: a Triton kernel that the tests run on the CPU in Triton's interpreter. It proves the arithmetic and
   the indices, not the compiled code.
-- **emulated**: a CUDA C++ source that the tests compile for the CPU and run there, one fiber a thread. It proves
-  arithmetic, indices and synchronisation, not the compiled code.
+- **emulated**: a CUDA C++ source that the tests compile for the CPU and run there, one fiber a thread
+  ([emulator](emulator.md)). It proves arithmetic, indices and synchronisation, not the compiled code.
 - **run on** a GPU: the op passed its accuracy check there and was timed. The percentage is that of the op's best case,
   of what the same GPU reaches in a large copy (or matrix product).
 """
