@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -32,8 +33,8 @@ COMPILER = os.environ.get("CXX", "g++")
 
 def problem() -> str:
     """Why the emulator cannot be built here, or ""."""
-    if sys.platform != "linux":
-        return "the emulator needs Linux"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the emulator needs Linux on x86-64"
     missing = [tool for tool in (COMPILER, "cmake", "ninja") if _tool(tool) is None]
     if importlib.util.find_spec("pybind11") is None:
         missing.append("pybind11")

@@ -63,11 +63,9 @@ uint64_t reduced(const Lanes& lanes, int lane, const Merge& merge) {
   return uint32_t(total);
 }
 
-#define GK_MERGE(name, type, expression)                              \
-  uint64_t name(const Lanes& lanes, int lane, uint64_t) {             \
-    return reduced<type>(lanes, lane, [](type a, type b) -> type {    \
-      return expression;                                              \
-    });                                                               \
+#define GK_MERGE(name, type, expression)                                                  \
+  uint64_t name(const Lanes& lanes, int lane, uint64_t) {                                 \
+    return reduced<type>(lanes, lane, [](type a, type b) -> type { return expression; }); \
   }
 GK_MERGE(reduce_add, uint32_t, a + b)
 GK_MERGE(reduce_and, uint32_t, a& b)

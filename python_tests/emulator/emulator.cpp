@@ -9,8 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "block.h"
 #include "cuda_runtime.h"
-#include "fiber.h"
+#include "messages.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim(1, 1, 1), gridDim(1, 1, 1);
@@ -20,55 +21,8 @@ extern "C" char gk_shared_begin[], gk_shared_end[];  // shared.ld
 namespace emulator {
 namespace {
 
-constexpr int kMaxThreads = 1024, kMaxResident = 4, kPatience = 1000;
+constexpr int kMaxResident = 4, kPatience = 1000;
 constexpr size_t kMaxShared = 227 << 10, kDefaultShared = 48 << 10;
-
-enum State : uint8_t { kReady, kMeeting, kAtBarrier, kLeft };
-
-struct Thread {
-  uint3 index;
-  int number;
-  State state;
-  Stack stack;
-  // What it waits for, and what came of it.
-  const char* name;
-  Location where;
-  const Collective* collective;
-  unsigned mask;
-  uint64_t value, argument, result;
-  bool predicate;
-
-  int lane() const { return number % 32; }
-};
-
-// A block that is running, or the room for one.
-struct Block {
-  uint3 index;
-  bool resident = false;
-  std::vector<Thread> threads;
-  unsigned left[kMaxThreads / 32];             // a mask a warp: lanes that have left the kernel,
-  unsigned meeting[kMaxThreads / 32];          // and lanes that wait in a collective
-  int at_barrier, votes, finished;
-  std::vector<int> order, rank;                // threads in the order of their turns, and its inverse
-  uint64_t ready[kMaxThreads / 64];            // bit r: the thread of rank r can run
-  std::vector<char> shared;                    // its static shared memory while another block runs
-  void* dynamic = nullptr;
-};
-
-struct Random {  // splitmix64
-  uint64_t state = 0;
-  uint64_t next() {
-    uint64_t z = state += 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-  }
-  unsigned below(unsigned n) { return unsigned(next() % n); }
-  template <typename T>
-  void shuffle(T* items, int count) {
-    for (int i = count - 1; i > 0; --i) std::swap(items[i], items[below(unsigned(i + 1))]);
-  }
-};
 
 std::mutex one_launch;
 int error_code = cudaSuccess;
@@ -77,9 +31,9 @@ std::map<const void*, size_t> allowed_shared;
 
 Block blocks[kMaxResident];
 Block* active;  // whose shared memory is in place
-Block* lazy;    // a block that pauses where it could be fatal: between its part and the sign that the part is done
+Block* lazy;    // pauses where that can be fatal: others know of it already, but it has not written everything
 unsigned candidates;
-int patience;   // how often others get a turn before it; without limit, those that wait for it would wait for ever
+int patience;  // how often others get a turn before it; without a limit, those that wait for it would wait for ever
 Thread* current;
 Stack scheduler;
 const std::function<void()>* body;
@@ -87,59 +41,13 @@ Random random_numbers;
 long order_number;
 bool failed, yielded;
 
-// --- messages ----------------------------------------------------------------------------------------------------------------
-
-std::string text_of(Location where) {
-  std::string path = where.file;
-  size_t slash = path.rfind('/');
-  if (slash != std::string::npos && slash > 0) slash = path.rfind('/', slash - 1);  // the folder and the name
-  return (slash == std::string::npos ? path : path.substr(slash + 1)) + ":" + std::to_string(where.line);
-}
-
-std::string text_of(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
-}
-
-std::string hexadecimal(unsigned mask) {
-  char text[16];
-  snprintf(text, sizeof(text), "0x%08x", mask);
-  return text;
-}
-
+// The first error stays until it is taken.
 int set_error(int code, const std::string& text) {
   if (error_code == cudaSuccess) {
     error_code = code;
     last_text = text;
   }
   return code;
-}
-
-std::string activity(const Thread& t) {
-  switch (t.state) {
-    case kLeft:
-      return "left the kernel";
-    case kMeeting:
-      return std::string("wait in ") + t.name + " (" + text_of(t.where) + ", mask " + hexadecimal(t.mask) + ")";
-    case kAtBarrier:
-      return std::string("wait in ") + t.name + " (" + text_of(t.where) + ")";
-    default:
-      return "can run";
-  }
-}
-
-// Nobody in the block can go on: who is where.
-void report_stuck(const Block& b) {
-  const bool barrier = b.at_barrier > 0;
-  std::string text = barrier ? "divergent barrier" : "divergent warp collective";
-  text += " in block " + text_of(b.index) + ":";
-  const int count = int(b.threads.size());
-  for (int first = 0, end; first < count; first = end) {
-    const std::string what = activity(b.threads[first]);
-    for (end = first + 1; end < count && activity(b.threads[end]) == what;) ++end;
-    text += (first > 0 ? "; threads " : " threads ") + std::to_string(first) + " to " + std::to_string(end - 1) + " " + what;
-  }
-  failed = true;
-  set_error(cudaErrorLaunchFailure, text);
 }
 
 // --- turns -------------------------------------------------------------------------------------------------------------------
@@ -158,7 +66,7 @@ void make_wait(Block& b, Thread& t, State state) {
 
 // Everybody can run: the moment to draw a new order of turns.
 void start_turns(Block& b) {
-  const int count = int(b.threads.size());
+  const int count = b.size;
   b.order.resize(count);
   b.rank.resize(count);
   for (int i = 0; i < count; ++i) b.order[i] = order_number == 1 ? count - 1 - i : i;
@@ -224,15 +132,16 @@ void run_thread() {
   ++b.finished;
   const int base = t.number - t.lane();
   b.left[base / 32] |= 1u << t.lane();
-  for (int i = base; i < base + 32 && i < int(b.threads.size()); ++i) {
+  for (int i = base; i < base + 32 && i < b.size; ++i) {
     if (b.threads[i].state == kMeeting) complete(b, b.threads[i]);
   }
   t.stack.enter(scheduler, true);
 }
 
-// Copies past address sanitizer, whose forbidden zones lie between the variables.
-__attribute__((no_sanitize("address"), optimize("no-tree-loop-distribute-patterns"))) void copy_words(char* to, const char* from,
-                                                                                                     size_t bytes) {
+// Copies past address sanitizer, whose forbidden zones lie between the variables; memcpy would be checked.
+__attribute__((no_sanitize("address"), optimize("no-tree-loop-distribute-patterns"))) void copy_words(char* to,
+                                                                                                      const char* from,
+                                                                                                      size_t bytes) {
   auto* target = reinterpret_cast<uint64_t*>(to);
   const auto* source = reinterpret_cast<const uint64_t*>(from);
   for (size_t i = 0; i < bytes / 8; ++i) target[i] = source[i];
@@ -257,7 +166,8 @@ void start_block(Block& b, unsigned number, size_t shared_bytes) {
   b.index = {number % gridDim.x, rows % gridDim.y, rows / gridDim.y};
   b.resident = true;
   const unsigned count = blockDim.x * blockDim.y * blockDim.z;
-  b.threads.resize(count);
+  b.size = int(count);
+  if (b.threads.size() < count) b.threads.resize(count);
   std::fill(std::begin(b.left), std::end(b.left), 0);
   if (count % 32 != 0) b.left[count / 32] = ~0u << count % 32;  // lanes that the last warp does not have
   std::fill(std::begin(b.meeting), std::end(b.meeting), 0);
@@ -281,7 +191,7 @@ bool run_block() {
   do {
     Thread* t = next_thread(b, start);
     if (t == nullptr) {
-      report_stuck(b);
+      set_error(cudaErrorLaunchFailure, stuck_text(b));
       return false;
     }
     yielded = false;
@@ -289,13 +199,13 @@ bool run_block() {
     threadIdx = t->index;
     scheduler.enter(t->stack);
     if (failed) return false;
-    if (b.finished == int(b.threads.size())) {
+    if (b.finished == b.size) {
       b.resident = false;
       active = nullptr;
       free_dynamic(b);
       return true;
     }
-    start = yielded ? int(random_numbers.below(unsigned(b.threads.size()))) : 0;
+    start = yielded ? int(random_numbers.below(unsigned(b.size))) : 0;
   } while (order_number < 2 || (lazy != &b && random_numbers.below(yielded ? 2 : 64) != 0));
   return true;
 }
@@ -334,7 +244,8 @@ void run_grid(size_t shared_bytes) {
 
 int check_shape(const void* kernel, const dim3& grid, const dim3& threads, size_t shared_bytes) {
   const uint64_t count = uint64_t(threads.x) * threads.y * threads.z;
-  const bool good_grid = grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
+  const bool good_grid =
+      grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
   if (!good_grid || count < 1 || count > kMaxThreads || threads.z > 64) {
     return set_error(cudaErrorInvalidConfiguration, "a launch of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) +
                                                         ", " + std::to_string(grid.z) + ") blocks of " + std::to_string(count) +
@@ -343,8 +254,8 @@ int check_shape(const void* kernel, const dim3& grid, const dim3& threads, size_
   const auto allowed = allowed_shared.find(kernel);
   const size_t limit = allowed == allowed_shared.end() ? kDefaultShared : std::min(allowed->second, kMaxShared);
   if (shared_bytes > limit) {
-    return set_error(cudaErrorInvalidValue, std::to_string(shared_bytes) + " bytes of dynamic shared memory, of at most " +
-                                                std::to_string(limit));
+    return set_error(cudaErrorInvalidValue,
+                     std::to_string(shared_bytes) + " bytes of dynamic shared memory, of at most " + std::to_string(limit));
   }
   return cudaSuccess;
 }
@@ -389,7 +300,8 @@ int barrier(const char* name, bool predicate, Location where) {
   if (++b.at_barrier == block_size()) {
     bool together = true;
     int votes = 0;
-    for (const Thread& other : b.threads) {
+    for (int i = 0; i < b.size; ++i) {
+      const Thread& other = b.threads[i];
       together &= other.where.line == where.line && strcmp(other.where.file, where.file) == 0 && strcmp(other.name, name) == 0;
       votes += other.predicate;
     }
@@ -415,12 +327,13 @@ void yield(unsigned odds) {
 }
 
 int lane() { return current->lane(); }
-int block_size() { return int(active->threads.size()); }
+int block_size() { return active->size; }
 void* dynamic_shared() { return active->dynamic; }
 
 // --- what the host calls -----------------------------------------------------------------------------------------------------
 
-int launch(const void* kernel, const dim3& grid, const dim3& threads, size_t shared_bytes, const std::function<void()>& function) {
+int launch(const void* kernel, const dim3& grid, const dim3& threads, size_t shared_bytes,
+           const std::function<void()>& function) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (error_code != cudaSuccess) return error_code;  // as on a GPU, nothing runs after a failure
   if (const int status = check_shape(kernel, grid, threads, shared_bytes)) return status;

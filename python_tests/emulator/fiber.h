@@ -37,43 +37,9 @@ emulator_switch:
   ret
   .size emulator_switch, .-emulator_switch
 )");
-constexpr int kSavedWords = 6, kReturnWord = 6, kFrameWords = 8;
-#elif defined(__aarch64__)
-asm(R"(
-  .text
-  .type emulator_switch, %function
-emulator_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-  .size emulator_switch, .-emulator_switch
-)");
-constexpr int kSavedWords = 20, kReturnWord = 11, kFrameWords = 20;
+constexpr int kReturnWord = 6, kFrameWords = 8;  // six registers and the address to return to; a call leaves the stack so
 #else
-#error "the emulator switches stacks on x86-64 and AArch64 only"
+#error "the emulator knows how to switch stacks on x86-64 only"
 #endif
 extern "C" void emulator_switch(void** left, void* entered);
 

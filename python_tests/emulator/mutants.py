@@ -22,7 +22,8 @@ class Mutant:
     occurrence: int = 0
 
     def __str__(self) -> str:
-        name = re.sub(r"[^A-Za-z0-9_]+", "_", self.old).strip("_")[:40]
+        kernel = re.search(r"\w+_kernel", self.old)
+        name = kernel[0] if kernel else re.sub(r"\W+", "_", self.old).strip("_")[:40]
         return f"{self.source.partition('/')[0]}-{name}-{self.occurrence}"
 
     def text(self) -> str:
@@ -38,6 +39,15 @@ def without_each_barrier(source: str) -> list[Mutant]:
     """One mutant for every barrier of a kernel source."""
     count = (build.ROOT / "csrc" / source).read_text().count(BARRIER)
     return [Mutant(source, BARRIER, "", occurrence) for occurrence in range(count)]
+
+
+def with_a_trap_in_each_kernel(source: str) -> list[Mutant]:
+    """One mutant for every kernel of a source: it notices whether the kernel runs at all."""
+    text = (build.ROOT / "csrc" / source).read_text()
+    return [
+        Mutant(source, match[0], f"{match[0]} __trap();")
+        for match in re.finditer(r"__global__ [^;{]*?\w+\([^;{]*?\) \{", text)
+    ]
 
 
 def compile_mutant(mutant: Mutant, folder: Path, sanitize: bool = False) -> Path:

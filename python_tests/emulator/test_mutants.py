@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from python_tests.emulator import build, test_group_advantages, test_grpo_loss
 from python_tests.emulator.checks import assert_same_in_every_order
-from python_tests.emulator.mutants import Mutant, compile_mutant, without_each_barrier
+from python_tests.emulator.mutants import Mutant, compile_mutant, with_a_trap_in_each_kernel, without_each_barrier
 from python_tests.test_grpo_loss import cast, run
 
 ADVANTAGES, LOSS = "group_advantages/cuda.cu", "grpo_loss/cuda.cu"
@@ -95,8 +96,31 @@ def complaint(library: Path, source: str) -> str:
     return ""
 
 
+@SLOW
 def test_the_kernels_as_they_are_pass() -> None:
     assert [complaint(build.built() / "_C.so", source) for source in TESTS] == ["", ""]
+
+
+def test_every_source_has_its_tests() -> None:
+    """A new op is emulated, tested and mutated, or it is listed as one that only its own GPU can run."""
+    lists = re.findall(r"^set\(SM\w+_SOURCES([^)]*)\)", (build.ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    left_out = {word.removeprefix("csrc/") for words in lists for word in words.split()}
+    sources = {str(path.relative_to(build.ROOT / "csrc")) for path in (build.ROOT / "csrc").rglob("*.cu")} - left_out
+    assert {
+        path.removeprefix("csrc/") for path in build.commands() if path.startswith("csrc/") and path[-3:] == ".cu"
+    } == sources
+    assert set(TESTS) == sources - {"common/cuda_probe.cu"}
+    for source in TESTS:
+        assert (Path(__file__).parent / f"test_{source.partition('/')[0]}.py").is_file()
+        text = (build.ROOT / "csrc" / source).read_text()
+        assert text.count("__global__") == len(with_a_trap_in_each_kernel(source)) > 0
+        assert "<<<" not in text
+
+
+@SLOW
+@pytest.mark.parametrize("mutant", [m for source in TESTS for m in with_a_trap_in_each_kernel(source)], ids=str)
+def test_every_kernel_runs(mutant: Mutant, tmp_path: Path) -> None:
+    assert "cudaErrorLaunchFailure: __trap" in complaint(compile_mutant(mutant, tmp_path), mutant.source)
 
 
 REPRESENTATIVE = [without_each_barrier(LOSS)[2], UNWRITTEN[0]]

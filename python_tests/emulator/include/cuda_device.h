@@ -91,9 +91,9 @@ unsigned __match_all_sync(unsigned mask, T value, int* all, GKLocation where = G
   return lanes;
 }
 
-#define GK_REDUCE(name, type, collective)                                                                      \
-  inline type name(unsigned mask, type value, GKLocation where = GKLocation::here()) {                         \
-    return type(emulator::meet(emulator::collective, mask, unsigned(value), 0, where));                        \
+#define GK_REDUCE(name, type, collective)                                               \
+  inline type name(unsigned mask, type value, GKLocation where = GKLocation::here()) {  \
+    return type(emulator::meet(emulator::collective, mask, unsigned(value), 0, where)); \
   }
 GK_REDUCE(__reduce_add_sync, int, kReduceAdd)
 GK_REDUCE(__reduce_add_sync, unsigned, kReduceAdd)
@@ -124,16 +124,30 @@ T atomic(T* address, const Change& change) {
 
 }  // namespace emulator
 
-#define GK_ATOMICS(type)                                                                                                      \
-  inline type atomicAdd(type* p, type v) { return emulator::atomic(p, [=](type old) { return old + v; }); }             \
-  inline type atomicMin(type* p, type v) { return emulator::atomic(p, [=](type old) { return v < old ? v : old; }); }         \
-  inline type atomicMax(type* p, type v) { return emulator::atomic(p, [=](type old) { return v > old ? v : old; }); }         \
-  inline type atomicAnd(type* p, type v) { return emulator::atomic(p, [=](type old) { return old & v; }); }             \
-  inline type atomicOr(type* p, type v) { return emulator::atomic(p, [=](type old) { return old | v; }); }              \
-  inline type atomicXor(type* p, type v) { return emulator::atomic(p, [=](type old) { return old ^ v; }); }             \
-  inline type atomicExch(type* p, type v) { return emulator::atomic(p, [=](type) { return v; }); }                            \
-  inline type atomicCAS(type* p, type expected, type v) {                                                                     \
-    return emulator::atomic(p, [=](type old) { return old == expected ? v : old; });                                          \
+#define GK_ATOMICS(type)                                                             \
+  inline type atomicAdd(type* p, type v) {                                           \
+    return emulator::atomic(p, [=](type old) { return old + v; });                   \
+  }                                                                                  \
+  inline type atomicMin(type* p, type v) {                                           \
+    return emulator::atomic(p, [=](type old) { return v < old ? v : old; });         \
+  }                                                                                  \
+  inline type atomicMax(type* p, type v) {                                           \
+    return emulator::atomic(p, [=](type old) { return v > old ? v : old; });         \
+  }                                                                                  \
+  inline type atomicAnd(type* p, type v) {                                           \
+    return emulator::atomic(p, [=](type old) { return old & v; });                   \
+  }                                                                                  \
+  inline type atomicOr(type* p, type v) {                                            \
+    return emulator::atomic(p, [=](type old) { return old | v; });                   \
+  }                                                                                  \
+  inline type atomicXor(type* p, type v) {                                           \
+    return emulator::atomic(p, [=](type old) { return old ^ v; });                   \
+  }                                                                                  \
+  inline type atomicExch(type* p, type v) {                                          \
+    return emulator::atomic(p, [=](type) { return v; });                             \
+  }                                                                                  \
+  inline type atomicCAS(type* p, type expected, type v) {                            \
+    return emulator::atomic(p, [=](type old) { return old == expected ? v : old; }); \
   }
 GK_ATOMICS(int)
 GK_ATOMICS(unsigned)
@@ -149,15 +163,15 @@ float atomicExch(float*, float) = delete;
 
 // --- loads, bits, arithmetic -------------------------------------------------------------------------------------------------
 
-#define GK_LOAD(name)                                                                                                         \
-  template <typename T>                                                                                                       \
-  T name(const T* address) {                                                                                                  \
-    return *address;                                                                                                          \
+#define GK_LOAD(name)        \
+  template <typename T>      \
+  T name(const T* address) { \
+    return *address;         \
   }
-#define GK_STORE(name)                                                                                                        \
-  template <typename T>                                                                                                       \
-  void name(T* address, T value) {                                                                                            \
-    *address = value;                                                                                                         \
+#define GK_STORE(name)             \
+  template <typename T>            \
+  void name(T* address, T value) { \
+    *address = value;              \
   }
 GK_LOAD(__ldg)
 GK_LOAD(__ldca)

@@ -1,5 +1,5 @@
-// The part of CUDA that our kernels use, for any C++ compiler: found instead of NVIDIA's header, it makes a .cu file an ordinary
-// C++ file whose kernels run on the CPU. What is missing here fails to compile, which is the wanted answer.
+// The part of CUDA that our kernels use, for any C++ compiler: found instead of NVIDIA's header, it makes a .cu file an
+// ordinary C++ file whose kernels run on the CPU. What is missing here fails to compile, which is the wanted answer.
 //
 // Differences in kind: memory is sequentially consistent; floating-point atomics are refused (the kernels' rule); undefined
 // results of a shuffle are NaN; static shared memory and uninitialised device globals hold NaN when a block starts.

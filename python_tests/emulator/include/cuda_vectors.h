@@ -2,22 +2,14 @@
 // a GPU, and one that -fsanitize=alignment sees here.
 #pragma once
 
-#define GK_VECTORS(base, type, align2, align4)                                                                          \
-  struct base##1 {                                                                                                      \
-    type x;                                                                                                             \
-  };                                                                                                                    \
-  struct alignas(align2) base##2 {                                                                                      \
-    type x, y;                                                                                                          \
-  };                                                                                                                    \
-  struct base##3 {                                                                                                      \
-    type x, y, z;                                                                                                       \
-  };                                                                                                                    \
-  struct alignas(align4) base##4 {                                                                                      \
-    type x, y, z, w;                                                                                                    \
-  };                                                                                                                    \
-  inline base##1 make_##base##1(type x) { return {x}; }                                                                 \
-  inline base##2 make_##base##2(type x, type y) { return {x, y}; }                                                      \
-  inline base##3 make_##base##3(type x, type y, type z) { return {x, y, z}; }                                           \
+#define GK_VECTORS(base, type, align2, align4)                                \
+  struct base##1 { type x; };                                                 \
+  struct alignas(align2) base##2 { type x, y; };                              \
+  struct base##3 { type x, y, z; };                                           \
+  struct alignas(align4) base##4 { type x, y, z, w; };                        \
+  inline base##1 make_##base##1(type x) { return {x}; }                       \
+  inline base##2 make_##base##2(type x, type y) { return {x, y}; }            \
+  inline base##3 make_##base##3(type x, type y, type z) { return {x, y, z}; } \
   inline base##4 make_##base##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 GK_VECTORS(char, signed char, 2, 4)

@@ -183,8 +183,7 @@ struct Fault {
   bool blocks;  // a block an element, not a thread an element
 };
 
-#define GK_FAULT(kernel, threads, blocks) \
-  { #kernel, kernel, threads, blocks }
+#define GK_FAULT(kernel, threads, blocks) {#kernel, kernel, threads, blocks}
 const Fault kFaults[] = {
     GK_FAULT(missing_barrier, kThreads, false),
     GK_FAULT(missing_second_barrier, kThreads, false),
