@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q
 
-.PHONY: help demo demo-check test test-slow bench lint format wheel gpu-check clean
+.PHONY: help demo demo-check test test-slow gates bench lint format wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,14 +47,19 @@ test: $(STAMP)/build  ## every test that needs no GPU and no long training
 	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter python_tests/interpreter
 
-test-slow: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, packaging, the oldest supported Triton
+test-slow: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, packaging, every kernel with the oldest Triton
 	$(PYTEST) -m slow python_tests
-	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) GK_EXPECTED_TRITON=$(OLD_TRITON) \
-		$(PYTEST) python_tests/test_token_log_probs_compiled.py
+	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) GK_EXPECTED_TRITON=$(OLD_TRITON) $(PYTEST) python_tests/test_gates.py
+	$(PY) -m bench.gates --beside $(VENV)/triton-$(OLD_TRITON) --json build/gates.json
 	$(MAKE) demo-check
 
-bench: $(STAMP)/build  ## every op against eager PyTorch and torch.compile, on this machine
-	$(PY) -m bench
+gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100, against its limits
+	$(PY) -m bench.gates --beside $(VENV)/triton-$(OLD_TRITON)
+	$(PY) -m bench.docs docs/kernels.md
+
+bench: $(STAMP)/build  ## every op against eager PyTorch and torch.compile; the record, its pages and pictures
+	$(PY) -m bench --save bench/results --plot docs/images
+	$(PY) -m bench.docs
 
 lint: $(STAMP)/build  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -70,8 +75,8 @@ format: $(STAMP)/packages  ## let ruff and clang-format rewrite the sources
 wheel: $(STAMP)/packages  ## sdist and wheel for this platform, every CUDA architecture
 	env -u CUDAARCHS $(PY) -m build --outdir dist .
 
-gpu-check:  ## on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, with its own Python
-	bash bench/gpu_check.sh
+gpu-check:  ## on a machine with a CUDA GPU, with its own Python: build, tests, benchmarks, sanitizer; REHEARSE=1 on a CPU
+	REHEARSE=$(REHEARSE) $(PYTHON) -m bench.gpu_check
 
 clean:  ## remove builds and results
 	rm -rf build dist outputs *.egg-info grpo_kernels/_C*.so $(STAMP)/build

@@ -21,6 +21,7 @@ def test_every_op_has_its_files(package: str) -> None:
         *(f"grpo_kernels/{package}/{name}.py" for name in ("__init__", "api", "ops", "reference")),
         f"python_tests/samples/{package}.py",
         f"bench/bench_{package}.py",
+        f"grpo_kernels/testing/verification/{package}.py",
         f"docs/{package}.md",
     ]
     assert [path for path in wanted if not (ROOT / path).is_file()] == []
