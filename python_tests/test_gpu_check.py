@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -146,6 +147,33 @@ def test_a_group_runs_at_once_and_late_phases_are_not_begun(settings) -> None:
     assert {name: verdict for name, (verdict, _) in _found(found).items()} == {"one": "pass", "two": "pass"}
     Runner(settings, found, [_phase("late", "")], time.monotonic() - 562).run()
     assert _found(found)["late"] == ("late", "no time left of 570 s")
+
+
+def test_what_had_no_time_gets_what_is_left(settings) -> None:
+    settings = dataclasses.replace(settings, budget=30)
+    half = """
+        import os, sys
+        print('1 failed, 2 not run in 3 s')
+        sys.exit(0 if os.path.exists('{0}') else open('{0}', 'w') and {1})
+    """
+    chosen = [
+        _phase("starved", "print('in the end')"),
+        _phase("reserved", "", reserve=25),
+        _phase("suite", half.format(settings.work / "one", 75), outcomes=True),
+        _phase("failing suite", half.format(settings.work / "two", 1), outcomes=True),
+        _phase("hangs", "import time; time.sleep(60)", limit=1.5),
+    ]
+    found = Results(settings)
+    Runner(settings, found, chosen, time.monotonic()).run()
+    verdicts = {name: verdict for name, (verdict, _) in _found(found).items()}
+    assert verdicts == {
+        "starved": "pass",
+        "reserved": "pass",
+        "suite": "pass",
+        "failing suite": "pass",
+        "hangs": "late",
+    }
+    assert found.log_of("suite").read_text().count("not run") == 2, "the output of both"
 
 
 # --- what is kept from run to run ------------------------------------------------------------------------------------

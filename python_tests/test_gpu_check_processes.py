@@ -89,6 +89,10 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path) -> None:
     assert status == 0
     assert "3 passed" in output
     assert len(file.read_text().splitlines()) == 3, "nothing ran twice"
+    file.write_text(file.read_text().replace('"passed"', '"failed"', 1))
+    status, output = _run_suite(tmp_path, "--results", str(file))
+    assert status == 0
+    assert len(file.read_text().splitlines()) == 4, "what failed is repeated"
     status, output = _run_suite(tmp_path, "--deadline", "0", "--results", str(tmp_path / "none"))
     assert status == 1
     assert "no test was found" in output

@@ -72,9 +72,9 @@ def run(
     folder: Path,
     session: bool = True,
 ) -> Result:
-    """Runs a command in a session of its own, or in the caller's; all it prints goes to `log`."""
+    """Runs a command in a session of its own, or in the caller's; all it prints is added to `log`."""
     begin = time.monotonic()
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         try:
             process = subprocess.Popen(
                 command,

@@ -27,6 +27,7 @@ class Runner:
         self.chosen = list(chosen)
         self.begin = begin
         self.refreshed = begin
+        self.begun: set[str] = set()
 
     def left(self) -> float:
         return self.settings.budget - _MARGIN - (time.monotonic() - self.begin)
@@ -46,7 +47,20 @@ class Runner:
         return not phase.always and self.results.has_passed(phase.name)
 
     def run(self) -> None:
-        """All chosen phases, in order; neighbours of one group at the same time."""
+        """All chosen phases; then, in the time that they left, those that had none or have tests still to run."""
+        self._pass()
+        self.chosen = [phase for phase in self.chosen if self._could_go_on(phase)]
+        self._pass()
+
+    def _could_go_on(self, phase: Phase) -> bool:
+        check = self.results.checks.get(phase.name)
+        if check is None or check.kept or self.left() < max(_LEAST, phase.reserve):
+            return False
+        unfinished = phase.outcomes and check.verdict in (FAIL, LATE) and "not run" in check.note
+        return unfinished or (check.verdict == LATE and check.seconds == 0)
+
+    def _pass(self) -> None:
+        """The chosen phases in order; neighbours of one group at the same time."""
         position = 0
         while position < len(self.chosen) and not processes.stop.is_set():
             phase = self.chosen[position]
@@ -78,6 +92,9 @@ class Runner:
         print(f"  {phase.name} (at most {limit:.0f} s)\n", end="", flush=True)  # one write: phases may run at once
         log = self.results.log_of(phase.name)
         log.parent.mkdir(parents=True, exist_ok=True)
+        if phase.name not in self.begun:  # of an earlier run
+            log.unlink(missing_ok=True)
+        self.begun.add(phase.name)
         try:
             command = phase.command(self.settings, limit)
             result = processes.run(command, limit, log, self.settings.environment(), ROOT)

@@ -95,7 +95,9 @@ class Suite:
         self.collected: list[str] = []
         self.queue: collections.deque[str] | None = None  # None until a worker has collected
         self.outcomes: dict[str, tuple[str, float, str]] = {}
-        self.known = _passed_before(arguments.results)
+        before = _outcomes_before(arguments.results)
+        self.known = {nodeid: entry for nodeid, entry in before.items() if entry[0] != "failed"}
+        self.failed_before = before.keys() - self.known.keys()
         self.running: set[Process] = set()
         self.stopped = False
 
@@ -160,7 +162,8 @@ class Suite:
                     if self.queue is None:
                         self.collected = message[1]
                         self.outcomes |= {i: self.known[i] for i in self.collected if i in self.known}
-                        self.queue = collections.deque(i for i in self.collected if i not in self.known)
+                        rest = [i for i in self.collected if i not in self.known]
+                        self.queue = collections.deque(sorted(rest, key=lambda i: i in self.failed_before))
                 return True
         status = worker.end(2)
         if self.left() > 0 and not self.stopped:
@@ -227,15 +230,15 @@ class Suite:
         return 0 if counts["passed"] else SKIPPED
 
 
-def _passed_before(results: Path | None) -> dict[str, tuple[str, float, str]]:
-    """Outcomes that an earlier run left and that stand: what passed, and what was skipped."""
+def _outcomes_before(results: Path | None) -> dict[str, tuple[str, float, str]]:
+    """What an earlier run left: what passed or was skipped stands, what failed is repeated last."""
     known = {}
     if results is not None and results.exists():
         for line in results.read_text().splitlines():
             with contextlib.suppress(ValueError, KeyError):  # a killed run leaves half a line
                 entry = json.loads(line)
                 known[entry["id"]] = entry["outcome"], entry["seconds"], entry["message"]
-    return {nodeid: entry for nodeid, entry in known.items() if entry[0] != "failed"}
+    return known
 
 
 def _death(status: int | None) -> str:
