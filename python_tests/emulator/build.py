@@ -27,7 +27,10 @@ from types import ModuleType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SANITIZE = os.environ.get("GK_EMULATOR_SANITIZE") == "1"
-FOLDERS = {sanitize: ROOT / "build" / "emulator" / ("asan" if sanitize else "plain") for sanitize in (False, True)}
+FOLDERS = {
+    sanitize: ROOT / "build" / "emulator" / f"{sys.implementation.cache_tag}-{name}"
+    for sanitize, name in ((False, "plain"), (True, "asan"))
+}
 COMPILER = os.environ.get("CXX", "g++")
 
 

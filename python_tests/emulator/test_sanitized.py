@@ -15,7 +15,7 @@ import pytest
 from python_tests.emulator import build
 
 HERE = Path(__file__).parent
-FILES = ["test_features.py", "test_group_advantages.py", "test_grpo_loss.py"]
+FILES = ["test_features.py", "test_group_advantages.py", "test_grpo_loss.py", "test_samples.py"]
 QUICK = " or ".join(
     [
         "(test_features and (4-32 or (2- and (atomics or vector or index))))",
@@ -31,19 +31,9 @@ QUICK = " or ".join(
 @pytest.mark.parametrize("selection", [QUICK, pytest.param("test", marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_nothing_is_touched_out_of_bounds(selection: str) -> None:
     build.built(True)
+    pytest_arguments = ["-qsx", "-m", "not slow", "-k", selection, *(str(HERE / name) for name in FILES)]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-m",
-            "not slow",
-            "-k",
-            selection,
-            *(str(HERE / f) for f in FILES),
-        ],
+        [sys.executable, "-m", "pytest", *pytest_arguments],
         env=build.sanitizer_environment(),
         cwd=build.ROOT,
         capture_output=True,

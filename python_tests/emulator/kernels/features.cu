@@ -79,8 +79,8 @@ __global__ void reverse_kernel(const T* in, T* out, int n) {
 
 __global__ void poison_kernel(float* out) {
   __shared__ float fixed[2];
-  out[0] = fixed[threadIdx.x];
-  out[1] = dynamic_shared<float>()[threadIdx.x];
+  out[0] = fixed[threadIdx.x % 2];
+  out[1] = *dynamic_shared<float>();
 }
 
 __global__ void block_vote_kernel(const int* in, int* out) {
