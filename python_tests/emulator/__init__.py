@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
-from grpo_kernels import _extension
+from grpo_kernels import _dispatch, _extension
 from grpo_kernels.testing import poisoned_allocations
 from python_tests.emulator import build
 
@@ -44,6 +44,8 @@ def emulated(order: int = 0, module: ModuleType | None = None) -> Iterator[None]
     with (
         mock.patch.object(_extension, "extension", return_value=kernels),
         mock.patch.object(_extension, "execution", execution),
+        mock.patch.object(_extension, "cpu_problem", return_value=""),  # the package's own build is not needed
+        mock.patch.dict(_dispatch._resolved, clear=True),
         mock.patch.dict(os.environ, {"GK_EMULATOR_ORDER": str(order)}),
         grpo_kernels.backend("native"),
         poisoned_allocations(),
