@@ -50,7 +50,7 @@ test: $(STAMP)/build  ## every test that needs no GPU and no long training
 test-slow: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, packaging, every kernel with the oldest Triton
 	$(PYTEST) -m slow python_tests
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) GK_EXPECTED_TRITON=$(OLD_TRITON) $(PYTEST) python_tests/test_gates.py
-	$(PY) -m bench.gates --beside $(VENV)/triton-$(OLD_TRITON) --json build/gates.json
+	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m bench.gates --compiler triton --json build/gates.json
 	$(MAKE) demo-check
 
 gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100, against its limits
@@ -65,18 +65,18 @@ lint: $(STAMP)/build  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 format: $(STAMP)/packages  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 wheel: $(STAMP)/packages  ## sdist and wheel for this platform, every CUDA architecture
 	env -u CUDAARCHS $(PY) -m build --outdir dist .
 
 gpu-check:  ## on a machine with a CUDA GPU, with its own Python: build, tests, benchmarks, sanitizer; REHEARSE=1 on a CPU
-	REHEARSE=$(REHEARSE) $(PYTHON) -m bench.gpu_check
+	$(PYTHON) -m bench.gpu_check $(ARGS)
 
 clean:  ## remove builds and results
 	rm -rf build dist outputs *.egg-info grpo_kernels/_C*.so $(STAMP)/build

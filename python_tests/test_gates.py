@@ -126,9 +126,10 @@ def test_the_triton_that_was_asked_for_is_the_one_that_compiles() -> None:
 def test_launch_config_depends_on_the_row_alone() -> None:
     from grpo_kernels.token_log_probs._kernels_triton import launch_config
 
-    assert launch_config(32000, 2) == (512, 8, 8, 4)
-    assert launch_config(32000, 4) == (512, 4, 8, 4)
-    assert launch_config(1, 2) == (32, 8, 1, 4)
+    assert launch_config(32000, 2) == (512, 8, True, 8, 4)
+    assert launch_config(32000, 4) == (512, 4, True, 8, 4)
+    assert launch_config(50257, 2) == (512, 8, False, 16, 4)
+    assert launch_config(1, 2) == (32, 8, False, 1, 4)
     for vocab in (1, 100, 1000, 5000, 200000):
         for size in (2, 4):
             config = launch_config(vocab, size)

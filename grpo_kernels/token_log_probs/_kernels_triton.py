@@ -17,16 +17,22 @@ class LaunchConfig(NamedTuple):
     """How the kernels cut a row. Depends on V and the dtype alone, so that a row's bits do not depend on the batch."""
 
     slots: int  # rows of the tile: independent partial sums
-    width: int  # neighbours in a slot: one 16-byte load of a thread
+    width: int  # elements of a slot
+    neighbours: bool  # whether they lie side by side: one 16-byte load. Else every thread's neighbour has the next one
     num_warps: int
     blocks_per_program: int  # of the backward
 
 
 def launch_config(vocab: int, element_size: int) -> LaunchConfig:
-    """Tiles of 8 KiB, two 16-byte loads a thread; one block is prefetched while another is reduced."""
+    """Tiles of 8 KiB, 32 bytes a thread; one block is prefetched while another is reduced.
+
+    Rows of a vocabulary that is no multiple of 16 cannot be aligned. A warp then loads 32 elements in a row, and half as
+    many a thread: each takes an instruction and a register of its own.
+    """
     width = 16 // element_size
     slots = min(512, max(32, triton.next_power_of_2(triton.cdiv(vocab, width))))
-    return LaunchConfig(slots, width, max(1, slots // 64), 4)
+    neighbours = vocab % 16 == 0
+    return LaunchConfig(slots, width, neighbours, max(1, slots // (64 if neighbours else 32)), 4)
 
 
 @triton.jit
@@ -78,12 +84,27 @@ def _transform(x, in_factor, in_low, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _load_block(row_pointer, start, columns, count, padding, BLOCK: tl.constexpr):
-    """A block of a row, `padding` behind its end. Whole blocks need no mask: with aligned rows, any V loads 16 bytes at a time."""
-    if start + BLOCK <= count:
-        x = tl.load(row_pointer + start + columns)
+def _tile(origin, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """[SLOTS, WIDTH] columns, or addresses, of the tile that begins at `origin`. What is constant in a thread is added
+    last: it then goes into the instructions and takes no register.
+    """
+    slot = tl.arange(0, SLOTS)[:, None]
+    element = tl.arange(0, WIDTH)[None, :]
+    if NEIGHBOURS:
+        tile = (origin + slot * WIDTH) + element
     else:
-        x = tl.load(row_pointer + start + columns, mask=start + columns < count, other=padding)
+        tile = (origin + slot) + element * SLOTS
+    return tile
+
+
+@triton.jit
+def _load_block(row_pointer, start, count, padding, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """A block of a row, `padding` behind its end. Whole blocks need no mask, which would cost aligned rows their wide loads."""
+    pointers = _tile(row_pointer + start, SLOTS, WIDTH, NEIGHBOURS)
+    if start + SLOTS * WIDTH <= count:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=_tile(start, SLOTS, WIDTH, NEIGHBOURS) < count, other=padding)
     return x
 
 
@@ -115,9 +136,10 @@ def forward_kernel(
     STATISTICS: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ):
-    # One program owns one row and reads it once: V elements in, at most 40 bytes out. A tile is SLOTS x WIDTH, WIDTH
-    # neighbours a thread; every slot keeps a maximum and sums of its own in registers, so that the loop has no barrier and
+    # One program owns one row and reads it once: V elements in, at most 40 bytes out. A tile is SLOTS x WIDTH, whole slots
+    # a thread; every slot keeps a maximum and sums of its own in registers, so that the loop has no barrier and
     # no shuffle, and one exponential an element plus one a slot. Slots merge after the loop. The next tile loads while this
     # one is reduced.
     row = tl.program_id(0)
@@ -130,19 +152,16 @@ def forward_kernel(
     row_pointer = logits + _row_start(row, inner, outer_stride, inner_stride)
 
     BLOCK: tl.constexpr = SLOTS * WIDTH
-    slot = tl.arange(0, SLOTS)
-    lane = tl.arange(0, WIDTH)
-    columns = slot[:, None] * WIDTH + lane[None, :]
     y_max = tl.full((SLOTS,), LOWEST, tl.float32)
     total = tl.zeros((SLOTS,), tl.float32)
     weighted = tl.zeros((SLOTS,), tl.float32)
     squared = tl.zeros((SLOTS,), tl.float32)
     first = tl.zeros((SLOTS,), tl.int32)
 
-    following = _load_block(row_pointer, 0, columns, count, padding, BLOCK)
+    following = _load_block(row_pointer, 0, count, padding, SLOTS, WIDTH, NEIGHBOURS)
     for start in range(0, count, BLOCK):
         x = following
-        following = _load_block(row_pointer, start + BLOCK, columns, count, padding, BLOCK)
+        following = _load_block(row_pointer, start + BLOCK, count, padding, SLOTS, WIDTH, NEIGHBOURS)
         y = _transform(x, in_factor, in_low, CAPPED)
         largest = tl.maximum(y_max, tl.max(y, axis=1))
         if TOP1:
@@ -193,11 +212,13 @@ def forward_kernel(
         tl.store(place + tl.cast(rows, tl.int64) * 2, tl.where(live, tl.where(bad, nan, target_y * out), 0.0))
         tl.store(place + tl.cast(rows, tl.int64) * 3, tl.where(live, tl.where(bad, nan, row_weighted), 0.0))
     if TOP1:
-        # The slots that hold the maximum remember the block where they met it; the earliest of them holds the lowest id.
-        found = tl.min(tl.where(y_max == row_y, first + slot * WIDTH, 2147483647), axis=0)
+        # The slots that hold the maximum remember the block where they met it; the earliest one holds the lowest id.
         known = live & (bad == 0)
-        candidates = tl.load(row_pointer + found + lane, mask=known & (found + lane < vocab), other=padding)
-        best = found + tl.argmax(_transform(candidates, in_factor, in_low, CAPPED), axis=0, tie_break_left=True)
+        begin = tl.min(tl.where((y_max == row_y) & known, first, 2147483647), axis=0)
+        begin = tl.where(known, begin, 0)
+        x = _load_block(row_pointer, begin, tl.where(known, vocab, 0), padding, SLOTS, WIDTH, NEIGHBOURS)
+        columns = _tile(begin, SLOTS, WIDTH, NEIGHBOURS)
+        best = tl.min(tl.where(_transform(x, in_factor, in_low, CAPPED) == row_y, columns, 2147483647))
         tl.store(top1_ids + row, tl.where(known, best, -1).to(tl.int64))
 
 
@@ -228,6 +249,7 @@ def backward_kernel(
     BLOCKS: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ):
     # Program (r, c) owns chunk c, BLOCKS tiles, of row r: reads each element once and writes its gradient once, over it if
     # grad_logits is logits. Few registers, so many programs a multiprocessor: they hide each other's loads. Rows that are
@@ -258,13 +280,13 @@ def backward_kernel(
     row_pointer = logits + _row_start(row, inner, outer_stride, inner_stride)
     grad_pointer = grad_logits + _row_start(row, inner, grad_outer_stride, grad_inner_stride)
     BLOCK: tl.constexpr = SLOTS * WIDTH
-    columns = tl.arange(0, SLOTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    columns = _tile(0, SLOTS, WIDTH, NEIGHBOURS)
     begin = tl.program_id(1) * (BLOCKS * BLOCK)
     end = tl.minimum(begin + BLOCKS * BLOCK, vocab)
     readable_end = tl.where(live, end, 0)
 
     for start in range(begin, end, BLOCK):
-        x = _load_block(row_pointer, start, columns, readable_end, padding, BLOCK)
+        x = _load_block(row_pointer, start, readable_end, padding, SLOTS, WIDTH, NEIGHBOURS)
         y = _transform(x, in_factor, in_low, CAPPED)
         u = tl.fma(y, out, -row_max)
         u = tl.maximum(u, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
@@ -275,7 +297,8 @@ def backward_kernel(
         if CAPPED:
             grad = grad * tl.where(tl.abs(y) < float("inf"), 1.0 - y * y, 1.0)
         grad = tl.where(live, grad, 0.0).to(grad_logits.dtype.element_ty)
+        pointers = _tile(grad_pointer + start, SLOTS, WIDTH, NEIGHBOURS)
         if start + BLOCK <= end:
-            tl.store(grad_pointer + start + columns, grad)
+            tl.store(pointers, grad)
         else:
-            tl.store(grad_pointer + start + columns, grad, mask=start + columns < end)
+            tl.store(pointers, grad, mask=columns < end - start)

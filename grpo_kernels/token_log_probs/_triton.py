@@ -75,6 +75,7 @@ def token_log_probs(
             STATISTICS=statistics,
             SLOTS=config.slots,
             WIDTH=config.width,
+            NEIGHBOURS=config.neighbours,
             num_warps=config.num_warps,
         )
     return outputs
@@ -166,5 +167,6 @@ def _launch_backward(
             BLOCKS=config.blocks_per_program,
             SLOTS=config.slots,
             WIDTH=config.width,
+            NEIGHBOURS=config.neighbours,
             num_warps=config.num_warps,
         )

@@ -10,7 +10,7 @@ from bench.gates.gate import NO_BARRIER, WIDE_LOADS, WIDE_STORES, Gate, Instruct
 from bench.gates.triton_kernels import Specialisation, TritonKernels
 
 _BOTH = frozenset({False, True})
-_SHAPE = {"SLOTS": frozenset({32, 64, 128, 256, 512}), "WIDTH": frozenset({4, 8})}
+_SHAPE = {"SLOTS": frozenset({32, 64, 128, 256, 512}), "WIDTH": frozenset({4, 8}), "NEIGHBOURS": _BOTH}
 _SHARED_FLAGS = {"HAS_MASK": _BOTH, "TEMPERATURE": frozenset({0, 1, 2}), "CAPPED": _BOTH, "ENTROPY": _BOTH}
 
 
@@ -115,23 +115,25 @@ _BARRIERS = r"BAR\..*"
 def gate(of: Specialisation) -> Gate:
     """What a specialisation may cost depends on how its rows lie, and on what it computes."""
     backward = of.kernel == "backward_kernel"
-    wide = [WIDE_LOADS] if of.aligned(*_ROWS) else []
-    if backward and of.aligned(*_GRADIENTS):
-        wide.append(WIDE_STORES)
+    wide = []
+    if of.constant("NEIGHBOURS") and of.aligned(*_ROWS):
+        wide.append(WIDE_LOADS)
+        if backward and of.aligned(*_GRADIENTS):
+            wide.append(WIDE_STORES)
     options = ("TEMPERATURE", "CAPPED") if backward else ("TEMPERATURE", "CAPPED", "SQUARED", "TOP1")
     plain = not any(of.constant(name) for name in options)
     # The slots of the forward merge after its loop: up to three barriers for each of its sums, none inside the loop.
-    barriers = NO_BARRIER if backward else Instructions("BAR", _BARRIERS, at_most=8 if plain else 14)
+    barriers = NO_BARRIER if backward else Instructions("BAR", _BARRIERS, at_most=8 if plain else 17)
     shared = 0 if backward else 256
-    if not of.aligned(*_ROWS, "vocab"):
-        if backward and of.aligned(*_ROWS) != of.aligned(*_GRADIENTS):
-            # One side is moved 16 bytes at a time and the other is not: a tile changes its layout in shared memory.
-            barriers, shared = Instructions("BAR", _BARRIERS, at_most=4), 8192
-        # One program of 256 threads a multiprocessor is left; this only keeps it from growing worse.
-        return Gate(of.kernel, 248, of.warps * 32, shared, (*wide, barriers), "ragged rows")
+    if of.constant("NEIGHBOURS") and not of.aligned(*_ROWS, "vocab"):
+        # A view that begins in the middle of 16 bytes. One program of 256 threads a multiprocessor is left; this only
+        # keeps it from growing worse.
+        return Gate(of.kernel, 248, of.warps * 32, shared, (*wide, barriers), "rows that begin anywhere")
     plain = plain and of.warps > 1
-    registers = 48 if backward and plain else 64  # five programs of 256 threads a multiprocessor, or four
-    variant = "aligned rows" if plain else "aligned rows, options or one warp"
+    registers = 48 if backward and plain else 64  # 40 warps a multiprocessor, or 32
+    variant = "aligned rows" if of.constant("NEIGHBOURS") else "ragged vocabulary"
+    if not plain:
+        variant += ", options or one warp"
     return Gate(of.kernel, registers, of.warps * 32, shared, (*wide, barriers), variant)
 
 
