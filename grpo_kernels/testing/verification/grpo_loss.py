@@ -75,15 +75,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Fields of GRPOLossConfig, except the reduction."""
 
 _LENGTHS = (200, 37, 1, 0, 129, 300)
+_LONG = (1024, 0, 1400, 1025)
+"""Kernels cut rows into segments of 1024 tokens."""
 _OUTSIDE = (2, 3)
 """Packed tokens before the first sequence and behind the last."""
 Change = Callable[[Inputs], None]
 
 
-def _batch(generator: torch.Generator, packed: bool, change: Change | None) -> Inputs:
+def _batch(generator: torch.Generator, packed: bool, change: Change | None, of: tuple[int, ...] = _LENGTHS) -> Inputs:
     """Ragged rows with holes, one of a single token, one of none, one of advantage 0. NaN stands behind the mask."""
-    lengths = torch.tensor(_LENGTHS)[:, None]
-    shape = (len(_LENGTHS), max(_LENGTHS))
+    lengths = torch.tensor(of)[:, None]
+    shape = (len(of), max(of))
 
     def normal(scale: float) -> Tensor:
         return torch.randn(shape, generator=generator) * scale
@@ -214,14 +216,16 @@ _STRUCTURES = ("ppo", "gspo", "vespo", "everything")
 """Each of them walks the tokens in another way."""
 
 
-def _cases(name: str, config: grpo_kernels.GRPOLossConfig, change: Change | None = None) -> list[Case]:
+def _cases(
+    name: str, config: grpo_kernels.GRPOLossConfig, change: Change | None = None, lengths: tuple[int, ...] = _LENGTHS
+) -> list[Case]:
     """The case padded and packed. The inputs are converted before the kernel: 16 bits in some variants will do."""
     dtypes = EVERY_DTYPE if name.startswith(("preset", "everything")) else (FLOAT32, FLOAT64)
     return [
         Case(
             "grpo_loss",
             f"{name}, {config.reduction}, {'packed' if packed else 'padded'}",
-            functools.partial(_batch, packed=packed, change=change),
+            functools.partial(_batch, packed=packed, change=change, of=lengths),
             functools.partial(_run, config=config),
             dtypes,
             seeds=4,
@@ -239,6 +243,9 @@ def _every_case() -> list[Case]:
             cases += _cases(name, config(reduction=reduction, **fields))
     for name, variant, reduction, change in CHANGES:
         cases += _cases(f"{variant}, {name}", config(reduction=reduction, **VARIANTS[variant]), change)
+    for variant in ("ppo", "gspo"):
+        long = config(reduction="sequence_mean_token_mean", **VARIANTS[variant])
+        cases += _cases(f"{variant}, long rows", long, lengths=_LONG)
     return cases
 
 
