@@ -14,7 +14,16 @@ from torch import Tensor
 
 import grpo_kernels
 from grpo_kernels import token_log_probs
-from grpo_kernels.testing import accuracy_error, assert_as_accurate, poisoned_allocations
+from grpo_kernels.testing import (
+    accuracy_error,
+    assert_as_accurate,
+    guard_input,
+    guarded_allocations,
+    poisoned_allocations,
+)
+from python_tests.gpu.devices import assert_identical, inputs_of, run
+from python_tests.samples import Call
+from python_tests.samples import token_log_probs as samples
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -165,3 +174,16 @@ def test_empty_and_version() -> None:
     out.log_probs.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.log_probs.sum().backward()
+
+
+@pytest.mark.parametrize("vocab", [1031, 1040])
+@pytest.mark.parametrize("call", samples.CALLS, ids=lambda call: call.name)
+def test_nothing_outside_the_tensors_is_touched(call: Call, vocab: int) -> None:
+    """Inputs lie between NaN: a read out of bounds changes a result. Allocations lie between bands that are checked."""
+    inputs = inputs_of(call, "cpu")
+    shape = inputs[0].shape
+    inputs[0] = inputs[0].new_empty(*shape[:-1], vocab).normal_().requires_grad_(inputs[0].requires_grad)
+    expected = run(call, inputs)
+    with guarded_allocations(), poisoned_allocations():
+        actual = run(call, [guard_input(i) if isinstance(i, Tensor) else i for i in inputs])
+    assert_identical(actual, expected)
