@@ -71,7 +71,7 @@ def test_launchers_give_every_constant_each_of_its_values(op: str) -> None:
 
 @needs_triton
 def test_log_prob_kernels_are_compiled_in_every_combination() -> None:
-    shape = {"SLOTS", "WIDTH", "BLOCKS"}
+    shape = {"SLOTS", "WIDTH", "NEIGHBOURS", "BLOCKS"}
     for kernel, constants in TRITON_OPS["token_log_probs"].constants.items():
         of = [
             s.specialisation
@@ -80,7 +80,9 @@ def test_log_prob_kernels_are_compiled_in_every_combination() -> None:
         ]
         flags = {name: sorted(values) for name, values in constants.items() if name not in shape}
         wanted = set(itertools.product(*flags.values()))
-        assert {tuple(s.constant(name) for name in flags) for s in of} == wanted
+        assert {tuple(s.constant(name) for name in flags) for s in of if s.constant("NEIGHBOURS")} == wanted
+        full = {values for values in wanted if (values[0], values[1]) == (True, 2)}  # with a mask, a temperature a row
+        assert {tuple(s.constant(name) for name in flags) for s in of if not s.constant("NEIGHBOURS")} >= full
         types = {
             name: {kind for s in of for n, kind, _ in s.arguments if n == name} for name in ("logits", "token_ids")
         }
@@ -126,13 +128,14 @@ def test_the_triton_that_was_asked_for_is_the_one_that_compiles() -> None:
 def test_launch_config_depends_on_the_row_alone() -> None:
     from grpo_kernels.token_log_probs._kernels_triton import launch_config
 
-    assert launch_config(32000, 2) == (512, 8, True, 8, 4)
-    assert launch_config(32000, 4) == (512, 4, True, 8, 4)
-    assert launch_config(50257, 2) == (512, 8, False, 16, 4)
-    assert launch_config(1, 2) == (32, 8, False, 1, 4)
+    assert launch_config(32000, 2, True) == (512, 8, True, 16, 4)
+    assert launch_config(32000, 4, True) == (512, 4, True, 16, 4)
+    assert launch_config(32000, 4, False) == (512, 4, False, 16, 4)
+    assert launch_config(50257, 2, True) == (512, 8, False, 16, 4)
+    assert launch_config(1, 2, True) == (32, 8, False, 1, 4)
     for vocab in (1, 100, 1000, 5000, 200000):
         for size in (2, 4):
-            config = launch_config(vocab, size)
+            config = launch_config(vocab, size, True)
             assert config.width * size == 16
             assert config.slots & (config.slots - 1) == 0
             assert config.slots * config.width <= 4096

@@ -14,7 +14,7 @@ UNDERFLOW = tl.constexpr(-120.0)  # e^u is 0 here; u is clamped, since u * 0 is 
 
 
 class LaunchConfig(NamedTuple):
-    """How the kernels cut a row. Depends on V and the dtype alone, so that a row's bits do not depend on the batch."""
+    """How the kernels cut a row. Depends on V, dtype and alignment, so that a row's bits do not depend on the batch."""
 
     slots: int  # rows of the tile: independent partial sums
     width: int  # elements of a slot
@@ -23,16 +23,15 @@ class LaunchConfig(NamedTuple):
     blocks_per_program: int  # of the backward
 
 
-def launch_config(vocab: int, element_size: int) -> LaunchConfig:
-    """Tiles of 8 KiB, 32 bytes a thread; one block is prefetched while another is reduced.
+def launch_config(vocab: int, element_size: int, aligned: bool) -> LaunchConfig:
+    """Tiles of 8 KiB, 16 bytes a thread; one block is prefetched while another is reduced.
 
-    Rows of a vocabulary that is no multiple of 16 cannot be aligned. A warp then loads 32 elements in a row, and half as
-    many a thread: each takes an instruction and a register of its own.
+    Rows of a vocabulary that is no multiple of 16, or that are not `aligned` to 16 bytes, allow no wide loads. There a
+    warp loads 32 elements in a row, an element a thread.
     """
     width = 16 // element_size
     slots = min(512, max(32, triton.next_power_of_2(triton.cdiv(vocab, width))))
-    neighbours = vocab % 16 == 0
-    return LaunchConfig(slots, width, neighbours, max(1, slots // (64 if neighbours else 32)), 4)
+    return LaunchConfig(slots, width, aligned and vocab % 16 == 0, slots // 32, 4)
 
 
 @triton.jit
@@ -85,15 +84,16 @@ def _transform(x, in_factor, in_low, CAPPED: tl.constexpr):
 
 @triton.jit
 def _tile(origin, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """[SLOTS, WIDTH] columns, or addresses, of the tile that begins at `origin`. What is constant in a thread is added
-    last: it then goes into the instructions and takes no register.
-    """
+    """[SLOTS, WIDTH] columns, or addresses, of the tile that begins at `origin`."""
     slot = tl.arange(0, SLOTS)[:, None]
     element = tl.arange(0, WIDTH)[None, :]
     if NEIGHBOURS:
         tile = (origin + slot * WIDTH) + element
     else:
-        tile = (origin + slot) + element * SLOTS
+        # The hidden zero keeps Triton from seeing that some rows are aligned after all; it would load 16 bytes a thread and
+        # then exchange them. What is constant in a thread is added last: it goes into the instructions, not into registers.
+        hidden = tl.where(tl.program_id(0) < 0, 1, 0)
+        tile = (origin + hidden + slot) + element * SLOTS
     return tile
 
 

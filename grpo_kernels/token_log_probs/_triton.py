@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from grpo_kernels._extension import pointer
 from grpo_kernels.token_log_probs._kernels_triton import backward_kernel, forward_kernel, launch_config
 from grpo_kernels.token_log_probs.layout import dense, overwritable, readable
 from grpo_kernels.token_log_probs.ops import empty_outputs
@@ -17,6 +18,11 @@ from grpo_kernels.token_log_probs.ops import empty_outputs
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _aligned(tensor: Tensor, *strides: int) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, and Triton can know: it sees multiples of 16 elements."""
+    return pointer(tensor) % 16 == 0 and all(stride % 16 == 0 for stride in strides)
 
 
 def _factors_of(
@@ -49,7 +55,8 @@ def token_log_probs(
     if layout.rows == 0:
         return outputs
     vocab = logits.shape[-1]
-    config = launch_config(vocab, logits.element_size())
+    aligned = _aligned(logits, layout.outer_stride, layout.inner_stride)
+    config = launch_config(vocab, logits.element_size(), aligned)
     in_factor, in_low, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
     with _device(logits):
         forward_kernel[(layout.rows,)](
@@ -137,7 +144,10 @@ def _launch_backward(
     if layout.rows == 0:
         return
     vocab = logits.shape[-1]
-    config = launch_config(vocab, logits.element_size())
+    outer_stride = layout.outer_stride if in_place else layout.inner * vocab * (layout.inner < layout.rows)
+    inner_stride = layout.inner_stride if in_place else vocab
+    aligned = _aligned(logits, layout.outer_stride, layout.inner_stride) and _aligned(grad, outer_stride, inner_stride)
+    config = launch_config(vocab, logits.element_size(), aligned)
     in_factor, in_low, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
     columns = config.slots * config.width * config.blocks_per_program
     with _device(logits):
@@ -158,8 +168,8 @@ def _launch_backward(
             layout.inner,
             layout.outer_stride,
             layout.inner_stride,
-            layout.outer_stride if in_place else layout.inner * vocab * (layout.inner < layout.rows),
-            layout.inner_stride if in_place else vocab,
+            outer_stride,
+            inner_stride,
             HAS_MASK=mask is not None,
             TEMPERATURE=kind,
             CAPPED=softcap > 0.0,

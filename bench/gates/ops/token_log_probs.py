@@ -54,6 +54,8 @@ def _combinations() -> Iterator[tuple[Rows, Flags]]:
     on_or_off = (False, True)
     for mask, temperature, *others in itertools.product(on_or_off, (0, 1, 2), *[on_or_off] * 5):
         yield Rows(32000), Flags(bool(mask), temperature, *map(bool, others))
+        if mask and temperature == 2:  # prologue of a program: the rows make no difference to it
+            yield Rows(50257), Flags(True, 2, *map(bool, others))
     for dtype, vocab in itertools.product(DTYPES, VOCABS):
         yield Rows(vocab, dtype), TRAINING
     for dtype, vocab, ids in itertools.product(DTYPES, (32000, 50257), ("int32", "int64")):
@@ -107,34 +109,21 @@ def launch(quick: bool) -> None:
         _launch(rows, flags)
 
 
-_ROWS = ("logits", "outer_stride", "inner_stride")
-_GRADIENTS = ("grad_logits", "grad_outer_stride", "grad_inner_stride")
 _BARRIERS = r"BAR\..*"
 
 
 def gate(of: Specialisation) -> Gate:
     """What a specialisation may cost depends on how its rows lie, and on what it computes."""
     backward = of.kernel == "backward_kernel"
-    wide = []
-    if of.constant("NEIGHBOURS") and of.aligned(*_ROWS):
-        wide.append(WIDE_LOADS)
-        if backward and of.aligned(*_GRADIENTS):
-            wide.append(WIDE_STORES)
-    options = ("TEMPERATURE", "CAPPED") if backward else ("TEMPERATURE", "CAPPED", "SQUARED", "TOP1")
-    plain = not any(of.constant(name) for name in options)
+    wide = [WIDE_LOADS] if of.constant("NEIGHBOURS") else []
+    if wide and backward:
+        wide.append(WIDE_STORES)
     # The slots of the forward merge after its loop: up to three barriers for each of its sums, none inside the loop.
-    barriers = NO_BARRIER if backward else Instructions("BAR", _BARRIERS, at_most=8 if plain else 17)
-    shared = 0 if backward else 256
-    if of.constant("NEIGHBOURS") and not of.aligned(*_ROWS, "vocab"):
-        # A view that begins in the middle of 16 bytes. One program of 256 threads a multiprocessor is left; this only
-        # keeps it from growing worse.
-        return Gate(of.kernel, 248, of.warps * 32, shared, (*wide, barriers), "rows that begin anywhere")
-    plain = plain and of.warps > 1
-    registers = 48 if backward and plain else 64  # 40 warps a multiprocessor, or 32
-    variant = "aligned rows" if of.constant("NEIGHBOURS") else "ragged vocabulary"
-    if not plain:
-        variant += ", options or one warp"
-    return Gate(of.kernel, registers, of.warps * 32, shared, (*wide, barriers), variant)
+    more = not backward and (of.constant("SQUARED") or of.constant("TOP1"))
+    barriers = NO_BARRIER if backward else Instructions("BAR", _BARRIERS, at_most=17 if more else 8)
+    variant = "aligned rows" if of.constant("NEIGHBOURS") else "other rows"
+    # Of 512 threads, two programs a multiprocessor.
+    return Gate(of.kernel, 64, of.warps * 32, 0 if backward else 256, (*wide, barriers), variant)
 
 
 TRITON = TritonKernels(
