@@ -41,7 +41,8 @@ _GATES = """\
 ## Compile gates
 
 `make gates` compiles every kernel as it ships, and fails if one breaks a limit. Triton kernels are compiled as their
-launchers launch them: every combination of options, every dtype, both dtypes of ids, aligned and ragged vocabularies.
+launchers launch them: every combination of options (of those outside the loop, one, where rows are not aligned), every
+dtype, both dtypes of ids, aligned and ragged vocabularies, views.
 A row is the worst of as many specialisations as were "compiled". Beside the limits shown, nothing may spill registers,
 use the stack, or add floats with atomics. Registers are those of a thread, shared memory is in bytes of a block, and
 "warps of 64" is what a multiprocessor can hold at a time with them. LDG.128 and STG.128 are loads and stores of 16

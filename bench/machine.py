@@ -67,6 +67,7 @@ def describe(device: str) -> dict[str, object]:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         description["host"] = description["device"]
         description["device"] = properties.name
+        description["capability"] = f"{properties.major}.{properties.minor}"
         description["multiprocessors"] = properties.multi_processor_count
         description["cuda"] = torch.version.cuda
         try:

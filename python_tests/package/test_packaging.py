@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_kernels import _dispatch
 from python_tests.package.test_imports import USE
 
 ROOT = Path(__file__).parents[2]
@@ -79,12 +80,16 @@ def build_wheel(sources: Path, **environment: str) -> Path:
 
 
 def install_and_use(python: Path, package: Path, cwd: Path) -> str:
-    """Installs the package, runs an op, and returns what `grpo-kernels env` prints."""
+    """Installs the package, runs an op and the commands, and returns what `grpo-kernels env` prints."""
     command(python, "-m", "pip", "install", "-q", "--no-deps", package, cwd=cwd)
     assert command(python, "-c", USE, cwd=cwd).stdout.strip() == "True"
     where = command(python, "-c", "import grpo_kernels; print(grpo_kernels.__file__)", cwd=cwd).stdout
     assert str(python.parents[1]) in where
-    return command(python.with_name("grpo-kernels"), "env", cwd=cwd).stdout
+    program = python.with_name("grpo-kernels")
+    verified = command(program, "verify", "--dtype", "float32", cwd=cwd).stdout
+    assert verified.splitlines()[-1].startswith(f"verified: {len(_dispatch.public_ops())} ops")
+    assert "grpo_loss" in command(program, "bench", "--list", cwd=cwd).stdout
+    return command(program, "env", cwd=cwd).stdout
 
 
 @needs_nvcc
