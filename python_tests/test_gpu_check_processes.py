@@ -48,7 +48,7 @@ def _run_suite(folder: Path, *options: str, environment: dict[str, str] | None =
 
 
 def _outcomes(path: Path) -> dict[str, tuple[str, str]]:
-    """By the name of the test, or of the file that could not be read: its folders depend on where this checkout lies."""
+    """By name of the test, or of a file that could not be read: its folders depend on where this checkout lies."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     names = [line["id"].rpartition("::")[2].rpartition("/")[2] for line in lines]
     return {name: (line["outcome"], line["message"]) for name, line in zip(names, lines, strict=True)}
