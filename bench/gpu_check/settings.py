@@ -20,7 +20,8 @@ def interpreter(rehearse: bool) -> str:
     """The Python that runs the phases: the caller's; in a rehearsal on a development machine, that of `.venv`."""
     asked = os.environ.get("GK_PYTHON")
     if asked:
-        return shutil.which(asked) or asked
+        found = shutil.which(asked)
+        return os.path.abspath(found) if found else asked  # phases look for programs beside it
     developers = ROOT / ".venv" / "bin" / "python"
     return str(developers) if rehearse and developers.exists() else sys.executable
 
