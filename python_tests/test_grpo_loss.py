@@ -51,6 +51,19 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], **tolerance: floa
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
 
 
+def assert_results_as_accurate(
+    actual: list[list[Tensor]], expected: list[list[Tensor]], eager: list[list[Tensor]]
+) -> None:
+    """What `run` gave for several batches, judged together: the error of one number would be luck."""
+    for part, name in enumerate(("loss", "grad_log_probs", "grad_entropy")):
+        a, e, plain = (torch.cat([r[part].flatten() for r in results]) for results in (actual, expected, eager))
+        assert a.dtype == torch.float32
+        assert_as_accurate(a, e, plain, name=name)
+    a, e, plain = (torch.stack([r[3] for r in results]) for results in (actual, expected, eager))
+    for column, name in enumerate(NAMES):
+        assert_as_accurate(a[:, column], e[:, column].double(), plain[:, column], name=name)
+
+
 # --- the kernels against the definition ------------------------------------------------------------------------------
 
 
@@ -58,24 +71,18 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], **tolerance: floa
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernel_is_as_accurate_as_float32_allows(variant: str, reduction: str, native_cpu: None) -> None:
     config = config_of(variant, reduction)
-    results: dict[str, list[list[Tensor]]] = {"native": [], "expected": [], "eager": []}
+    results: dict[str, list[list[Tensor]]] = {"actual": [], "expected": [], "eager": []}
     for seed in range(4):
         inputs, options = batch(variant, seed=seed), {}
         if seed % 2:
             inputs, cu_seqlens = pack(inputs)
             options["cu_seqlens"] = cu_seqlens.int() if seed == 1 else cu_seqlens
         with grpo_kernels.backend("native"):
-            results["native"].append(run(cast(inputs, torch.float32), config, **options))
+            results["actual"].append(run(cast(inputs, torch.float32), config, **options))
         with grpo_kernels.backend("reference"):
             results["expected"].append(run(inputs, config, **options))
             results["eager"].append(run(cast(inputs, torch.float32), config, **options))
-    for part, name in enumerate(("loss", "grad_log_probs", "grad_entropy")):
-        native, expected, eager = (torch.cat([r[part].flatten() for r in results[key]]) for key in results)
-        assert native.dtype == torch.float32
-        assert_as_accurate(native, expected, eager, name=name)
-    native, expected, eager = (torch.stack([r[3] for r in results[key]]) for key in results)
-    for column, name in enumerate(NAMES):
-        assert_as_accurate(native[:, column], expected[:, column].double(), eager[:, column], name=name)
+    assert_results_as_accurate(**results)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,12 +12,10 @@ from torch import Tensor
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.grpo_loss.config import REDUCTIONS
-from grpo_kernels.grpo_loss.metrics import NAMES
-from grpo_kernels.testing import assert_as_accurate
 from python_tests.emulator import emulated
 from python_tests.emulator.checks import assert_same_in_every_order
 from python_tests.samples.grpo_loss import LENGTHS, VARIANTS, batch, call, config_of, pack
-from python_tests.test_grpo_loss import Inputs, assert_equal, cast, run
+from python_tests.test_grpo_loss import Inputs, assert_equal, assert_results_as_accurate, cast, run
 
 SEGMENT = 1024  # tokens that a block takes
 GROUP = 64  # records that one block merges
@@ -46,13 +44,7 @@ def check(variant: str, reduction: str, lengths: tuple[tuple[int, ...], ...], fi
         with grpo_kernels.backend("reference"):
             results["expected"].append(run(inputs, config, **options))
             results["eager"].append(run(cast(inputs, torch.float32), config, **options))
-    for part, name in enumerate(("loss", "grad_log_probs", "grad_entropy")):
-        actual, expected, eager = (torch.cat([r[part].flatten() for r in results[key]]) for key in results)
-        assert actual.dtype == torch.float32
-        assert_as_accurate(actual, expected, eager, name=name)
-    actual, expected, eager = (torch.stack([r[3] for r in results[key]]) for key in results)
-    for column, name in enumerate(NAMES):
-        assert_as_accurate(actual[:, column], expected[:, column].double(), eager[:, column], name=name)
+    assert_results_as_accurate(**results)
 
 
 # Every variant with two reductions in turn; with all five where there is time.
