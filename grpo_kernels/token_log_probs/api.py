@@ -11,10 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels.token_log_probs import ops, reference
-from grpo_kernels.token_log_probs.layout import overwritable, raise_outside
+from grpo_kernels.token_log_probs.arguments import (
+    check_outputs,
+    check_rows,
+    check_transform,
+    raise_if_outside,
+    split_temperature,
+)
+from grpo_kernels.token_log_probs.layout import overwritable
 
 _OP = "token_log_probs"
-_OUTPUTS = ("entropy", "sum_squared_probs", "top1_ids")
 
 
 class TokenLogProbsOutput(NamedTuple):
@@ -91,11 +97,7 @@ def token_log_probs(
         mask = mask != 0
     cap = 0.0 if softcap is None else float(softcap)
     dtype = ops.result_dtype(logits)
-    temperatures: Tensor | None
-    if isinstance(temperature, Tensor):
-        temperatures, number = temperature.detach().to(dtype), 0.0
-    else:
-        temperatures, number = _checks.scalar_argument(_OP, "temperature", temperature, logits.device, dtype)
+    temperatures, number = split_temperature(_OP, temperature, logits.device, dtype)
     backend = _dispatch.resolve(_OP, logits)
     if backend == "reference":
         divisor = number if temperatures is None else temperatures
@@ -128,36 +130,9 @@ def _check(
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{_OP}: logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
     leading = logits.shape[:-1]
-
-    def check(name: str, value: Tensor) -> None:
-        _checks.check_tensor(_OP, name, value)
-        _checks.check_shape(_OP, name, value, ("[...]", leading))
-        _checks.check_same_device(_OP, name, value, "logits", logits)
-
-    check("token_ids", token_ids)
-    _checks.check_dtype(_OP, "token_ids", token_ids, _checks.INTEGER)
-    if mask is not None:
-        check("mask", mask)
-    if not isinstance(temperature, Tensor):
-        if not torch.compiler.is_compiling():
-            _checks.check_number(_OP, "temperature", temperature, above=0.0)
-    else:
-        if temperature.ndim > 0:
-            check("temperature", temperature)
-        _checks.check_same_device(_OP, "temperature", temperature, "logits", logits)
-        _checks.check_dtype(_OP, "temperature", temperature)
-        if temperature.requires_grad:
-            raise ValueError(f"{_OP}: temperature is not differentiated; pass temperature.detach()")
-    _checks.check_number(_OP, "logit_scale", logit_scale)
-    if logit_scale == 0:
-        raise ValueError(f"{_OP}: logit_scale must not be 0")
-    if softcap is not None:
-        _checks.check_number(_OP, "softcap", softcap, above=0.0)
-    if isinstance(outputs, str):
-        raise TypeError(f"{_OP}: outputs must be a collection of names, such as ({outputs!r},), got a str")
-    names = tuple(outputs)
-    for name in names:
-        _checks.check_choice(_OP, "outputs", name, _OUTPUTS)
+    check_rows(_OP, logits, "logits", leading, "token_ids", token_ids, mask)
+    check_transform(_OP, logits, "logits", leading, temperature, logit_scale, softcap)
+    wanted = check_outputs(_OP, outputs)
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"{_OP}: inplace_backward must be a bool, got {type(inplace_backward).__name__}")
     if inplace_backward and not overwritable(logits):
@@ -165,7 +140,7 @@ def _check(
             f"{_OP}: inplace_backward needs logits with a dense last axis, at most two other strides and no overlap, "
             f"got shape {list(logits.shape)} with strides {list(logits.stride())}"
         )
-    return "entropy" in names, "sum_squared_probs" in names, "top1_ids" in names
+    return wanted
 
 
 def _reference(
@@ -177,11 +152,7 @@ def _reference(
     softcap: float,
     wanted: tuple[bool, bool, bool],
 ) -> TokenLogProbsOutput:
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        live = token_ids >= 0 if mask is None else (token_ids >= 0) & mask
-        outside = (live & (token_ids >= logits.shape[-1])).reshape(-1)
-        if outside.any():
-            raise_outside(_OP, token_ids, int(outside.to(torch.uint8).argmax()), logits.shape[-1])
+    raise_if_outside(_OP, token_ids, mask, logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
         return TokenLogProbsOutput(
             *reference.token_log_probs(logits, token_ids, mask, temperature, logit_scale, softcap, wanted)
