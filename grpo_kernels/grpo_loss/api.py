@@ -10,13 +10,12 @@ from torch import Tensor
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels.grpo_loss import ops, reference
 from grpo_kernels.grpo_loss.config import GRPOLossConfig
+from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs, with_entropy_threshold
 from grpo_kernels.grpo_loss.metrics import GRPOMetrics
 from grpo_kernels.grpo_loss.reference import LossInputs
 
 _OP = "grpo_loss"
 _DEFAULT_CONFIG = GRPOLossConfig()
-_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 
 
 class GRPOLossOutput(NamedTuple):
@@ -107,37 +106,24 @@ def grpo_loss(
     if not isinstance(config, GRPOLossConfig):
         raise TypeError(f"{_OP}: config must be a GRPOLossConfig, got {type(config).__name__}")
     batch = _check_log_probs(log_probs, cu_seqlens)
-    per_row: _Shapes = (("[B]", (batch,)),)
-    sampler = _per_token("sampler_log_probs", sampler_log_probs, log_probs)
-    ref = _per_token("ref_log_probs", ref_log_probs, log_probs)
-    entropy = _per_token("entropy", entropy, log_probs)
-    mask = _check_mask(mask, log_probs)
-    kl, bonus = _coefficients(config, kl_coef, entropy_coef, ref, entropy, sampler, log_probs)
-    inputs = LossInputs(
-        log_probs=_computed(log_probs, log_probs),
-        old_log_probs=_per_token("old_log_probs", old_log_probs, log_probs),
-        advantages=_per_sequence("advantages", advantages, log_probs, batch, per_row),
-        mask=mask,
-        ref_log_probs=ref,
-        sampler_log_probs=sampler,
-        token_weights=None
-        if token_weights is None
-        else _per_sequence("token_weights", token_weights, log_probs, batch, (*per_row, ("[B, 1]", (batch, 1)))),
+    inputs = loss_inputs(
+        Subject(_OP, log_probs),
+        config,
+        batch,
+        old_log_probs,
+        advantages,
+        mask,
+        ref_log_probs=ref_log_probs,
+        sampler_log_probs=sampler_log_probs,
+        token_weights=token_weights,
         entropy=entropy,
-        entropy_threshold=None
-        if entropy is None or config.top_entropy_quantile >= 1.0
-        else reference.entropy_threshold(entropy, mask, cu_seqlens, config.top_entropy_quantile),
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
         cu_seqlens=cu_seqlens,
-        kl_coef=kl,
-        entropy_coef=bonus,
-        num_items=_check_num_items(num_items, config, log_probs),
-        max_length=_check_max_length(max_length, config, cu_seqlens),
+        num_items=num_items,
+        max_length=max_length,
     )
-    backend = _dispatch.resolve(_OP, log_probs)
-    if backend == "reference":
-        loss, values = reference.grpo_loss(inputs, config)
-    else:
-        loss, values = _kernel(inputs, config, backend)
+    loss, values = evaluate(with_entropy_threshold(inputs, config), config, _dispatch.resolve(_OP, log_probs))
     return GRPOLossOutput(loss, GRPOMetrics(values))
 
 
@@ -149,108 +135,13 @@ def _check_log_probs(log_probs: Tensor, cu_seqlens: Tensor | None) -> int:
         _checks.check_ndim(_OP, "log_probs", log_probs, "[B, T]")
         return log_probs.shape[0]
     _checks.check_ndim(_OP, "log_probs", log_probs, "[N]")
-    _checks.check_tensor(_OP, "cu_seqlens", cu_seqlens)
-    _checks.check_dtype(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER)
-    _checks.check_same_device(_OP, "cu_seqlens", cu_seqlens, "log_probs", log_probs)
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{_OP}: cu_seqlens must have shape [B + 1], got {list(cu_seqlens.shape)}")
-    return cu_seqlens.shape[0] - 1
+    return check_cu_seqlens(_OP, cu_seqlens, "log_probs", log_probs)
 
 
-def _computed(value: Tensor, log_probs: Tensor) -> Tensor:
-    """The value in the dtype that the loss is computed in."""
-    dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
-    return value if value.dtype == dtype else value.to(dtype)
-
-
-def _check(name: str, value: Any, log_probs: Tensor, shapes: _Shapes = ()) -> None:
-    """`value` is a floating tensor (a mask may have any type) like log_probs, or of another of `shapes`."""
-    if not (isinstance(value, Tensor) and value.shape == log_probs.shape and value.device == log_probs.device):
-        _checks.check_tensor(_OP, name, value)
-        symbol = "[B, T]" if log_probs.ndim == 2 else "[N]"
-        _checks.check_shape(_OP, name, value, *shapes, (symbol, tuple(log_probs.shape)))
-        _checks.check_same_device(_OP, name, value, "log_probs", log_probs)
-    if value.dtype != log_probs.dtype and name != "mask":
-        _checks.check_dtype(_OP, name, value)
-
-
-def _per_token(name: str, value: Tensor | None, log_probs: Tensor) -> Tensor | None:
-    if value is None:
-        return None
-    _check(name, value, log_probs)
-    return _computed(value.detach() if value.requires_grad and name != "entropy" else value, log_probs)
-
-
-def _per_sequence(name: str, value: Tensor, log_probs: Tensor, batch: int, shapes: _Shapes) -> Tensor:
-    """[B, 1], or the shape of log_probs."""
-    _check(name, value, log_probs, shapes)
-    value = _computed(value.detach() if value.requires_grad else value, log_probs)
-    return value[:, None] if value.ndim == 1 and value.shape[0] == batch else value
-
-
-def _check_mask(mask: Tensor | None, log_probs: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    _check("mask", mask, log_probs)
-    return mask if mask.dtype in _MASK_DTYPES else mask != 0
-
-
-def _coefficients(
-    config: GRPOLossConfig,
-    kl_coef: Tensor | float | None,
-    entropy_coef: Tensor | float | None,
-    ref: Tensor | None,
-    entropy: Tensor | None,
-    sampler: Tensor | None,
-    log_probs: Tensor,
-) -> tuple[Tensor | float, Tensor | float]:
-    """The two coefficients, after checking that what they and the config need is there."""
-    kl_coef = config.kl_coef if kl_coef is None else kl_coef
-    entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
-    if ref is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
-        raise ValueError(f"{_OP}: ref_log_probs must be given when kl_coef is set, got None")
-    if entropy is None and (isinstance(entropy_coef, Tensor) or entropy_coef != 0):
-        raise ValueError(f"{_OP}: entropy must be given when entropy_coef is set, got None")
-    if entropy is None and config.top_entropy_quantile < 1.0:
-        raise ValueError(f"{_OP}: entropy must be given when top_entropy_quantile is set, got None")
-    if sampler is None and config.sampler_correction != "none":
-        raise ValueError(f"{_OP}: sampler_log_probs must be given when sampler_correction is set, got None")
-    return _scalar("kl_coef", kl_coef, log_probs), _scalar("entropy_coef", entropy_coef, log_probs)
-
-
-def _scalar(name: str, value: Tensor | float, log_probs: Tensor) -> Tensor | float:
-    dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
-    tensor, number = _checks.scalar_argument(_OP, name, value, log_probs.device, dtype)
-    return number if tensor is None else tensor
-
-
-def _check_num_items(num_items: Tensor | float | None, config: GRPOLossConfig, log_probs: Tensor) -> Tensor | float:
-    """0.0 stands for None."""
-    if num_items is None:
-        return 0.0
-    if config.reduction == "none":
-        raise ValueError(f"{_OP}: num_items must be None with reduction='none', which divides by nothing")
-    if isinstance(num_items, (int, float)) and not torch.compiler.is_compiling():
-        _checks.check_number(_OP, "num_items", num_items, minimum=0.0)
-    return _scalar("num_items", num_items, log_probs)
-
-
-def _check_max_length(max_length: int | None, config: GRPOLossConfig, cu_seqlens: Tensor | None) -> int:
-    """0 stands for T."""
-    if config.reduction != "sequence_mean_token_sum_norm":
-        if max_length is not None:
-            raise ValueError(f"{_OP}: max_length must be None with reduction={config.reduction!r}")
-        return 0
-    length = config.max_length if max_length is None else max_length
-    if length is None:
-        if cu_seqlens is not None:
-            raise ValueError(f"{_OP}: max_length must be given with cu_seqlens and reduction={config.reduction!r}")
-        return 0
-    _checks.check_integer(_OP, "max_length", length, minimum=1)
-    return length
-
-
-def _kernel(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[Tensor, Tensor]:
+def evaluate(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[Tensor, Tensor]:
+    """The loss, differentiable in log_probs and entropy, and the values of its metrics."""
+    if backend == "reference":
+        return reference.grpo_loss(inputs, config)
     tensors: list[Tensor | None] = list(inputs[:10])
     numbers: list[Any] = []
     for value in inputs[10:13]:
