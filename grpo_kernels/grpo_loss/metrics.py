@@ -48,9 +48,12 @@ class GRPOMetrics(NamedTuple):
     Args:
         values: ``[30] float32``. Sums, counts, minima and maxima in the order of ``metrics.NAMES``, on the device of
             the loss. It can be merged and reduced over ranks before any of it is read.
+        passes: How often `linear_grpo_loss` formed the logits for a training step: 1 (gradients in the forward) or 2.
+            0: the loss was computed from log-probs.
     """
 
     values: Tensor
+    passes: int = 0
 
     def merge(self, other: GRPOMetrics) -> GRPOMetrics:
         """The statistics of both calls together, as for micro-batches of one step."""
@@ -62,7 +65,8 @@ class GRPOMetrics(NamedTuple):
                     torch.minimum(mine[_FIRST_MINIMUM:_FIRST_MAXIMUM], theirs[_FIRST_MINIMUM:_FIRST_MAXIMUM]),
                     torch.maximum(mine[_FIRST_MAXIMUM:], theirs[_FIRST_MAXIMUM:]),
                 ]
-            )
+            ),
+            max(self.passes, other.passes),
         )
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> GRPOMetrics:
@@ -72,7 +76,7 @@ class GRPOMetrics(NamedTuple):
         extremes = torch.cat([self.values[_FIRST_MINIMUM:_FIRST_MAXIMUM], -self.values[_FIRST_MAXIMUM:]])
         torch.distributed.all_reduce(sums, torch.distributed.ReduceOp.SUM, group=group)
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MIN, group=group)
-        return GRPOMetrics(torch.cat([sums, extremes[: len(MINIMA)], -extremes[len(MINIMA) :]]))
+        return GRPOMetrics(torch.cat([sums, extremes[: len(MINIMA)], -extremes[len(MINIMA) :]]), self.passes)
 
     def to_dict(self) -> dict[str, float]:
         """Means, shares and extremes by name. This reads the device: call it when you log, not in every micro-batch.
@@ -94,13 +98,16 @@ class GRPOMetrics(NamedTuple):
           that have both.
         - ``zero_advantage_fraction``, ``off_policy_dropped_fraction``, ``high_entropy_fraction``: shares of live
           tokens. ``vespo_weight_mean``: mean phi.
+        - ``head_passes``: ``passes``, where it is not 0.
         """
         v = dict(zip(NAMES, self.values.tolist(), strict=True))
         tokens, sequences, scored = v["tokens"], v["sequences"], v["sampler_scored"]
         clip_low, clip_high = _quotient(v["clip_low"], tokens), _quotient(v["clip_high"], tokens)
         extremes = {name: 0.0 if v[name] == math.inf else v[name] for name in MINIMA}  # infinite: no sample
         extremes |= {name: 0.0 if v[name] == -math.inf else v[name] for name in MAXIMA}
+        head = {"head_passes": float(self.passes)} if self.passes else {}
         return {
+            **head,
             "tokens": tokens,
             "sequences": sequences,
             "masked_fraction": _quotient(v["total_tokens"] - tokens, v["total_tokens"]),

@@ -25,7 +25,7 @@ def merge(
         top1_ids: [P, N] int64. The likeliest token of each part, or None.
 
     Returns:
-        ([4, N], [N] or None, [N] or None). A target that no part holds is NaN.
+        ([4, N], [N] or None, [N] or None). A target that no part holds stays +inf: merged, the parts are a part.
     """
     maxima, totals, targets, weighted = values.unbind(1)
     top = maxima.amax(0)
@@ -33,8 +33,7 @@ def merge(
     factor = shift.exp()
     bounded = torch.where(shift == -math.inf, 0.0, shift)
     absent = targets == ABSENT
-    target = torch.where(absent, -math.inf, targets).amax(0)
-    target = torch.where(absent.all(0), math.nan, target)
+    target = torch.where(absent.all(0), ABSENT, torch.where(absent, -math.inf, targets).amax(0))
     merged = torch.stack([top, (totals * factor).sum(0), target, ((weighted + bounded * totals) * factor).sum(0)])
     if squared is not None:
         squared = (squared * factor * factor).sum(0)
@@ -48,9 +47,12 @@ def merge(
 def finish(
     values: Tensor, squared: Tensor | None, top1_ids: Tensor | None, live: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """log_probs, entropy, sum of squared probabilities and top-1 id from the statistics [4, ...] of whole rows."""
+    """log_probs, entropy, sum of squared probabilities and top-1 id from the statistics [4, ...] of whole rows.
+
+    NaN where a row has no or an infinite sum, or a target that no part holds.
+    """
     top, total, target, weighted = values.unbind(0)
-    sound = (total > 0) & (total < math.inf) & ~target.isnan()
+    sound = (total > 0) & (total < math.inf) & (target != ABSENT)
     log_total = total.log()
 
     def per_row(value: Tensor) -> Tensor:

@@ -1,0 +1,226 @@
+"""The linear log-probs on the CPU: slices of logits through the BLAS, each reduced by the C++ row kernels.
+
+Rows that do not count, and in the backward those without an upstream gradient, are left out: every tensor here holds
+the others alone, whatever the caller's hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, wide, without_autocast
+from grpo_kernels.linear_log_probs.head import Head, live_rows, part_ids, slices
+from grpo_kernels.linear_log_probs.ops import empty_gradients, empty_outputs
+from grpo_kernels.token_log_probs import ops as rows
+from grpo_kernels.token_log_probs.arguments import raise_if_outside
+from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, finish, merge
+
+_BACKEND = "native"
+
+
+class _Slice(NamedTuple):
+    """Logits of all rows for a part of the vocabulary."""
+
+    start: int
+    end: int
+    head: Head  # of this part
+    logits: Tensor  # [n, end - start]
+
+
+class _Rows(NamedTuple):
+    """The rows that count, in the form of the row kernels."""
+
+    places: Tensor | None  # None: all rows
+    hidden: Tensor  # [n, H], widened
+    token_ids: Tensor
+    temperatures: Tensor | None
+
+    @classmethod
+    def select(cls, keep: Tensor, hidden: Tensor, token_ids: Tensor, temperatures: Tensor | None) -> _Rows:
+        index = None if bool(keep.all()) else keep.nonzero()[:, 0]
+        per_row = temperatures is not None and temperatures.ndim > 0
+        if index is not None:
+            hidden, token_ids = hidden[index], token_ids[index]
+            temperatures = temperatures[index] if temperatures is not None and per_row else temperatures
+        return cls(index, wide(hidden), token_ids, temperatures)
+
+    def of(self, values: Tensor | None) -> Tensor | None:
+        """These rows of [..., N] values."""
+        return values if values is None or self.places is None else values[..., self.places]
+
+    def slices(self, head: Head, projected: Tensor | None) -> Iterator[_Slice]:
+        """One after another, in one buffer."""
+        count, dtype = len(self.hidden), accumulation_dtype(head.weight.dtype)
+        parts = list(slices(count, len(head.weight), dtype.itemsize))
+        buffer = self.hidden.new_empty(count * (parts[0][1] - parts[0][0]), dtype=dtype)
+        for start, end in parts:
+            part = head.part(start, end)
+            logits = buffer[: count * (end - start)].view(count, end - start)
+            part.logits(logits, self.hidden, projected)
+            yield _Slice(start, end, part, logits)
+
+
+@without_autocast
+def linear_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    entropy: bool,
+    sum_squared_probs: bool,
+    top1_ids: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    raise_if_outside("linear_token_log_probs", token_ids, mask, len(weight))
+    outputs = empty_outputs(hidden, entropy, sum_squared_probs, top1_ids, statistics)
+    head = Head(weight, bias, lora_a, lora_b, lora_scale)
+    live = _Rows.select(live_rows(token_ids, mask), hidden, token_ids, temperature_tensor)
+    if live.places is not None:
+        for output, masked in zip(outputs, (0, 0, 0, -1, 0), strict=True):
+            output.fill_(masked)
+        if statistics:
+            outputs[4][1] = 1.0
+    merged: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+    for part in live.slices(head, head.project(live.hidden)):
+        *results, values = rows.token_log_probs(
+            part.logits, part_ids(live.token_ids, part.start, part.end, 0), None, live.temperatures, temperature,
+            logit_scale, softcap, entropy, sum_squared_probs, top1_ids, True, _BACKEND,
+        )  # fmt: skip
+        if part.end - part.start == len(weight):  # the whole vocabulary in one slice
+            _place(outputs, (*results, values), live.places)
+            return outputs
+        found = _part_statistics(part, live.token_ids, values, results[1:], (sum_squared_probs, top1_ids))
+        merged = found if merged is None else _merge_two(merged, found)
+    if merged is not None:
+        values, squared, top1 = merged
+        everywhere = torch.ones(values.shape[1], dtype=torch.bool)
+        finished = finish(values, squared, top1, everywhere, entropy)
+        _place(outputs, (*finished, values), live.places)
+    return outputs
+
+
+def _part_statistics(
+    part: _Slice, token_ids: Tensor, values: Tensor, results: list[Tensor], wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `merge` takes of a slice; in float64, so that hundreds of slices add nothing to the rounding of one."""
+    values = values.double()
+    outside = (token_ids < part.start) | (token_ids >= part.end)
+    values[TARGET].masked_fill_(outside, ABSENT)
+    squared = top1 = None
+    if wanted[0]:
+        total = values[1]
+        squared = torch.where(total == 0, 0.0, results[1].double() * total * total)
+    if wanted[1]:
+        top1 = torch.where(results[2] < 0, results[2], results[2] + part.start)
+    return values, squared, top1
+
+
+def _merge_two(
+    a: tuple[Tensor, Tensor | None, Tensor | None], b: tuple[Tensor, Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    pairs = [None if x is None or y is None else torch.stack([x, y]) for x, y in zip(a, b, strict=True)]
+    values, squared, top1 = pairs
+    if values is None:
+        raise RuntimeError("a slice without statistics")
+    return merge(values, squared, top1)
+
+
+def _place(outputs: tuple[Tensor, ...], results: tuple[Tensor | None, ...], index: Tensor | None) -> None:
+    """Writes the results of the rows that count into the outputs that are wanted."""
+    for output, result in zip(outputs, results, strict=True):
+        if output.numel() == 0 or result is None:
+            continue
+        if index is None:
+            output.copy_(result)
+        else:
+            output[..., index] = result.to(output.dtype)
+
+
+@without_autocast
+def linear_token_log_probs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    statistics: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
+    weight_grad_accumulator: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_lora: bool,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = empty_gradients(
+        hidden, weight, lora_a, need_hidden, need_weight and weight_grad_accumulator is None, need_bias, need_lora,
+        hidden_dtype, weight_dtype,
+    )  # fmt: skip
+    grad_hidden, grad_weight, grad_bias, grad_a, grad_b = outputs
+    head = Head(weight, bias, lora_a, lora_b, lora_scale)
+    upstream = [grad for grad in (grad_log_probs, grad_entropy, grad_log_sum_exp) if grad is not None]
+    keep = live_rows(token_ids, mask)
+    keep = keep & (torch.stack(upstream) != 0).any(0) if upstream else torch.zeros_like(keep)
+    live = _Rows.select(keep, hidden, token_ids, temperature_tensor)
+    projected = head.project(live.hidden)
+    sums = live.hidden.new_zeros(live.hidden.shape) if need_hidden else None
+    through = None if lora_a is None or projected is None else torch.zeros_like(projected)
+    first = live.of(grad_log_probs)
+    first = statistics.new_zeros(len(live.hidden)) if first is None else first
+    for part in live.slices(head, projected):
+        rows.token_log_probs_backward_(
+            part.logits, part_ids(live.token_ids, part.start, part.end, part.end - part.start), None,
+            live.temperatures, temperature, logit_scale, softcap, live.of(statistics), first,
+            live.of(grad_entropy), live.of(grad_log_sum_exp), _BACKEND,
+        )  # fmt: skip
+        grad = part.logits
+        if sums is not None:
+            multiply(sums, grad, part.head.weight, add=True)
+        if need_weight:
+            accumulate = weight_grad_accumulator is not None
+            target = grad_weight if weight_grad_accumulator is None else weight_grad_accumulator
+            multiply(target[part.start : part.end], grad.t(), live.hidden, add=accumulate)
+        if need_bias:
+            torch.sum(grad, 0, out=grad_bias[part.start : part.end])
+        if through is not None and part.head.lora_b is not None:
+            multiply(through, grad, part.head.lora_b, add=True, alpha=lora_scale)
+        if need_lora and projected is not None:
+            multiply(grad_b[part.start : part.end], grad.t(), projected, alpha=lora_scale)
+    if through is not None and lora_a is not None:
+        if need_lora:
+            multiply(grad_a, through.t(), live.hidden)
+        if sums is not None:
+            multiply(sums, through, wide(lora_a), add=True)
+    if sums is not None:
+        _scatter(grad_hidden, sums, live.places)
+    return outputs
+
+
+def _scatter(out: Tensor, values: Tensor, index: Tensor | None) -> None:
+    """Rows of `out`, zero but for those at `index`."""
+    if index is None:
+        out.copy_(values)
+    else:
+        out.zero_()[index] = values.to(out.dtype)

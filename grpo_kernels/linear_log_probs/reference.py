@@ -1,0 +1,57 @@
+"""The linear log-probs in plain PyTorch: the definition, the oracle in float64, and the fallback on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels.token_log_probs import reference as rows
+
+
+def linear_logits(hidden: Tensor, head: Head, live: Tensor) -> Tensor:
+    """[N, V] logits in float32 (float64 for float64), of the rows that count; the others are 0, whatever they hold."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    x = torch.where(live[:, None], hidden, 0).to(dtype)
+    logits = x @ head.weight.to(dtype).t()
+    if head.bias is not None:
+        logits = logits + head.bias.to(dtype)
+    if head.lora_a is not None and head.lora_b is not None:
+        logits = logits + head.lora_scale * (x @ head.lora_a.to(dtype).t()) @ head.lora_b.to(dtype).t()
+    return logits
+
+
+def linear_token_log_probs(
+    hidden: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | float,
+    logit_scale: float,
+    softcap: float,
+    outputs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Log-prob, entropy, sum of squared probabilities and top-1 id of every row.
+
+    Args:
+        hidden: [N, H], of one dtype with the head.
+        outputs: whether entropy, sum_squared_probs and top1_ids are wanted.
+    """
+    logits = linear_logits(hidden, head, live_rows(token_ids, mask))
+    return rows.token_log_probs(logits, token_ids, mask, temperature, logit_scale, softcap, outputs)
+
+
+def log_sum_exp(
+    hidden: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | float,
+    logit_scale: float,
+    softcap: float,
+) -> Tensor:
+    """[N] log of the sum of e^z over the vocabulary, differentiable; 0 for masked rows."""
+    live = live_rows(token_ids, mask)
+    z = rows.transformed(linear_logits(hidden, head, live), temperature, logit_scale, softcap)
+    top = z.detach().amax(dim=-1, keepdim=True)
+    return torch.where(live, top.squeeze(-1) + (z - top).exp().sum(-1).log(), 0.0)
