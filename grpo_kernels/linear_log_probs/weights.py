@@ -22,7 +22,7 @@ def check_weight(op: str, weight: Any, remedy: str = REMEDY) -> None:
     """
     if type(weight) is not Tensor and type(weight) is not nn.Parameter:
         _check_class(op, weight, remedy)
-    if weight.ndim != 2 or weight.shape[0] == 0:
+    if weight.ndim != 2:
         found = f"{op}: weight must have shape [V, H], got {list(weight.shape)}"
         if weight.ndim == 1:
             found += f", which is what ZeRO-3 and FSDP1 leave of a parameter that is not gathered: {remedy}"
