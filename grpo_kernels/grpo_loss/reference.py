@@ -42,7 +42,7 @@ class LossInputs(NamedTuple):
     max_length: int  # 0: T
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Which tokens count, and which sequence each belongs to."""
 
     live: Tensor
@@ -67,15 +67,15 @@ class _Rows(NamedTuple):
         return torch.where(self.live, value, 0)
 
 
-def _rows(log_probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Rows:
+def rows_of(log_probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Rows:
     live = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask != 0
     if cu_seqlens is None:
-        return _Rows(live, None, log_probs.shape[0])
+        return Rows(live, None, log_probs.shape[0])
     batch = cu_seqlens.shape[0] - 1
     positions = torch.arange(log_probs.shape[0], device=log_probs.device)
     index = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
     inside = (index >= 0) & (index < batch)
-    return _Rows(live & inside, torch.where(inside, index, batch), batch)
+    return Rows(live & inside, torch.where(inside, index, batch), batch)
 
 
 def entropy_threshold(entropy: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, keep: float) -> Tensor:
@@ -86,7 +86,7 @@ def entropy_threshold(entropy: Tensor, mask: Tensor | None, cu_seqlens: Tensor |
     not apply here.
     """
     entropy = entropy.detach()
-    valid = _rows(entropy, mask, cu_seqlens).live & ~entropy.isnan()
+    valid = rows_of(entropy, mask, cu_seqlens).live & ~entropy.isnan()
     ordered = torch.where(valid, entropy, math.inf).flatten()
     ordered = torch.cat([ordered, ordered.new_full((1,), math.inf)]).sort().values
     count = valid.sum()
@@ -182,7 +182,7 @@ def _kl_term(config: GRPOLossConfig, log_prob: Tensor, ref: Tensor, ratio: Tenso
 
 
 def _vespo_weight(
-    config: GRPOLossConfig, rows: _Rows, log_ratio: Tensor, log_sampler_weight: Tensor | None, advantage: Tensor
+    config: GRPOLossConfig, rows: Rows, log_ratio: Tensor, log_sampler_weight: Tensor | None, advantage: Tensor
 ) -> Tensor:
     """phi(w) = exp(lambda + k log w - lambda w) of the sequence's ratio w, one at w = 1."""
     log_w = rows.sum(log_ratio.clamp(-_LOG_WEIGHT_MAX, _LOG_WEIGHT_MAX))
@@ -195,7 +195,7 @@ def _vespo_weight(
     return (decay + k * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _sampler_weight(config: GRPOLossConfig, rows: _Rows, old: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor]:
+def _sampler_weight(config: GRPOLossConfig, rows: Rows, old: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor]:
     """The importance weight of the sampler's mismatch for every token, and its logarithm."""
     gap = _evidence(old, sampler)
     if config.sampler_correction.startswith("sequence"):
@@ -215,7 +215,7 @@ def _sampler_weight(config: GRPOLossConfig, rows: _Rows, old: Tensor, sampler: T
 class _Terms(NamedTuple):
     """Per-token quantities, all [B, T] or [N]."""
 
-    rows: _Rows
+    rows: Rows
     policy: Tensor  # differentiable
     kl: Tensor | None  # differentiable
     entropy_live: Tensor  # the tokens that the entropy mask keeps
@@ -229,7 +229,7 @@ class _Terms(NamedTuple):
 
 
 def _terms(inputs: LossInputs, config: GRPOLossConfig, kl_coef: Tensor) -> _Terms:
-    rows = _rows(inputs.log_probs, inputs.mask, inputs.cu_seqlens)
+    rows = rows_of(inputs.log_probs, inputs.mask, inputs.cu_seqlens)
     live = rows.live
     lp = torch.where(live, inputs.log_probs, 0)
     old = lp.detach() if inputs.old_log_probs is None else torch.where(live, inputs.old_log_probs, 0)
@@ -315,7 +315,7 @@ def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)
 
 
-def _reduce(config: GRPOLossConfig, rows: _Rows, token_loss: Tensor, num_items: Tensor, max_length: int) -> Tensor:
+def _reduce(config: GRPOLossConfig, rows: Rows, token_loss: Tensor, num_items: Tensor, max_length: int) -> Tensor:
     tokens = rows.live.sum().clamp(min=1).to(token_loss.dtype)
     if config.reduction == "token_mean":
         return token_loss.sum() / torch.where(num_items > 0, num_items, tokens)
