@@ -73,9 +73,9 @@ class Head(NamedTuple):
             multiply(out, projected, self.lora_b.t().to(projected.dtype), add=True, alpha=self.lora_scale)
 
 
-def slices(rows: int, vocab: int, element_size: int, workspace: int = WORKSPACE_BYTES) -> Iterator[tuple[int, int]]:
-    """(start, end) of slices of the vocabulary, of about equal width, whose logits fill at most `workspace` bytes."""
-    width = max(256, workspace // max(rows * element_size, 1))
+def slices(rows: int, vocab: int, element_size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of slices of the vocabulary, of about equal width, whose logits fill at most `WORKSPACE_BYTES`."""
+    width = max(256, WORKSPACE_BYTES // max(rows * element_size, 1))
     count = -(-vocab // width)
     width = -(-vocab // count)
     width = -(-width // 64) * 64
