@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import grpo_kernels
 from grpo_kernels import _dispatch, _extension
 from python_tests import samples
-from python_tests.samples import BadCall, Call, tensors
+from python_tests.samples import BadCall, Call, assert_gradients_agree, tensors
 
 CALLS = [
     pytest.param(call, id=f"{op}-{call.name}") for op, module in samples.modules().items() for call in module.CALLS
@@ -74,7 +75,8 @@ def test_backends_agree(call: Call) -> None:
         reference = _run(call, call.function)
     for a_list, b_list in zip(native, reference, strict=True):
         assert [(a.shape, a.dtype) for a in a_list] == [(b.shape, b.dtype) for b in b_list]
-    _assert_same(native, reference)
+    _assert_same(native[:1], reference[:1])
+    assert_gradients_agree(call, native[1], reference[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,13 +91,22 @@ def test_compiles_without_a_graph_break(call: Call, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
-def test_autocast_changes_nothing(call: Call, backend: str) -> None:
+def test_autocast_casts_the_operands_of_products_and_nothing_else(call: Call, backend: str) -> None:
+    """Of an op without products it changes nothing. Its gradients are those of the casts, each rounded in its way."""
     _need(backend)
+
+    def cast(*inputs: Any) -> Any:
+        return call.function(*(v.bfloat16() if i in call.autocast else v for i, v in enumerate(inputs)))
+
     with grpo_kernels.backend(backend):
-        plain = _run(call, call.function)
+        plain = _run(call, cast)
         with torch.autocast("cpu", torch.bfloat16):
             autocast = _run(call, call.function)
-    _assert_same(autocast, plain, rtol=0, atol=0)
+    _assert_same(autocast[:1], plain[:1], rtol=0, atol=0)
+    if call.autocast:
+        assert_gradients_agree(dataclasses.replace(call, rounds=torch.bfloat16), autocast[1], plain[1])
+    else:
+        _assert_same(autocast[1:], plain[1:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

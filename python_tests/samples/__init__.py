@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Call:
-    """A public call, `function(*make(device))`; `differentiable` lists the inputs that get gradients."""
+    """A public call, `function(*make(device))`.
+
+    Attributes:
+        differentiable: the inputs that get gradients.
+        autocast: the inputs that autocast casts, as for `F.linear`. () = autocast changes nothing.
+        rounds: a narrow dtype through which gradients may pass inside a kernel: on two devices they agree to two
+            roundings to it, relative to the largest element, since sums of rounded terms cancel.
+    """
 
     name: str
     function: Callable[..., Any]
     make: Callable[[str], tuple[Any, ...]]
     differentiable: tuple[int, ...] = field(default=())
+    autocast: tuple[int, ...] = ()
+    rounds: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -50,3 +60,13 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         return [tensor for item in value for tensor in tensors(item)]
     return []
+
+
+def assert_gradients_agree(call: Call, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Gradients of two backends: equal to rounding, each element, or to two roundings of the largest (`rounds`)."""
+    for a, b in zip(actual, expected, strict=True):
+        tolerance = {}
+        if call.rounds is not None:
+            size = b.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if b.numel() else 0.0
+            tolerance = {"rtol": 0.0, "atol": 2 * torch.finfo(call.rounds).eps * size}
+        torch.testing.assert_close(a.cpu(), b.cpu(), equal_nan=True, **tolerance)
