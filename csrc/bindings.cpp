@@ -169,8 +169,8 @@ int64_t token_log_probs_backward(int64_t rows, int64_t inner, int64_t outer_stri
                                  int dtype, Address token_ids, bool wide_ids, Address mask, Address temperatures,
                                  bool temperature_per_row, double temperature, double logit_scale, double softcap,
                                  Address logits, Address statistics, Address grad_log_probs, Address grad_entropy,
-                                 Address grad_logits, int64_t grad_outer_stride, int64_t grad_inner_stride, int device,
-                                 Address stream_or_threads) {
+                                 Address grad_log_sum_exp, Address grad_logits, int64_t grad_outer_stride,
+                                 int64_t grad_inner_stride, int device, Address stream_or_threads) {
   if (device >= 0) throw std::runtime_error("token_log_probs: on CUDA this op runs on Triton");
   TokenLogProbsBackwardArgs args{};
   args.layout = make_logit_rows(rows, inner, outer_stride, inner_stride, vocab, dtype);
@@ -180,6 +180,7 @@ int64_t token_log_probs_backward(int64_t rows, int64_t inner, int64_t outer_stri
   args.statistics = pointer<const void>(statistics);
   args.grad_log_probs = pointer<const void>(grad_log_probs);
   args.grad_entropy = pointer<const void>(grad_entropy);
+  args.grad_log_sum_exp = pointer<const void>(grad_log_sum_exp);
   args.grad_logits = pointer<void>(grad_logits);
   args.grad_outer_stride = grad_outer_stride;
   args.grad_inner_stride = grad_inner_stride;

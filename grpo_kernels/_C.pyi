@@ -106,6 +106,7 @@ def token_log_probs_backward(
     statistics: int,
     grad_log_probs: int,
     grad_entropy: int,
+    grad_log_sum_exp: int,
     grad_logits: int,
     grad_outer_stride: int,
     grad_inner_stride: int,

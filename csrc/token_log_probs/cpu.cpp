@@ -150,15 +150,23 @@ void store_row(const TokenLogProbsArgs& a, int64_t row, const RowResult<A>& resu
   store<A>(a.sum_squared_probs, row, sums.sum_squared_probs());
   if (a.top1_ids != nullptr) a.top1_ids[row] = result.finite() ? result.top1 : -1;
   if (a.statistics == nullptr) return;
+  A* statistics = static_cast<A*>(a.statistics) + row;
+  const auto write = [&](A max, A sum, A target, A weighted) {
+    statistics[kRowMax * a.layout.rows] = max;
+    statistics[kRowSum * a.layout.rows] = sum;
+    statistics[kRowTarget * a.layout.rows] = target;
+    statistics[kRowWeighted * a.layout.rows] = weighted;
+  };
+  if (!result.finite()) {
+    if (sums.sum == 0.0) return write(-infinity<A>(), A(0), -infinity<A>(), A(0));  // only -inf: may be part of a row
+    const A nan = nan_of(A());
+    return write(nan, nan, nan, nan);
+  }
   // The statistics hold max z rounded, and the sums relative to that.
   const double top = double(result.y_max) * double(out);
   RowSums rounded = sums;
   rounded.rebase(top - double(A(top)));
-  A* statistics = static_cast<A*>(a.statistics) + row;
-  statistics[kRowMax * a.layout.rows] = A(top);
-  statistics[kRowSum * a.layout.rows] = A(rounded.sum);
-  statistics[kRowTarget * a.layout.rows] = A(double(result.y_target) * double(out));
-  statistics[kRowWeighted * a.layout.rows] = A(rounded.weighted);
+  write(A(top), A(rounded.sum), A(double(result.y_target) * double(out)), A(rounded.weighted));
 }
 
 // Returns whether the row's token id lies inside the vocabulary; the row is NaN if it does not.
@@ -208,7 +216,8 @@ void backward_row(const TokenLogProbsBackwardArgs& a, int64_t row) {
   T* grad = static_cast<T*>(a.grad_logits) + row / l.inner * a.grad_outer_stride + row % l.inner * a.grad_inner_stride;
   const A grad_log_prob = a.grad_log_probs == nullptr ? A(0) : static_cast<const A*>(a.grad_log_probs)[row];
   const A grad_entropy = a.grad_entropy == nullptr ? A(0) : static_cast<const A*>(a.grad_entropy)[row];
-  if (!is_live(a.transform, row) || (grad_log_prob == A(0) && grad_entropy == A(0))) {
+  const A grad_log_sum_exp = a.grad_log_sum_exp == nullptr ? A(0) : static_cast<const A*>(a.grad_log_sum_exp)[row];
+  if (!is_live(a.transform, row) || (grad_log_prob == A(0) && grad_entropy == A(0) && grad_log_sum_exp == A(0))) {
     memset(static_cast<void*>(grad), 0, size_t(l.vocab) * sizeof(T));
     return;
   }
@@ -216,13 +225,14 @@ void backward_row(const TokenLogProbsBackwardArgs& a, int64_t row) {
   const Transform<A> transform = row_transform<A>(a.transform, row);
   const RowGradient<A> gradient =
       RowGradient<A>::make(statistics[kRowMax * l.rows], statistics[kRowSum * l.rows], statistics[kRowWeighted * l.rows],
-                           grad_log_prob, grad_entropy, transform.slope());
+                           grad_log_prob, grad_entropy, grad_log_sum_exp, transform.slope());
   const int64_t id = token_id(a.transform, row);
   T at_target{};
   if (id < l.vocab) {  // read before the gradient overwrites the logit
     const A y = transform.template apply<kCapped>(to_arithmetic(x[id]));
     const A u = exact_multiply_add(y, transform.out, -gradient.max);
-    from_arithmetic(gradient.at_target(u, grad_log_prob, grad_entropy) * transform.template bend<kCapped>(y), at_target);
+    const A value = gradient.at_target(u, grad_log_prob, grad_entropy, grad_log_sum_exp);
+    from_arithmetic(value * transform.template bend<kCapped>(y), at_target);
   }
   if (is_unit(transform)) {
     gradient_row<true, kCapped>(x, l.vocab, transform, gradient, grad);

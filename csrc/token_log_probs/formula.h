@@ -3,9 +3,13 @@
 //   z = logits * logit_scale;  z = softcap * tanh(z / softcap);  z = z / temperature
 //   u = z - max z;  s = sum e^u;  w = sum u e^u;  q = sum e^2u
 //   log_prob = u_target - log s;  entropy = log s - w / s;  sum of squared probabilities = q / s^2
-//   dz_j = g_log_prob (1[j = target] - p_j) + g_entropy p_j (w / s - u_j),  p = e^u / s
+//   log_sum_exp = max z + log s
+//   dz_j = g_log_prob 1[j = target] - (g_log_prob - g_log_sum_exp) p_j + g_entropy p_j (w / s - u_j),  p = e^u / s
 //
 // s, w and q are sums of terms of one sign, so nothing cancels. -inf stays -inf through the softcap: probability zero.
+//
+// The statistics max z, s, z_target and w may be merged over parts of a vocabulary; the gradient of a part takes those of the
+// whole. A part that holds nothing but -inf has (-inf, 0, -inf, 0).
 #pragma once
 
 #include "common/math.h"
@@ -84,11 +88,13 @@ struct RowGradient {
   A max, constant, linear, inverse_sum, mean_u, slope;
 
   // NaN in a row's statistics makes every coefficient, and so the whole row, NaN.
-  GK_HOST_DEVICE static RowGradient make(A max, A sum, A weighted, A grad_log_prob, A grad_entropy, A slope) {
+  GK_HOST_DEVICE static RowGradient make(A max, A sum, A weighted, A grad_log_prob, A grad_entropy, A grad_log_sum_exp,
+                                         A slope) {
     const A inverse = is_finite(max) && is_finite(sum) ? A(1) / sum : nan_of(A());
     const A mean_u = weighted * inverse;
     const A factor = inverse * slope;
-    return {max, (grad_entropy * mean_u - grad_log_prob) * factor, -grad_entropy * factor, inverse, mean_u, slope};
+    const A constant = (grad_entropy * mean_u - (grad_log_prob - grad_log_sum_exp)) * factor;
+    return {max, constant, -grad_entropy * factor, inverse, mean_u, slope};
   }
 
   GK_HOST_DEVICE A at(A u) const {
@@ -96,10 +102,10 @@ struct RowGradient {
     return exp_clamped(bounded) * multiply_add(linear, bounded, constant);
   }
 
-  GK_HOST_DEVICE A at_target(A u, A grad_log_prob, A grad_entropy) const {
+  GK_HOST_DEVICE A at_target(A u, A grad_log_prob, A grad_entropy, A grad_log_sum_exp) const {
     const A bounded = clamp_exponent(u);
     const A p = exp_clamped(bounded) * inverse_sum;
-    return (grad_log_prob * (A(1) - p) + grad_entropy * p * (mean_u - bounded)) * slope;
+    return (grad_log_prob * (A(1) - p) + grad_log_sum_exp * p + grad_entropy * p * (mean_u - bounded)) * slope;
   }
 };
 

@@ -40,7 +40,7 @@ struct TokenLogProbsArgs {
   void* entropy;
   void* sum_squared_probs;
   int64_t* top1_ids;
-  void* statistics;  // [4, rows]: max, sum of e^u, target logit, sum of u e^u, where u = z - max
+  void* statistics;  // [4, rows]: max, sum of e^u, target logit, sum of u e^u, where u = z - max; NaN in broken rows
 };
 
 struct TokenLogProbsBackwardArgs {
@@ -50,6 +50,7 @@ struct TokenLogProbsBackwardArgs {
   const void* statistics;
   const void* grad_log_probs;  // [rows]; null: zero
   const void* grad_entropy;
+  const void* grad_log_sum_exp;
   void* grad_logits;  // may be `logits`
   int64_t grad_outer_stride, grad_inner_stride;
 };

@@ -201,16 +201,18 @@ def forward_kernel(
         squares = row_squared / row_sum / row_sum
         tl.store(sum_squared_probs + row, tl.where(live, tl.where(bad, nan, squares), 0.0))
     if STATISTICS:
-        # They hold max z rounded, and the sums relative to that.
+        # They hold max z rounded, and the sums relative to that. A row of nothing but -inf may be part of a longer one.
         row_max = row_y * out
         lost = tl.fma(row_y, out, -row_max)
         factor = tl.exp2(lost * LOG2E)
         row_weighted = (row_weighted + lost * row_sum) * factor
         place = statistics + row
-        tl.store(place, tl.where(live, tl.where(bad, nan, row_max), 0.0))
-        tl.store(place + tl.cast(rows, tl.int64), tl.where(live, tl.where(bad, nan, row_sum * factor), 1.0))
-        tl.store(place + tl.cast(rows, tl.int64) * 2, tl.where(live, tl.where(bad, nan, target_y * out), 0.0))
-        tl.store(place + tl.cast(rows, tl.int64) * 3, tl.where(live, tl.where(bad, nan, row_weighted), 0.0))
+        zero = tl.where(inside & (row_sum == 0.0), 0.0, nan)
+        lowest = zero - float("inf")
+        tl.store(place, tl.where(live, tl.where(bad, lowest, row_max), 0.0))
+        tl.store(place + tl.cast(rows, tl.int64), tl.where(live, tl.where(bad, zero, row_sum * factor), 1.0))
+        tl.store(place + tl.cast(rows, tl.int64) * 2, tl.where(live, tl.where(bad, lowest, target_y * out), 0.0))
+        tl.store(place + tl.cast(rows, tl.int64) * 3, tl.where(live, tl.where(bad, zero, row_weighted), 0.0))
     if TOP1:
         # The slots that hold the maximum remember the block where they met it; the earliest one holds the lowest id.
         known = live & (bad == 0)
@@ -231,6 +233,7 @@ def backward_kernel(
     statistics,
     grad_log_probs,
     grad_entropy,
+    grad_log_sum_exp,
     grad_logits,
     in_factor,
     in_low,
@@ -246,6 +249,7 @@ def backward_kernel(
     TEMPERATURE: tl.constexpr,
     CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
+    LOG_SUM_EXP: tl.constexpr,
     BLOCKS: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -260,7 +264,13 @@ def backward_kernel(
     upstream_entropy = 0.0
     if ENTROPY:
         upstream_entropy = tl.load(grad_entropy + row)
-    live = _is_live(token_id, mask, row, HAS_MASK) & ((upstream != 0.0) | (upstream_entropy != 0.0))
+    wanted = (upstream != 0.0) | (upstream_entropy != 0.0)
+    falling = upstream  # what p is multiplied by
+    if LOG_SUM_EXP:
+        upstream_log_sum_exp = tl.load(grad_log_sum_exp + row)
+        wanted = wanted | (upstream_log_sum_exp != 0.0)
+        falling = upstream - upstream_log_sum_exp
+    live = _is_live(token_id, mask, row, HAS_MASK) & wanted
     in_factor, in_low, out = _factors(in_factor, in_low, out_factor, temperatures, row, TEMPERATURE)
     padding = tl.where(in_factor < 0.0, float("inf"), float("-inf"))  # probability zero after the transform
     place = statistics + row
@@ -268,11 +278,11 @@ def backward_kernel(
     row_sum = tl.load(place + tl.cast(rows, tl.int64))
     inverse = tl.div_rn(1.0, row_sum)  # NaN in the statistics makes the whole row NaN
     slope = in_factor * out
-    constant = -upstream * inverse * slope
+    constant = -falling * inverse * slope
     linear = 0.0
     if ENTROPY:
         mean_u = tl.load(place + tl.cast(rows, tl.int64) * 3) * inverse
-        constant = (upstream_entropy * mean_u - upstream) * inverse * slope
+        constant = (upstream_entropy * mean_u - falling) * inverse * slope
         linear = -upstream_entropy * inverse * slope
     at_target = upstream * slope
     target = tl.where(token_id < vocab, token_id, -1).to(tl.int32)

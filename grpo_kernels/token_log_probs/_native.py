@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_kernels import _extension
 from grpo_kernels._extension import DTYPE_CODE, pointer
 from grpo_kernels.token_log_probs.layout import RowLayout, dense, overwritable, raise_outside, readable
-from grpo_kernels.token_log_probs.ops import empty_outputs, result_dtype
+from grpo_kernels.token_log_probs.ops import empty_gradient, empty_outputs, result_dtype
 
 
 def _transform(
@@ -88,16 +88,19 @@ def token_log_probs_backward(
     statistics: Tensor,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
+    grad_dtype: torch.dtype | None,
 ) -> Tensor:
-    grad = logits.new_empty(logits.shape)
+    grad = empty_gradient(logits, None)
     logits, layout = readable(logits)
     grad_strides = (layout.inner * logits.shape[-1], logits.shape[-1])  # dense, indexed by the same two axes
     arguments, alive = _transform(
         logits, layout, token_ids, mask, temperature_tensor, temperature, logit_scale, softcap
     )
-    _launch_backward(arguments, statistics, grad_log_probs, grad_entropy, grad, grad_strides)
+    upstream = (grad_log_probs, grad_entropy, grad_log_sum_exp)
+    _launch_backward(arguments, statistics, upstream, grad, grad_strides)
     del alive
-    return grad
+    return grad if grad_dtype is None else grad.to(grad_dtype)
 
 
 def token_log_probs_backward_(
@@ -111,6 +114,7 @@ def token_log_probs_backward_(
     statistics: Tensor,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
 ) -> None:
     if not overwritable(logits):
         raise ValueError("token_log_probs_backward_: the rows of the logits cannot be overwritten where they lie")
@@ -118,9 +122,8 @@ def token_log_probs_backward_(
     arguments, alive = _transform(
         logits, layout, token_ids, mask, temperature_tensor, temperature, logit_scale, softcap
     )
-    _launch_backward(
-        arguments, statistics, grad_log_probs, grad_entropy, logits, (layout.outer_stride, layout.inner_stride)
-    )
+    upstream = (grad_log_probs, grad_entropy, grad_log_sum_exp)
+    _launch_backward(arguments, statistics, upstream, logits, (layout.outer_stride, layout.inner_stride))
     del alive
     torch.autograd.graph.increment_version(logits)
 
@@ -128,20 +131,16 @@ def token_log_probs_backward_(
 def _launch_backward(
     arguments: tuple[int | float | bool, ...],
     statistics: Tensor,
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor | None,
+    upstream: tuple[Tensor | None, ...],
     grad_logits: Tensor,
     grad_strides: tuple[int, int],
 ) -> None:
-    dtype = statistics.dtype
-    upstream = dense(grad_log_probs, dtype)
-    upstream_entropy = None if grad_entropy is None else dense(grad_entropy, dtype)
+    upstream = tuple(None if grad is None else dense(grad, statistics.dtype) for grad in upstream)
     statistics = statistics.contiguous()
     _extension.extension().token_log_probs_backward(
         *arguments,
         statistics.data_ptr(),
-        upstream.data_ptr(),
-        pointer(upstream_entropy),
+        *map(pointer, upstream),
         grad_logits.data_ptr(),
         *grad_strides,
         *_extension.execution(grad_logits),

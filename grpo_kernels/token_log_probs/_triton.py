@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo_kernels._extension import pointer
 from grpo_kernels.token_log_probs._kernels_triton import backward_kernel, forward_kernel, launch_config
 from grpo_kernels.token_log_probs.layout import dense, overwritable, readable
-from grpo_kernels.token_log_probs.ops import empty_outputs
+from grpo_kernels.token_log_probs.ops import empty_gradient, empty_outputs
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -99,10 +99,12 @@ def token_log_probs_backward(
     statistics: Tensor,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
+    grad_dtype: torch.dtype | None,
 ) -> Tensor:
-    grad = logits.new_empty(logits.shape)
+    grad = empty_gradient(logits, grad_dtype)
     options = (token_ids, mask, temperature_tensor, temperature, logit_scale, softcap)
-    _launch_backward(logits, grad, *options, statistics, grad_log_probs, grad_entropy)
+    _launch_backward(logits, grad, *options, statistics, grad_log_probs, grad_entropy, grad_log_sum_exp)
     return grad
 
 
@@ -117,11 +119,12 @@ def token_log_probs_backward_(
     statistics: Tensor,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
 ) -> None:
     if not overwritable(logits):
         raise ValueError("token_log_probs_backward_: the rows of the logits cannot be overwritten where they lie")
     options = (token_ids, mask, temperature_tensor, temperature, logit_scale, softcap)
-    _launch_backward(logits, logits, *options, statistics, grad_log_probs, grad_entropy)
+    _launch_backward(logits, logits, *options, statistics, grad_log_probs, grad_entropy, grad_log_sum_exp)
     torch.autograd.graph.increment_version(logits)
 
 
@@ -137,6 +140,7 @@ def _launch_backward(
     statistics: Tensor,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
 ) -> None:
     """`grad` is a dense tensor, or the logits themselves."""
     in_place = grad is logits
@@ -159,6 +163,7 @@ def _launch_backward(
             statistics.contiguous(),
             dense(grad_log_probs, torch.float32),
             None if grad_entropy is None else dense(grad_entropy, torch.float32),
+            None if grad_log_sum_exp is None else dense(grad_log_sum_exp, torch.float32),
             grad,
             in_factor,
             in_low,
@@ -174,6 +179,7 @@ def _launch_backward(
             TEMPERATURE=kind,
             CAPPED=softcap > 0.0,
             ENTROPY=grad_entropy is not None,
+            LOG_SUM_EXP=grad_log_sum_exp is not None,
             BLOCKS=config.blocks_per_program,
             SLOTS=config.slots,
             WIDTH=config.width,

@@ -194,11 +194,11 @@ class _TokenLogProbs(torch.autograd.Function):
         temperature, logit_scale, softcap, entropy, inplace_backward, backend = ctx.options
         arguments = (
             logits, token_ids, mask, temperatures, temperature, logit_scale, softcap, statistics, grad_log_probs,
-            grad_entropy if entropy else None, backend,
+            grad_entropy if entropy else None, None,
         )  # fmt: skip
         if inplace_backward:
-            ops.token_log_probs_backward_(*arguments)
+            ops.token_log_probs_backward_(*arguments, backend)
             grad = logits.detach()
         else:
-            grad = ops.token_log_probs_backward(*arguments)
+            grad = ops.token_log_probs_backward(*arguments, None, backend)
         return (grad, *([None] * 11))

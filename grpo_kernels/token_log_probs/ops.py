@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ _PACKAGE = "grpo_kernels.token_log_probs"
 _dispatch.register_backends("token_log_probs", cpu=("native",), cuda=("triton",), interpretable=True)
 
 STATISTICS = 4
-"""Per row: maximum, sum of e^u, target logit, sum of u e^u, where u = logit - maximum and logits are transformed."""
+"""Per row: maximum, sum of e^u, target logit, sum of u e^u, where u = logit - maximum and logits are transformed.
+
+(0, 1, 0, 0) where the row is masked, (-inf, 0, -inf, 0) where it holds nothing but -inf, NaN where it is broken."""
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
@@ -32,6 +36,11 @@ def empty_outputs(
         logits.new_empty(shape if top1_ids else (0,), dtype=torch.int64),
         logits.new_empty((STATISTICS, *shape) if statistics else (0,), dtype=dtype),
     )
+
+
+def empty_gradient(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The backward's output, dense and not yet written, in the dtype of the logits if no other is asked for."""
+    return logits.new_empty(logits.shape, dtype=dtype)
 
 
 def _forward_fake(
@@ -59,16 +68,23 @@ token_log_probs = _dispatch.define(
     fake=_forward_fake,
 )
 
+
+def _backward_fake(logits: Tensor, *arguments: object) -> Tensor:
+    return empty_gradient(logits, cast(torch.dtype | None, arguments[-1]))
+
+
+# Of a part of a vocabulary: the statistics are those of the whole; a token id that the part does not hold is >= its V.
+_UPSTREAM = "Tensor statistics, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? grad_log_sum_exp"
+
 token_log_probs_backward = _dispatch.define(
-    f"token_log_probs_backward(Tensor logits, Tensor token_ids, {_TRANSFORM}, Tensor statistics, "
-    "Tensor grad_log_probs, Tensor? grad_entropy, str backend) -> Tensor",
+    f"token_log_probs_backward(Tensor logits, Tensor token_ids, {_TRANSFORM}, {_UPSTREAM}, ScalarType? grad_dtype, "
+    "str backend) -> Tensor",
     package=_PACKAGE,
-    fake=lambda logits, *_: logits.new_empty(logits.shape),
+    fake=_backward_fake,
 )
 
 token_log_probs_backward_ = _dispatch.define(
-    f"token_log_probs_backward_(Tensor(a!) logits, Tensor token_ids, {_TRANSFORM}, Tensor statistics, "
-    "Tensor grad_log_probs, Tensor? grad_entropy, str backend) -> ()",
+    f"token_log_probs_backward_(Tensor(a!) logits, Tensor token_ids, {_TRANSFORM}, {_UPSTREAM}, str backend) -> ()",
     package=_PACKAGE,
     fake=lambda *_: None,
 )

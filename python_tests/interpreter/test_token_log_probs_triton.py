@@ -21,6 +21,7 @@ from grpo_kernels.testing import (
     guarded_allocations,
     poisoned_allocations,
 )
+from python_tests import test_token_log_probs_parts as parts
 from python_tests.gpu.devices import assert_identical, inputs_of, run
 from python_tests.samples import Call
 from python_tests.samples import token_log_probs as samples
@@ -187,3 +188,34 @@ def test_nothing_outside_the_tensors_is_touched(call: Call, vocab: int) -> None:
     with guarded_allocations(), poisoned_allocations():
         actual = run(call, [guard_input(i) if isinstance(i, Tensor) else i for i in inputs])
     assert_identical(actual, expected)
+
+
+# --- parts of a vocabulary, the gradient of the log-sum-exp ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", parts.TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_make_the_whole(dtype: torch.dtype, options: str) -> None:
+    parts.check_parts("triton", dtype, options)
+
+
+@pytest.mark.parametrize("options", parts.TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_the_log_sum_exp(dtype: torch.dtype, options: str) -> None:
+    parts.check_z_loss("triton", dtype, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_gradient_of_the_log_sum_exp(dtype: torch.dtype) -> None:
+    parts.check_no_z_loss("triton", dtype)
+
+
+@pytest.mark.parametrize("wanted", DTYPES, ids=str)
+def test_dtype_of_the_gradient(wanted: torch.dtype) -> None:
+    parts.check_grad_dtype("triton", wanted)
+
+
+@pytest.mark.parametrize("options", parts.TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_of_special_rows(dtype: torch.dtype, options: str) -> None:
+    parts.check_special_statistics("triton", dtype, options)

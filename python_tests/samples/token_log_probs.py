@@ -31,10 +31,13 @@ def statistics(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.stack([top, u.exp().sum(-1), target, (u * u.exp()).sum(-1)])
 
 
-def _backward(logits: Tensor, ids: Tensor, entropy: bool, transform: tuple[Any, ...] = PLAIN) -> tuple[Any, ...]:
+def _backward(
+    logits: Tensor, ids: Tensor, entropy: bool, transform: tuple[Any, ...] = PLAIN, z_loss: bool = False
+) -> tuple[Any, ...]:
     shape = ids.shape
     upstream = UPSTREAM.reshape(-1)[: ids.numel()].reshape(shape)
-    return (logits, ids, *transform, statistics(logits, ids), upstream, upstream.cos() if entropy else None)
+    optional = (upstream.cos() if entropy else None, upstream.sin() if z_loss else None)
+    return (logits, ids, *transform, statistics(logits, ids), upstream, *optional)
 
 
 OPS = {
@@ -45,13 +48,14 @@ OPS = {
         (X[:0], IDS[:0], *PLAIN, True, True, True, True),
     ],
     "token_log_probs_backward": [
-        _backward(X, IDS, True),
-        _backward(X.bfloat16()[:, 1:], IDS.int()[:, 1:], False),
-        _backward(X.half(), IDS, True, FULL),
-        _backward(X[:0], IDS[:0], True),
+        (*_backward(X, IDS, True), None),
+        (*_backward(X, IDS, True, z_loss=True), torch.bfloat16),
+        (*_backward(X.bfloat16()[:, 1:], IDS.int()[:, 1:], False), None),
+        (*_backward(X.half(), IDS, True, FULL, z_loss=True), None),
+        (*_backward(X[:0], IDS[:0], True), torch.float16),
     ],
     "token_log_probs_backward_": [
-        _backward(X, IDS, True),
+        _backward(X, IDS, True, z_loss=True),
         _backward(X.bfloat16()[:, 1:], IDS.int()[:, 1:], False),
         _backward(X[:0], IDS[:0], False),
     ],
