@@ -2,39 +2,129 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, merge
+from grpo_kernels import _checks
+from grpo_kernels.token_log_probs.layout import position
+from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, TOTAL, merge
 
 
 class VocabShard(NamedTuple):
-    """The part of the vocabulary that this rank holds: ids start to end.
+    """The part of the vocabulary that this rank holds: token ids start to end.
+
+    The ranks of the group hold the whole vocabulary together, every id once, and make the same calls with the same
+    rows. Parts may differ in size, and may be empty.
 
     Args:
         start: first id.
-        end: one past the last id. Columns beyond end - start are padding.
-        process_group: the ranks that hold the whole vocabulary together.
-        reduce_hidden_grad: sum the gradient of the hidden states over the ranks; False where the caller's layer does.
+        end: one past the last id. Columns of logits, or rows of a weight, beyond end - start are padding.
+        process_group: the ranks; None for all.
+        reduce_hidden_grad: sum the gradient of the hidden states over the ranks. False where the caller's layer does.
     """
 
     start: int
     end: int
-    process_group: torch.distributed.ProcessGroup | None = None
+    process_group: torch.distributed.ProcessGroup | None
     reduce_hidden_grad: bool = True
+
+    @classmethod
+    def from_dtensor(
+        cls, weight: Tensor, mesh_dim: int | str = 0, *, dim: int = 0, reduce_hidden_grad: bool = True
+    ) -> VocabShard:
+        """The part that this rank has of a DTensor; the op takes `weight.to_local()` beside it.
+
+        Args:
+            weight: DTensor, Shard(dim) on `mesh_dim` and Replicate on all others.
+            mesh_dim: dimension of the device mesh over which the vocabulary is spread, its index or its name.
+            dim: axis of the vocabulary: 0 of a head's weight, -1 of logits.
+            reduce_hidden_grad: as above.
+
+        Raises:
+            TypeError, ValueError: it is no DTensor, or is placed otherwise.
+        """
+        op = "VocabShard.from_dtensor"
+        if not is_dtensor(weight):
+            raise TypeError(f"{op}: weight must be a DTensor, got {type(weight).__name__}")
+        mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+        index = _mesh_index(op, mesh, mesh_dim)
+        if not -weight.ndim <= dim < weight.ndim:
+            raise ValueError(f"{op}: dim must be an axis of weight {list(weight.shape)}, got {dim}")
+        _check_placements(op, weight.placements, index, dim % weight.ndim)  # type: ignore[attr-defined]
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"{op}: this rank is not in the device mesh of weight")
+        # As torch cuts: parts of equal size, but for the last ones.
+        columns = weight.shape[dim]
+        size = -(-columns // mesh.size(index))
+        start = min(mesh.get_local_rank(index) * size, columns)
+        return cls(start, min(start + size, columns), mesh.get_group(index), reduce_hidden_grad)
+
+
+def is_dtensor(value: object) -> bool:
+    """Imports torch.distributed.tensor, which is slow, only for tensors of an unusual class."""
+    if type(value) in (Tensor, torch.nn.Parameter) or not isinstance(value, Tensor):
+        return False
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def _mesh_index(op: str, mesh: Any, mesh_dim: int | str) -> int:
+    names = mesh.mesh_dim_names or ()
+    if isinstance(mesh_dim, str):
+        _checks.check_choice(op, "mesh_dim", mesh_dim, (*names, *range(mesh.ndim)))
+        index: int = names.index(mesh_dim)
+        return index
+    _checks.check_integer(op, "mesh_dim", mesh_dim, minimum=-mesh.ndim)
+    if mesh_dim >= mesh.ndim:
+        raise ValueError(f"{op}: mesh_dim must be < {mesh.ndim}, the dimensions of the device mesh, got {mesh_dim}")
+    return mesh_dim % int(mesh.ndim)
+
+
+def _check_placements(op: str, placements: Any, index: int, dim: int) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    shard = placements[index]
+    others = [placement for place, placement in enumerate(placements) if place != index]
+    if type(shard) is not Shard or shard.dim != dim or not all(type(other) is Replicate for other in others):
+        raise ValueError(
+            f"{op}: weight must be placed as Shard({dim}) on dimension {index} of its device mesh and as Replicate() on "
+            f"others, got ({', '.join(map(str, placements))}). Gather it there first, as FSDP2 does in the forward of "
+            "the module that owns it"
+        )
 
 
 def check(op: str, shard: VocabShard, columns: int) -> None:
-    """`shard` describes a part of a vocabulary that fits into `columns`."""
+    """`shard` describes a part of a vocabulary that fits into `columns`, of a group that this rank is in."""
     if not isinstance(shard, VocabShard):
-        raise TypeError(f"{op}: vocab_shard must be a VocabShard, got {type(shard).__name__}")
-    if not 0 <= shard.start <= shard.end or shard.end - shard.start > columns:
+        raise TypeError(
+            f"{op}: vocab_shard must be a VocabShard(start, end, process_group), got {type(shard).__name__}"
+        )
+    _checks.check_integer(op, "vocab_shard.start", shard.start, minimum=0)
+    _checks.check_integer(op, "vocab_shard.end", shard.end, minimum=shard.start)
+    if shard.end - shard.start > columns:
         raise ValueError(
-            f"{op}: vocab_shard must have 0 <= start <= end <= start + {columns} columns, "
-            f"got [{shard.start}, {shard.end})"
+            f"{op}: vocab_shard must have at most {columns} ids, the columns that are there, got those from "
+            f"{shard.start} to {shard.end}"
+        )
+    if not isinstance(shard.reduce_hidden_grad, bool):
+        found = type(shard.reduce_hidden_grad).__name__
+        raise TypeError(f"{op}: vocab_shard.reduce_hidden_grad must be a bool, got {found}")
+    if torch.compiler.is_compiling():
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(f"{op}: vocab_shard needs torch.distributed; call init_process_group first")
+    group = shard.process_group
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"{op}: vocab_shard.process_group must be a torch.distributed.ProcessGroup that this rank is in, or None, "
+            f"got {type(group).__name__}"
         )
 
 
@@ -53,6 +143,12 @@ def _relative(shard: VocabShard, token_ids: Tensor, absent: int) -> Tensor:
     return torch.where(token_ids < 0, token_ids, torch.where(inside, token_ids - shard.start, absent))
 
 
+def empty_statistics(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """[4, ...] statistics of rows of the shape of `like`, of a part without columns."""
+    row = (-math.inf, 0.0, -math.inf, 0.0)
+    return torch.stack([torch.full(like.shape, value, dtype=dtype, device=like.device) for value in row])
+
+
 def merged(
     shard: VocabShard,
     op: str,
@@ -62,24 +158,54 @@ def merged(
     sum_squared_probs: Tensor | None,
     top1_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Statistics [4, ...] of the whole vocabulary, sums of e^2u and top-1 ids, from those of this rank's part."""
+    """Statistics [4, ...] of the whole vocabulary, sums of e^2u and top-1 ids, from those of this rank's part.
+
+    One all-gather. The parts are merged in the order of the ranks, in float64, so that every rank has the same bits.
+
+    Raises:
+        ValueError: on the CPU, on every rank alike: no rank holds the id of a live row. Elsewhere its target is +inf.
+    """
+    live = token_ids >= 0 if mask is None else (token_ids >= 0) & mask
     outside = (token_ids < shard.start) | (token_ids >= shard.end)
-    values = statistics.clone()
-    values[TARGET].masked_fill_(outside & (token_ids >= 0), ABSENT)
-    parts = [values]
+    exact = statistics.clone()
+    exact[TARGET].masked_fill_(live & outside, ABSENT)
+    word = torch.int64 if statistics.dtype == torch.float64 else torch.int32  # the payload: ids keep all their digits
+    payload = [exact.view(word)]
     if sum_squared_probs is not None:
-        total = statistics[1]
-        parts.append(torch.where(total == 0, 0.0, sum_squared_probs * total * total)[None])
-    packed = torch.cat(parts).contiguous()
-    world = torch.distributed.get_world_size(shard.process_group)
-    gathered = packed.new_empty((world, *packed.shape))
-    torch.distributed.all_gather_into_tensor(gathered.view(-1), packed.view(-1), group=shard.process_group)
-    ids = None
+        payload.append(sum_squared_probs.contiguous().view(word)[None])
     if top1_ids is not None:
-        mine = torch.where(top1_ids < 0, top1_ids, top1_ids + shard.start)
-        ids = mine.new_empty((world, *mine.shape))
-        torch.distributed.all_gather_into_tensor(ids.view(-1), mine.view(-1), group=shard.process_group)
-    return merge(gathered[:, :4], gathered[:, 4] if sum_squared_probs is not None else None, ids)
+        payload.append(torch.where(top1_ids < 0, top1_ids, top1_ids + shard.start).to(word)[None])
+    gathered = _gather(shard, torch.cat(payload))
+    values = gathered[:, :4].view(statistics.dtype).double()
+    squared = top1 = None
+    if sum_squared_probs is not None:
+        total = values[:, TOTAL]
+        squared = gathered[:, 4].view(statistics.dtype) * total * total
+        squared = torch.where(total == 0, 0.0, squared)
+    if top1_ids is not None:
+        top1 = gathered[:, -1].long()
+    whole, squared, top1 = merge(values, squared, top1)
+    if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _raise_if_absent(op, token_ids, live & (whole[TARGET] == ABSENT))
+    return whole.to(statistics.dtype), None if squared is None else squared.to(statistics.dtype), top1
+
+
+def _gather(shard: VocabShard, payload: Tensor) -> Tensor:
+    """The payload of every rank, stacked in their order."""
+    world = torch.distributed.get_world_size(shard.process_group)
+    gathered = payload.new_empty((world * payload.shape[0], *payload.shape[1:]))
+    torch.distributed.all_gather_into_tensor(gathered, payload.contiguous(), group=shard.process_group)
+    return gathered.view(world, *payload.shape)
+
+
+def _raise_if_absent(op: str, token_ids: Tensor, absent: Tensor) -> None:
+    if not absent.any():
+        return
+    row = int(absent.reshape(-1).to(torch.uint8).argmax())
+    raise ValueError(
+        f"{op}: {position('token_ids', token_ids.shape, row)} must be the id of a token that a rank's vocab_shard "
+        f"holds, or negative in a masked row, got {token_ids.reshape(-1)[row].item()}"
+    )
 
 
 def all_reduce_(shard: VocabShard, values: Tensor) -> Tensor:

@@ -65,15 +65,18 @@ def overwritable(logits: Tensor) -> bool:
     return True
 
 
-def raise_outside(op: str, token_ids: Tensor, row: int, vocab: int) -> None:
-    """Names the token id of a live row that no vocabulary of this size holds."""
+def position(name: str, shape: torch.Size, row: int) -> str:
+    """How messages name one element of a tensor, by its place in the flattened tensor."""
     index: list[int] = []
-    rest = row
-    for size in reversed(token_ids.shape):
-        index.insert(0, rest % size)
-        rest //= size
-    where = f"token_ids{index}" if index else "token_ids"
-    value = token_ids.reshape(-1)[row].item()
+    for size in reversed(shape):
+        index.insert(0, row % size)
+        row //= size
+    return f"{name}{index}" if index else name
+
+
+def raise_outside(op: str, token_ids: Tensor, row: int, vocab: int, name: str = "token_ids") -> None:
+    """Names the token id of a live row that no vocabulary of this size holds."""
+    where, value = position(name, token_ids.shape, row), token_ids.reshape(-1)[row].item()
     raise ValueError(f"{op}: {where} must be < V = {vocab}, or negative in a masked row, got {value}")
 
 
