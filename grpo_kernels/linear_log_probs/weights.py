@@ -20,7 +20,8 @@ def check_weight(op: str, weight: Any, remedy: str = REMEDY) -> None:
         TypeError: it is no tensor.
         ValueError: it is a DTensor, a parameter that ZeRO-3 or FSDP has not gathered, or no matrix.
     """
-    if type(weight) is not Tensor and type(weight) is not nn.Parameter:
+    plain = type(weight) is Tensor or type(weight) is nn.Parameter
+    if not plain:
         _check_class(op, weight, remedy)
     if weight.ndim != 2:
         found = f"{op}: weight must have shape [V, H], got {list(weight.shape)}"
@@ -32,9 +33,10 @@ def check_weight(op: str, weight: Any, remedy: str = REMEDY) -> None:
     status = getattr(weight, "ds_status", None)
     if status is not None and getattr(status, "name", "") != "AVAILABLE":
         raise ValueError(f"{op}: weight is partitioned by ZeRO-3 (ds_status {status}): {remedy}")
-    if weight.untyped_storage().nbytes() == 0 and weight.numel() > 0 and weight.device.type != "meta":
-        raise ValueError(f"{op}: the memory of weight {list(weight.shape)} is freed, as FSDP does outside of the "
-                         f"forward: {remedy}")  # fmt: skip
+    if plain and weight.untyped_storage().nbytes() == 0 and weight.numel() > 0 and weight.device.type != "meta":
+        raise ValueError(
+            f"{op}: the memory of weight {list(weight.shape)} is freed, as FSDP does outside of the forward: {remedy}"
+        )
 
 
 def is_dtensor(value: Any) -> bool:
