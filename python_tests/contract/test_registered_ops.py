@@ -44,7 +44,7 @@ def _outputs(name: str, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
         for a, s in zip(arguments, schema.arguments, strict=True)
         if s.alias_info is not None and s.alias_info.is_write
     ]
-    return result + written
+    return result + tensors(written)
 
 
 def test_every_op_has_samples() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_kernels import _dispatch, _extension
 from python_tests import samples
-from python_tests.samples import Call, tensors
+from python_tests.samples import Call, assert_gradients_agree, tensors
 
 _NO_CPU = pytest.mark.skipif(bool(_extension.cpu_problem()), reason=f"native CPU kernels: {_extension.cpu_problem()}")
 DEVICES = [pytest.param("cpu", marks=_NO_CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -21,6 +21,13 @@ CUDA = DEVICES[1:]
 CALLS = [
     pytest.param(call, id=f"{op}-{call.name}") for op, module in samples.modules().items() for call in module.CALLS
 ]
+
+
+def public_function(registered: str) -> str:
+    """The public function that a registered op serves, such as token_log_probs_backward_: it decides the backend."""
+    public = _dispatch.public_ops()
+    package = _dispatch.registered_ops()[registered].rpartition(".")[2]
+    return max((op for op in public if registered.startswith(op)), key=len, default=package)
 
 
 def kernel_backends(op: str, device: str) -> list[str]:
@@ -65,6 +72,13 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], **toleranc
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu(), equal_nan=True, **tolerance)
+
+
+def assert_agrees(call: Call, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """What `run` returned on two devices, equal to rounding: that of `call.rounds` for gradients."""
+    values = len(actual) - len(call.differentiable) if call.differentiable else len(actual)
+    assert_same(actual[:values], expected[:values])
+    assert_gradients_agree(call, actual[values:], expected[values:])
 
 
 def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import grpo_kernels
 from python_tests import samples
-from python_tests.gpu.devices import assert_same, inputs_of, run, synchronize
+from python_tests.gpu.devices import assert_agrees, inputs_of, run, synchronize
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
             actual = run(call, inputs_of(call, arguments.device))
             synchronize(arguments.device)
             with grpo_kernels.backend("reference"):
-                assert_same(actual, run(call, inputs_of(call, "cpu")))
+                assert_agrees(call, actual, run(call, inputs_of(call, "cpu")))
             count += 1
     print(f"{count} calls are right on {arguments.device}")
     return 0

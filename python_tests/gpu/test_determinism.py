@@ -126,6 +126,27 @@ def _grpo_loss(device: str, preset: str, packed: bool) -> Callable[[], list[Tens
     return lambda: run(call, inputs_of(call, device))
 
 
+def _head(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and ids, some of them masked; bf16 on a GPU."""
+    rows, width, vocab = (2_048, 1_024, 50_257) if device == "cuda" else (65, 24, 517)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(rows, width, device=device).to(dtype)
+    weight = (torch.randn(vocab, width, device=device) * 3 / width**0.5).to(dtype)
+    ids = torch.randint(vocab, (rows,), device=device)
+    ids[::7] = -100
+    return hidden, weight, ids
+
+
+def _linear_token_log_probs(device: str, outputs: tuple[str, ...], **options: Any) -> Callable[[], list[Tensor]]:
+    hidden, weight, ids = _head(device)
+
+    def function(x: Tensor, w: Tensor) -> Any:
+        return grpo_kernels.linear_token_log_probs(x, w, ids, outputs=outputs, **options)
+
+    call = Call("big", function, lambda device: (hidden, weight), (0, 1))
+    return lambda: run(call, inputs_of(call, device))
+
+
 BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "token_log_probs": lambda device: _token_log_probs(device, torch.float32),
     "token_log_probs-bf16": lambda device: _token_log_probs(device, torch.bfloat16, softcap=20.0, temperature=0.7),
@@ -141,6 +162,10 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "grpo_loss": lambda device: _grpo_loss(device, "dapo", packed=False),
     "grpo_loss-sequences": lambda device: _grpo_loss(device, "gspo", packed=False),
     "grpo_loss-packed": lambda device: _grpo_loss(device, "grpo", packed=True),
+    "linear_token_log_probs": lambda device: _linear_token_log_probs(device, ()),
+    "linear_token_log_probs-everything": lambda device: _linear_token_log_probs(
+        device, ("entropy", "sum_squared_probs", "top1_ids"), softcap=20.0, temperature=0.7
+    ),
 }
 
 

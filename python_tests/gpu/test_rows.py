@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
-from python_tests.gpu.devices import DEVICES, assert_identical, kernel_backends
+from grpo_kernels import _dispatch
+from python_tests.gpu.devices import DEVICES, assert_identical, assert_same, kernel_backends
 
 ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,6 +73,45 @@ def test_an_id_outside_the_vocabulary_reads_nothing(device: str) -> None:
         assert output.isnan().view(4, -1).any(1).tolist() == [False, True, False, True]
 
 
+# --- linear_token_log_probs ------------------------------------------------------------------------------------------
+
+
+@ON_DEVICES
+def test_linear_an_id_outside_the_vocabulary_spoils_its_row_alone(device: str) -> None:
+    hidden, weight = torch.randn(4, 24, device=device), torch.randn(100, 24, device=device)
+    ids = torch.tensor([1, 2**31 - 1, 99, 100], device=device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"token_ids\[1\] must be < V = 100"):
+            grpo_kernels.linear_token_log_probs(hidden, weight, ids)
+        return
+    every = ("entropy", "sum_squared_probs", "top1_ids")
+    found = grpo_kernels.linear_token_log_probs(hidden, weight, ids, outputs=every)
+    expected = grpo_kernels.linear_token_log_probs(hidden, weight, ids.clamp(max=99), outputs=every)
+    for output, sound in zip(found[:3], expected[:3], strict=True):
+        assert output.isnan().tolist() == [False, True, False, True]
+        assert_identical([output[::2]], [sound[::2]])
+    assert found.top1_ids.tolist()[1::2] == [-1, -1]
+
+
+@ON_DEVICES
+def test_linear_pads_of_other_sizes_change_no_live_row(device: str) -> None:
+    """Masked rows behind the live ones: their number may change the order of sums, and nothing else."""
+    hidden, weight = torch.randn(40, 48, device=device), torch.randn(333, 48, device=device)
+    ids, upstream = torch.randint(333, (40,), device=device), torch.randn(40, device=device)
+
+    def run(padding: int) -> list[Tensor]:
+        states = torch.cat([hidden, hidden.new_full((padding, 48), float("nan"))]).requires_grad_()
+        leaf = weight.clone().requires_grad_()
+        found = grpo_kernels.linear_token_log_probs(states, leaf, torch.cat([ids, ids.new_full((padding,), -100)]))
+        gradients = torch.autograd.grad(found.log_probs[:40], [states, leaf], upstream)
+        assert gradients[0][40:].count_nonzero() == 0
+        return [found.log_probs[:40].detach(), gradients[0][:40], gradients[1]]
+
+    expected = run(0)
+    for padding in (1, 90):
+        assert_same(run(padding), expected)
+
+
 # --- grpo_loss -------------------------------------------------------------------------------------------------------
 
 
@@ -92,6 +132,6 @@ def test_grpo_loss_does_not_depend_on_the_batch(device: str) -> None:
 
 
 def test_both_devices_use_kernels() -> None:
-    for op in ("token_log_probs", "group_advantages", "grpo_loss"):
+    for op in _dispatch.public_ops():
         assert kernel_backends(op, "cuda")
         assert kernel_backends(op, "cpu")

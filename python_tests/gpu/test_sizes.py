@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import grpo_kernels
-from python_tests.gpu.devices import DEVICES, assert_identical, assert_same
+from python_tests.gpu.devices import DEVICES, assert_agrees, assert_identical, assert_same
+from python_tests.samples import Call
 
 LAST = 3
 ON_DEVICES = pytest.mark.parametrize(
@@ -55,6 +56,41 @@ def test_token_log_probs(inplace: bool, device: str) -> None:
     whole = run(logits, slice(0, rows), inplace)
     for which, expected in zip(ends, alone, strict=True):
         assert_identical([tensor[which] for tensor in whole], expected)
+
+
+_LARGE = {
+    "logits": (17_000, 64, 131_077),
+    "hidden": (524_301, 4_096, 128),
+    "weight": (2 * LAST, 4_096, 524_301),
+}  # the product of two of the sizes is beyond 2^31
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("large", _LARGE)
+def test_linear_token_log_probs(large: str, device: str) -> None:
+    """The first rows and the last, with gradients of their own alone, against the definition on these rows."""
+    _need(device, 60)
+    rows, width, vocab = _LARGE[large] if device == "cuda" else (20, 16, 131)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.empty(rows, width, device=device, dtype=dtype).normal_().requires_grad_()
+    weight = torch.empty(vocab, width, device=device, dtype=dtype).normal_(std=3 / width**0.5).requires_grad_()
+    ids = torch.randint(vocab, (rows,), device=device)
+    ends = torch.cat([torch.arange(LAST), torch.arange(rows - LAST, rows)]).to(device)
+    ids[ends[-1]] = vocab - 1
+    upstream = torch.zeros(rows, device=device)
+    upstream[ends] = torch.randn(2 * LAST, device=device)
+
+    def run(states: torch.Tensor, chosen: torch.Tensor, factors: torch.Tensor) -> list[torch.Tensor]:
+        found = grpo_kernels.linear_token_log_probs(states, weight, chosen, outputs=("entropy",))
+        outputs = [found.log_probs, found.entropy]
+        gradients = torch.autograd.grad(outputs, [states, weight], [factors, 0.5 * factors])
+        return [*(output.detach() for output in outputs), *gradients]
+
+    whole = run(hidden, ids, upstream)
+    with grpo_kernels.backend("reference"):
+        expected = run(hidden.detach()[ends].requires_grad_(), ids[ends], upstream[ends])
+    call = Call("ends", run, lambda device: (), (0, 1), rounds=dtype)
+    assert_agrees(call, [*(tensor[ends] for tensor in whole[:3]), whole[3]], expected)
 
 
 @ON_DEVICES
