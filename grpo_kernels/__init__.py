@@ -14,7 +14,12 @@ from grpo_kernels.group_advantages import (
     informative_groups,
 )
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics, grpo_loss
-from grpo_kernels.linear_log_probs import LoRAFactors, linear_token_log_probs
+from grpo_kernels.linear_log_probs import (
+    LoRAFactors,
+    linear_cross_entropy,
+    linear_grpo_loss,
+    linear_token_log_probs,
+)
 from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
 __all__ = [
@@ -32,6 +37,8 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "informative_groups",
+    "linear_cross_entropy",
+    "linear_grpo_loss",
     "linear_token_log_probs",
     "token_log_probs",
 ]

@@ -121,6 +121,16 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
     return chosen
 
 
+def resolve_part(op: str, tensor: torch.Tensor, backend: str) -> str:
+    """The backend that `op` takes as a part of another op, which runs on `backend`: its own best one, whatever was
+    asked for, unless all is to be plain PyTorch."""
+    if backend == "reference":
+        return backend
+    device = tensor.device
+    chosen: str = _resolve(op, None, device.type, -1 if device.index is None else device.index, tensor.dtype)
+    return chosen
+
+
 def _resolve(op: str, forced: str | None, device_type: str, index: int, dtype: torch.dtype) -> str:
     key = (op, forced, device_type, index, dtype)
     chosen = _resolved.get(key)

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, wide, without_autocast
 from grpo_kernels.linear_log_probs.head import Head, live_rows, part_ids, slices
+from grpo_kernels.linear_log_probs.losses import implementations
 from grpo_kernels.linear_log_probs.ops import empty_gradients, empty_outputs
 from grpo_kernels.token_log_probs import ops as rows
 from grpo_kernels.token_log_probs.arguments import raise_if_outside
 from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, finish, merge
 
 _BACKEND = "native"
+
+linear_cross_entropy, linear_grpo_loss = implementations(_BACKEND)
 
 
 class _Slice(NamedTuple):

@@ -67,11 +67,11 @@ def split_temperature(
     return _checks.scalar_argument(op, "temperature", temperature, device, dtype)
 
 
-def raise_if_outside(op: str, ids: Tensor, mask: Tensor | None, vocab: int) -> None:
+def raise_if_outside(op: str, ids: Tensor, mask: Tensor | None, vocab: int, name: str = "token_ids") -> None:
     """On the CPU, where looking is free: raises where the id of a live row is >= `vocab`."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     live = ids >= 0 if mask is None else (ids >= 0) & mask
     outside = (live & (ids >= vocab)).reshape(-1)
     if outside.any():
-        raise_outside(op, ids, int(outside.to(torch.uint8).argmax()), vocab)
+        raise_outside(op, ids, int(outside.to(torch.uint8).argmax()), vocab, name)

@@ -1,0 +1,234 @@
+"""The public linear_grpo_loss: argument checks, and one or two passes over the head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import _checks, _dispatch
+from grpo_kernels.distributed import VocabShard
+from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics
+from grpo_kernels.grpo_loss.api import evaluate
+from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs, with_entropy_threshold
+from grpo_kernels.grpo_loss.reference import LossInputs, Rows, rows_of
+from grpo_kernels.linear_log_probs import ops_one_pass
+from grpo_kernels.linear_log_probs.arguments import check_head
+from grpo_kernels.linear_log_probs.attach import attach, cast, may_form_gradients, needs_gradient, requests
+from grpo_kernels.linear_log_probs.chunks import most_rows
+from grpo_kernels.linear_log_probs.function import Options, Wanted, gemm_dtype
+from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
+from grpo_kernels.linear_log_probs.head import Head, LoRAFactors
+from grpo_kernels.linear_log_probs.sums import Gradients
+from grpo_kernels.linear_log_probs.token_terms import passes, token_terms
+from grpo_kernels.linear_log_probs.two_pass import rows_of_head
+from grpo_kernels.token_log_probs.arguments import check_rows, check_transform, raise_if_outside, split_temperature
+
+_OP = "linear_grpo_loss"
+_DEFAULT_CONFIG = GRPOLossConfig()
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    config: GRPOLossConfig = _DEFAULT_CONFIG,
+    *,
+    bias: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lora: LoRAFactors | None = None,
+    ref_log_probs: Tensor | None = None,
+    sampler_log_probs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    kl_coef: Tensor | float | None = None,
+    entropy_coef: Tensor | float | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    max_length: int | None = None,
+    vocab_shard: VocabShard | None = None,
+    weight_grad_accumulator: Tensor | None = None,
+) -> GRPOLossOutput:
+    """The GRPO policy loss and its variants straight from hidden states: the logits are never formed for all rows.
+
+    What `linear_token_log_probs` and `grpo_loss` give together, for any `GRPOLossConfig`. Where the derivative of the
+    loss by a token's log-prob is known as soon as that log-prob is, the gradients are formed in the forward, a chunk
+    of rows at a time, while the chunk's logits are there: 6 N H V operations instead of 8. That holds for everything
+    but
+
+    - reduction "none", whose upstream gradient is one per token, and `top_entropy_quantile` < 1, a statistic of all
+      tokens;
+    - terms of a whole sequence's log-probs (`ratio_level` "sequence", surrogate "vespo", `off_policy_threshold`; a
+      `sampler_correction` of sequences without old_log_probs) where sequences are packed or longer than a chunk;
+    - float16 products, whose loss is scaled before its gradients are formed; a `vocab_shard`; and devices without
+      kernels for the loss.
+
+    There the backward forms the logits again. `metrics.passes` says which way was taken.
+
+    Args:
+        hidden: [B, T, H], or [N, H] with cu_seqlens. bf16, fp16, fp32 or fp64. The hidden states that predict
+            token_ids.
+        weight: [V, H], as `nn.Linear` has it; any V and H.
+        token_ids: [B, T] or [N] int32 or int64, in [0, V). The sampled tokens. Negative = masked.
+        old_log_probs: same shape, or None. Under the policy that the ratio refers to. None means on-policy.
+        advantages: [B] or [B, T] ([B] or [N] packed; where B = N it is [B]).
+        mask: [B, T] or [N], or None for all. True or non-zero = the token counts. Masked tokens and their hidden
+            states may hold anything.
+        config: the variant.
+        bias: [V].
+        temperature: number, 0-d tensor, or [B, T] ([N]) tensor, > 0, that the logits are divided by. Not
+            differentiated.
+        logit_scale: finite, non-zero factor of the logits.
+        softcap: > 0, or None for none.
+        lora: low-rank factors that are added to the head.
+        ref_log_probs, sampler_log_probs, token_weights, kl_coef, entropy_coef, cu_seqlens, num_items, max_length: as
+            in `grpo_loss`.
+        vocab_shard: weight, bias and lora.b hold the rows [start, end) of the vocabulary, other ranks the rest.
+        weight_grad_accumulator: [V, H] fp32 (fp64 for an fp64 weight). The backward adds the gradient of the weight
+            there, and the weight gets none.
+
+    Returns:
+        GRPOLossOutput(loss, metrics, log_probs, entropy), float32 (float64 for float64 inputs). The loss is
+        differentiable in hidden, weight, bias and the LoRA factors; log_probs and entropy, [B, T] or [N], are not.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, is missing, or
+            contradicts the config; on the CPU also where the id of a live token is >= V. On other devices such a
+            token is NaN.
+        BackendUnavailable: vocab_shard or weight_grad_accumulator need kernels, and there are none for this device
+            and dtype.
+
+    Numerics:
+        As `linear_token_log_probs` and `grpo_loss`; the loss and its metrics are those of `grpo_loss` on the returned
+        log-probs, bit for bit. Gradients in bfloat16 are rounded once more if the upstream gradient is no power of
+        two.
+
+    Source:
+        Gradients in the forward: Liger's fused linear losses. Variants: the presets of `GRPOLossConfig`.
+    """
+    batch = _check_layout(hidden, cu_seqlens)
+    arguments = check_head(_OP, hidden, weight, bias, lora, vocab_shard, weight_grad_accumulator)
+    check_rows(_OP, hidden, "hidden", arguments.leading, "token_ids", token_ids, None)
+    check_transform(_OP, hidden, "hidden", arguments.leading, temperature, logit_scale, softcap)
+    dtype = gemm_dtype(hidden, weight)
+    exact = accumulation_dtype(dtype)
+    stand_in = torch.zeros((), dtype=exact, device=hidden.device).expand(arguments.leading)
+    inputs = loss_inputs(
+        Subject(_OP, stand_in, "hidden"),
+        config,
+        batch,
+        old_log_probs,
+        advantages,
+        mask,
+        ref_log_probs=ref_log_probs,
+        sampler_log_probs=sampler_log_probs,
+        token_weights=token_weights,
+        entropy=stand_in,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        cu_seqlens=cu_seqlens,
+        num_items=num_items,
+        max_length=max_length,
+    )
+    live = token_ids >= 0 if inputs.mask is None else (token_ids >= 0) & (inputs.mask != 0)
+    rows = rows_of(stand_in, live, cu_seqlens)
+    inputs = inputs._replace(mask=rows.live)
+    if vocab_shard is None:
+        raise_if_outside(_OP, token_ids, rows.live, arguments.vocab)
+    temperatures, number = split_temperature(_OP, temperature, hidden.device, exact)
+    if temperatures is not None and temperatures.ndim > 0:
+        temperatures = temperatures.reshape(-1)
+    backend = _dispatch.resolve(_OP, weight if weight.dtype == torch.float64 else hidden)
+    options = Options(
+        _OP, dtype, arguments.head.lora_scale, number, float(logit_scale), 0.0 if softcap is None else float(softcap),
+        Wanted(entropy=True), vocab_shard, backend,
+    )  # fmt: skip
+    call = _Call(
+        options, config, inputs, rows, arguments.hidden, arguments.head, token_ids.reshape(-1), temperatures,
+        _dispatch.resolve_part("grpo_loss", stand_in, backend),
+    )  # fmt: skip
+    leaves = (arguments.hidden, *arguments.head[:4])
+    if not needs_gradient(leaves):
+        return _two_passes(call, weight_grad_accumulator, 1)
+    if may_form_gradients(options) and call.loss_backend == "native" and _passes(call) == 1:
+        return _one_pass(call, weight_grad_accumulator)
+    return _two_passes(call, weight_grad_accumulator, 2)
+
+
+class _Call(NamedTuple):
+    """A call after its checks."""
+
+    options: Options
+    config: GRPOLossConfig
+    inputs: LossInputs  # log_probs and entropy are stand-ins
+    rows: Rows
+    hidden: Tensor  # [N, H]
+    head: Head
+    token_ids: Tensor  # [N]
+    temperatures: Tensor | None
+    loss_backend: str
+
+
+def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Returns the number of sequences."""
+    _checks.check_tensor(_OP, "hidden", hidden)
+    if cu_seqlens is None:
+        _checks.check_ndim(_OP, "hidden", hidden, "[B, T, H]")
+        return hidden.shape[0]
+    _checks.check_ndim(_OP, "hidden", hidden, "[N, H]")
+    return check_cu_seqlens(_OP, cu_seqlens, "hidden", hidden)
+
+
+def _passes(call: _Call) -> int:
+    return passes(
+        call.config,
+        length=call.rows.live.shape[-1],
+        longest=most_rows(call.head.weight.shape[0], call.hidden.device.type),
+        packed=call.inputs.cu_seqlens is not None,
+        on_policy=call.inputs.old_log_probs is None,
+    )
+
+
+def _output(call: _Call, log_probs: Tensor, entropy: Tensor, count: int) -> GRPOLossOutput:
+    """The loss of these log-probs, and what goes with it."""
+    log_probs, entropy = (value.view(call.rows.live.shape) for value in (log_probs, entropy))
+    coef = call.inputs.entropy_coef
+    bonus = entropy if isinstance(coef, Tensor) or coef != 0.0 else entropy.detach()
+    inputs = with_entropy_threshold(call.inputs._replace(log_probs=log_probs, entropy=bonus), call.config)
+    loss, values = evaluate(inputs, call.config, call.loss_backend)
+    return GRPOLossOutput(loss, GRPOMetrics(values, count), log_probs.detach(), entropy.detach())
+
+
+def _two_passes(call: _Call, accumulator: Tensor | None, count: int) -> GRPOLossOutput:
+    mask = call.rows.live.reshape(-1)
+    found = rows_of_head(call.options, call.hidden, call.head, call.token_ids, mask, call.temperatures, accumulator)
+    if found.entropy is None:
+        raise RuntimeError(f"{_OP}: no entropy")
+    return _output(call, found.log_probs, found.entropy, count)
+
+
+def _one_pass(call: _Call, accumulator: Tensor | None) -> GRPOLossOutput:
+    leaves = (call.hidden, *call.head[:4])
+    with torch.no_grad():
+        terms = token_terms(call.config, call.inputs, call.rows)
+        again = partial(_run, call.options, requests(leaves, accumulator), tuple(terms[8:]))
+        others = (call.token_ids, call.rows.live.reshape(-1), call.temperatures, *terms[:8])
+        (log_probs, entropy), gradients = again(*leaves, *others)
+        output = _output(call, log_probs, entropy, 1)
+    return output._replace(loss=attach(output.loss, gradients, leaves, others, again, accumulator))
+
+
+def _run(options: Options, wanted: tuple[Any, ...], constants: tuple[Any, ...], *tensors: Any) -> tuple[Any, Gradients]:
+    hidden, head = cast(options, *tensors[:5])
+    token_ids, mask, temperatures, *terms = tensors[5:]
+    *values, a, b, c, d, e = ops_one_pass.linear_grpo_loss(
+        hidden, *head, token_ids, mask, temperatures, options.temperature, options.logit_scale, options.softcap,
+        *terms, *constants, *wanted, options.backend,
+    )  # fmt: skip
+    return values, Gradients(a, b, c, d, e)
