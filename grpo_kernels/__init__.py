@@ -15,6 +15,7 @@ from grpo_kernels.group_advantages import (
 )
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics, grpo_loss
 from grpo_kernels.linear_log_probs import (
+    FusedLMHead,
     LoRAFactors,
     linear_cross_entropy,
     linear_grpo_loss,
@@ -25,6 +26,7 @@ from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 __all__ = [
     "BackendUnavailable",
     "BestOfGroupOutput",
+    "FusedLMHead",
     "GRPOLossConfig",
     "GRPOLossOutput",
     "GRPOMetrics",

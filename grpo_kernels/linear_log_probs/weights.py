@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_kernels.distributed.vocab import is_dtensor
+
 REMEDY = (
     "call the op in the forward of the module that owns the weight; grpo_kernels.FusedLMHead wraps a head so that the "
     "hooks of FSDP2, DDP and ZeRO-3 gather and reduce it"
@@ -37,15 +39,6 @@ def check_weight(op: str, weight: Any, remedy: str = REMEDY) -> None:
         raise ValueError(
             f"{op}: the memory of weight {list(weight.shape)} is freed, as FSDP does outside of the forward: {remedy}"
         )
-
-
-def is_dtensor(value: Any) -> bool:
-    """Imports torch.distributed.tensor, which is slow, only for tensors of an unusual class."""
-    if type(value) is Tensor or type(value) is nn.Parameter or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
 
 
 def _check_class(op: str, weight: Any, remedy: str) -> None:
