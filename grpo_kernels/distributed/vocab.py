@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_kernels import _checks
 from grpo_kernels.token_log_probs.layout import position
-from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, TOTAL, merge
+from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, finish, merge
 
 
 class VocabShard(NamedTuple):
@@ -94,7 +94,7 @@ def _check_placements(op: str, placements: Any, index: int, dim: int) -> None:
     others = [placement for place, placement in enumerate(placements) if place != index]
     if type(shard) is not Shard or shard.dim != dim or not all(type(other) is Replicate for other in others):
         raise ValueError(
-            f"{op}: weight must be placed as Shard({dim}) on dimension {index} of its device mesh and as Replicate() on "
+            f"{op}: weight must be placed as Shard({dim}) on dimension {index} of its device mesh, Replicate() on all "
             f"others, got ({', '.join(map(str, placements))}). Gather it there first, as FSDP2 does in the forward of "
             "the module that owns it"
         )
@@ -143,58 +143,86 @@ def _relative(shard: VocabShard, token_ids: Tensor, absent: int) -> Tensor:
     return torch.where(token_ids < 0, token_ids, torch.where(inside, token_ids - shard.start, absent))
 
 
-def empty_statistics(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """[4, ...] statistics of rows of the shape of `like`, of a part without columns."""
-    row = (-math.inf, 0.0, -math.inf, 0.0)
-    return torch.stack([torch.full(like.shape, value, dtype=dtype, device=like.device) for value in row])
+def of_no_columns(token_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the row kernels would return for a part without columns: no kernel runs on one."""
+    zero = torch.zeros(token_ids.shape, dtype=dtype, device=token_ids.device)
+    lowest = torch.full_like(zero, -math.inf)
+    return zero, zero, zero, torch.full_like(token_ids, -1), torch.stack([lowest, zero, lowest, zero])
 
 
-def merged(
+def combine(
     shard: VocabShard,
     op: str,
     token_ids: Tensor,
     mask: Tensor | None,
-    statistics: Tensor,
-    sum_squared_probs: Tensor | None,
-    top1_ids: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Statistics [4, ...] of the whole vocabulary, sums of e^2u and top-1 ids, from those of this rank's part.
+    part: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log_probs, entropy, sum of squared probabilities, top-1 ids and statistics of whole rows from those of each part.
 
-    One all-gather. The parts are merged in the order of the ranks, in float64, so that every rank has the same bits.
+    One all-gather. The parts are merged in the order of the ranks, in float64, so that every rank has the same bits and
+    log-probs are as exact as those of one process: targets travel relative to the maximum, where an offset that all
+    logits share does not cost their digits.
+
+    Args:
+        token_ids: of the whole vocabulary.
+        part: what the row kernels returned for this rank's part, statistics included; what is not wanted is empty.
+        wanted: whether entropy, sum of squared probabilities and top-1 ids are wanted.
 
     Raises:
-        ValueError: on the CPU, on every rank alike: no rank holds the id of a live row. Elsewhere its target is +inf.
+        ValueError: on the CPU, on every rank alike: no rank holds the id of a live row. Elsewhere that row is NaN.
     """
+    entropy, want_squared, want_top1 = wanted
     live = token_ids >= 0 if mask is None else (token_ids >= 0) & mask
-    outside = (token_ids < shard.start) | (token_ids >= shard.end)
-    exact = statistics.clone()
-    exact[TARGET].masked_fill_(live & outside, ABSENT)
-    word = torch.int64 if statistics.dtype == torch.float64 else torch.int32  # the payload: ids keep all their digits
-    payload = [exact.view(word)]
-    if sum_squared_probs is not None:
-        payload.append(sum_squared_probs.contiguous().view(word)[None])
-    if top1_ids is not None:
-        payload.append(torch.where(top1_ids < 0, top1_ids, top1_ids + shard.start).to(word)[None])
-    gathered = _gather(shard, torch.cat(payload))
-    values = gathered[:, :4].view(statistics.dtype).double()
+    gathered = _gather(shard, _payload(shard, live, token_ids, part, wanted))
+    dtype = part[4].dtype
+    values = gathered[:, :4].view(dtype).double()
+    maxima, totals = values[:, MAXIMUM], values[:, TOTAL]
+    values[:, TARGET] = torch.where(values[:, TARGET] == ABSENT, ABSENT, values[:, TARGET] + maxima)
     squared = top1 = None
-    if sum_squared_probs is not None:
-        total = values[:, TOTAL]
-        squared = gathered[:, 4].view(statistics.dtype) * total * total
-        squared = torch.where(total == 0, 0.0, squared)
-    if top1_ids is not None:
+    if want_squared:
+        squared = torch.where(totals == 0, 0.0, gathered[:, 4].view(dtype) * totals * totals)
+    if want_top1:
         top1 = gathered[:, -1].long()
     whole, squared, top1 = merge(values, squared, top1)
+    absent = live & (whole[TARGET] == ABSENT)
     if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        _raise_if_absent(op, token_ids, live & (whole[TARGET] == ABSENT))
-    return whole.to(statistics.dtype), None if squared is None else squared.to(statistics.dtype), top1
+        _raise_if_absent(op, token_ids, absent)
+    whole = torch.where(absent, math.nan, whole)
+    results = finish(whole, squared, top1, live, entropy)
+    log_probs, *others = (whole.new_empty(0) if result is None else result for result in results)
+    return log_probs.to(dtype), others[0].to(dtype), others[1].to(dtype), others[2].long(), whole.to(dtype)
+
+
+def _payload(
+    shard: VocabShard,
+    live: Tensor,
+    token_ids: Tensor,
+    part: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    wanted: tuple[bool, bool, bool],
+) -> Tensor:
+    """[4 to 6, ...] integers of the width of the statistics: so the ids keep all their digits."""
+    log_probs, _, squared, top1, statistics = part
+    word = torch.int64 if statistics.dtype == torch.float64 else torch.int32
+    maximum, total, _, weighted = statistics.unbind(0)
+    target = torch.where(total == 0, -math.inf, log_probs + total.log())  # relative to the part's maximum
+    outside = (token_ids < shard.start) | (token_ids >= shard.end)
+    target = torch.where(live & outside, ABSENT, target)
+    rows = [row.view(word) for row in (maximum, total, target, weighted)]
+    if wanted[1]:
+        rows.append(squared.view(word))
+    if wanted[2]:
+        rows.append(torch.where(top1 < 0, top1, top1 + shard.start).to(word))
+    return torch.stack(rows)
 
 
 def _gather(shard: VocabShard, payload: Tensor) -> Tensor:
     """The payload of every rank, stacked in their order."""
     world = torch.distributed.get_world_size(shard.process_group)
     gathered = payload.new_empty((world * payload.shape[0], *payload.shape[1:]))
-    torch.distributed.all_gather_into_tensor(gathered, payload.contiguous(), group=shard.process_group)
+    distributed: Any = torch.distributed
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its older name
+    gather(gathered, payload, group=shard.process_group)
     return gathered.view(world, *payload.shape)
 
 

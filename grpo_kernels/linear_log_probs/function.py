@@ -13,7 +13,7 @@ from grpo_kernels.distributed import vocab
 from grpo_kernels.linear_log_probs import ops
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
 from grpo_kernels.linear_log_probs.head import Head, live_rows
-from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL, finish
+from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL
 
 
 class Wanted(NamedTuple):
@@ -104,21 +104,22 @@ def _forward(
     shard, wanted = options.shard, options.wanted
     if hidden is None or token_ids is None:
         raise TypeError(f"{options.op}: hidden and token_ids must be tensors")
-    ids = token_ids if shard is None else vocab.forward_ids(shard, token_ids)
-    *results, values = ops.linear_token_log_probs(
-        *_cast(options, hidden, weight, bias, lora_a, lora_b), options.lora_scale, ids, mask, temperatures,
-        options.temperature, options.logit_scale, options.softcap, *wanted[:3], with_statistics, options.backend,
-    )  # fmt: skip
-    live = live_rows(token_ids, mask)
+    if shard is not None and shard.start == shard.end:
+        results = vocab.of_no_columns(token_ids, accumulation_dtype(options.gemm_dtype))
+    else:
+        ids = token_ids if shard is None else vocab.forward_ids(shard, token_ids)
+        results = ops.linear_token_log_probs(
+            *_cast(options, hidden, weight, bias, lora_a, lora_b), options.lora_scale, ids, mask, temperatures,
+            options.temperature, options.logit_scale, options.softcap, *wanted[:3], with_statistics, options.backend,
+        )  # fmt: skip
     if shard is not None:
-        optional = (result if want else None for result, want in zip(results[2:], wanted[1:3], strict=True))
-        values, squared, top1 = vocab.merged(shard, options.op, token_ids, mask, values, *optional)
-        finished = finish(values, squared, top1, live, wanted.entropy)
-        results = [token if token is not None else values.new_empty(0) for token in finished]
+        results = vocab.combine(shard, options.op, token_ids, mask, results, wanted[:3])
+    *outputs, values = results
     log_sum_exp = values.new_empty(0)
     if wanted.log_sum_exp:
+        live = live_rows(token_ids, mask)
         log_sum_exp = torch.where(live, values[MAXIMUM] + values[TOTAL].log(), 0.0)
-    return (*results, log_sum_exp), values
+    return (*outputs, log_sum_exp), values
 
 
 class _LinearRows(torch.autograd.Function):
@@ -162,11 +163,15 @@ class _LinearRows(torch.autograd.Function):
             token_ids = vocab.backward_ids(shard, token_ids)
             padding = weight.shape[0] - (shard.end - shard.start)
         target = accumulator if accumulator is None or not padding else accumulator[: weight.shape[0] - padding]
-        found = ops.linear_token_log_probs_backward(
-            *_cast(options, hidden, weight, bias, lora_a, lora_b), options.lora_scale, token_ids, mask, temperatures,
-            options.temperature, options.logit_scale, options.softcap, statistics, *upstream, target, needs[0],
-            needs[1], needs[2], need_lora, exact if reduced else hidden.dtype, weight.dtype, options.backend,
-        )  # fmt: skip
+        head = _cast(options, hidden, weight, bias, lora_a, lora_b)
+        wanted_of_op = (needs[0], needs[1], needs[2], need_lora, exact if reduced else hidden.dtype, weight.dtype)
+        if shard is not None and shard.start == shard.end:
+            found = tuple(grad.zero_() for grad in ops.empty_gradients(hidden, weight[:0], lora_a, *wanted_of_op))
+        else:
+            found = ops.linear_token_log_probs_backward(
+                *head, options.lora_scale, token_ids, mask, temperatures, options.temperature, options.logit_scale,
+                options.softcap, statistics, *upstream, target, *wanted_of_op, options.backend,
+            )  # fmt: skip
         grad_hidden = found[0] if needs[0] else None
         if reduced and shard is not None and grad_hidden is not None:
             grad_hidden = vocab.all_reduce_(shard, grad_hidden).to(hidden.dtype)

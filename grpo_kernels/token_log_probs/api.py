@@ -1,15 +1,15 @@
-"""The public function: argument checks, the choice of a backend, and the autograd function around the kernels."""
+"""The public function: argument checks and the choice of a backend."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from grpo_kernels import _checks, _dispatch
+from grpo_kernels.distributed import vocab
 from grpo_kernels.token_log_probs import ops, reference
 from grpo_kernels.token_log_probs.arguments import (
     check_outputs,
@@ -18,6 +18,7 @@ from grpo_kernels.token_log_probs.arguments import (
     raise_if_outside,
     split_temperature,
 )
+from grpo_kernels.token_log_probs.function import token_rows
 from grpo_kernels.token_log_probs.layout import overwritable
 
 _OP = "token_log_probs"
@@ -49,7 +50,7 @@ def token_log_probs(
     mask: Tensor | None = None,
     outputs: Iterable[str] = (),
     inplace_backward: bool = False,
-    vocab_shard: object | None = None,
+    vocab_shard: vocab.VocabShard | None = None,
 ) -> TokenLogProbsOutput:
     """Log-probs of chosen tokens, and statistics of each token's distribution, without a softmax in memory.
 
@@ -73,21 +74,25 @@ def token_log_probs(
         inplace_backward: the backward overwrites the storage of `logits` with their gradient. Any later use of the
             logits in autograd, a second backward included, raises. Their rows must not overlap, and must need no copy.
             The reference backend ignores it.
-        vocab_shard: must be None in this version.
+        vocab_shard: the logits are those of the ids [start, end), other ranks have the rest; token_ids stay those of
+            the whole vocabulary, and so do the results, on every rank. Columns beyond end - start are padding. Every
+            rank of the group makes the same call with the same rows.
 
     Returns:
         `TokenLogProbsOutput(log_probs, entropy, sum_squared_probs, top1_ids)`, float32 (float64 for float64 logits).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; on the CPU also where the
-            token id of a live row is >= V. On other devices such a row is NaN, in value and gradient, and nothing out
-            of bounds is read or written.
+            token id of a live row is >= V, or of no rank's part. On other devices such a row is NaN, in value and
+            gradient, and nothing out of bounds is read or written. TypeError for DTensors, which are never guessed.
+        BackendUnavailable: vocab_shard needs kernels, and there are none for this device and dtype.
 
     Numerics:
         Accumulated in fp32 and, on the CPU, float64 across blocks; z itself is never rounded. A row's bits depend on
         that row, V and the dtype alone, and are the same in every run. NaN or +inf in a live row, or nothing but -inf,
         makes that row NaN and no other. The log-prob of a -inf token is -inf; its gradient is finite. A row whose
-        upstream gradients are zero has gradient 0.
+        upstream gradients are zero has gradient 0. With a vocab_shard one all-gather of four to six numbers a row
+        replaces the others' logits; they are merged in the order of the ranks, in fp64, and so alike on every rank.
 
     Source:
         TRL's selective_log_softmax and verl's logprobs_from_logits compute the same log-probs.
@@ -100,13 +105,12 @@ def token_log_probs(
     temperatures, number = split_temperature(_OP, temperature, logits.device, dtype)
     backend = _dispatch.resolve(_OP, logits)
     if backend == "reference":
+        if vocab_shard is not None:
+            raise _dispatch.BackendUnavailable(f"{_OP}: vocab_shard needs kernels")
         divisor = number if temperatures is None else temperatures
         return _reference(logits, token_ids, mask, divisor, float(logit_scale), cap, wanted)
-    arguments = (logits, token_ids, mask, temperatures, number, float(logit_scale), cap, *wanted)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        results = _TokenLogProbs.apply(*arguments, inplace_backward, backend)  # type: ignore[no-untyped-call]
-    else:
-        results = ops.token_log_probs(*arguments, False, backend)
+    rows = (logits, token_ids, mask, temperatures, number, float(logit_scale), cap)
+    results = token_rows(_OP, *rows, wanted, inplace_backward, vocab_shard, backend)
     optional = (result if want else None for result, want in zip(results[1:4], wanted, strict=True))
     return TokenLogProbsOutput(results[0], *optional)
 
@@ -120,18 +124,24 @@ def _check(
     mask: Tensor | None,
     outputs: Iterable[str],
     inplace_backward: bool,
-    vocab_shard: object | None,
+    vocab_shard: vocab.VocabShard | None,
 ) -> tuple[bool, bool, bool]:
     """Raises on a bad argument; returns which outputs are wanted."""
-    if vocab_shard is not None:
-        raise ValueError(f"{_OP}: vocab_shard is not supported by this op in this version; it must be None")
     _checks.check_tensor(_OP, "logits", logits)
+    if vocab.is_dtensor(logits):
+        placements = ", ".join(map(str, logits.placements))  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{_OP}: logits must not be a DTensor, got one with placements ({placements}). Where each rank has a part "
+            "of the vocabulary: logits.to_local() and vocab_shard=VocabShard.from_dtensor(logits, mesh_dim, dim=-1)"
+        )
     _checks.check_dtype(_OP, "logits", logits)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
+    if logits.ndim == 0 or (logits.shape[-1] == 0 and vocab_shard is None):
         raise ValueError(f"{_OP}: logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
     leading = logits.shape[:-1]
     check_rows(_OP, logits, "logits", leading, "token_ids", token_ids, mask)
     check_transform(_OP, logits, "logits", leading, temperature, logit_scale, softcap)
+    if vocab_shard is not None:
+        vocab.check(_OP, vocab_shard, logits.shape[-1])
     wanted = check_outputs(_OP, outputs)
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"{_OP}: inplace_backward must be a bool, got {type(inplace_backward).__name__}")
@@ -157,48 +167,3 @@ def _reference(
         return TokenLogProbsOutput(
             *reference.token_log_probs(logits, token_ids, mask, temperature, logit_scale, softcap, wanted)
         )
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """Saves the logits and four numbers a row; the backward forms the gradient from them in one pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        temperatures: Tensor | None,
-        temperature: float,
-        logit_scale: float,
-        softcap: float,
-        entropy: bool,
-        sum_squared_probs: bool,
-        top1_ids: bool,
-        inplace_backward: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *results, statistics = ops.token_log_probs(
-            logits, token_ids, mask, temperatures, temperature, logit_scale, softcap,
-            entropy, sum_squared_probs, top1_ids, True, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, token_ids, mask, temperatures, statistics)
-        ctx.options = (temperature, logit_scale, softcap, entropy, inplace_backward, backend)
-        ctx.mark_non_differentiable(results[2], results[3], *([] if entropy else [results[1]]))
-        return results[0], results[1], results[2], results[3]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, token_ids, mask, temperatures, statistics = ctx.saved_tensors
-        temperature, logit_scale, softcap, entropy, inplace_backward, backend = ctx.options
-        arguments = (
-            logits, token_ids, mask, temperatures, temperature, logit_scale, softcap, statistics, grad_log_probs,
-            grad_entropy if entropy else None, None,
-        )  # fmt: skip
-        if inplace_backward:
-            ops.token_log_probs_backward_(*arguments, backend)
-            grad = logits.detach()
-        else:
-            grad = ops.token_log_probs_backward(*arguments, None, backend)
-        return (grad, *([None] * 11))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
+from grpo_kernels.distributed import VocabShard
 from python_tests.samples import BadCall, Call
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -153,5 +154,11 @@ BAD_CALLS = [
         ids=torch.zeros(2, 37, dtype=torch.int64),
         inplace_backward=True,
     ),
-    _bad("vocab_shard", ValueError, "vocab_shard is not supported", vocab_shard=object()),
+    _bad("vocab_shard", TypeError, "vocab_shard must be a VocabShard", "got object", vocab_shard=object()),
+    _bad("shard_start", ValueError, "vocab_shard.start must be >= 0, got -1", vocab_shard=VocabShard(-1, 3, None)),
+    _bad("shard_end", ValueError, "vocab_shard.end must be >= 8, got 3", vocab_shard=VocabShard(8, 3, None)),
+    _bad("shard_type", TypeError, "vocab_shard.end must be an int", vocab_shard=VocabShard(0, 3.0, None)),
+    _bad("shard_size", ValueError, "at most 37 ids", "from 0 to 38", vocab_shard=VocabShard(0, 38, None)),
+    _bad("shard_reduce", TypeError, "reduce_hidden_grad must be a bool", vocab_shard=VocabShard(0, 37, None, 1)),
+    _bad("shard_alone", ValueError, "call init_process_group first", vocab_shard=VocabShard(0, 37, None)),
 ]
