@@ -6,37 +6,38 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import NamedTuple
 
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional as F
 
 import grpo_kernels
-from examples.r1 import check, demo, loss_step, rewards, vocabulary
+from examples.r1 import check, demo, loss_step, vocabulary
 from examples.r1.__main__ import parse_arguments
 from examples.r1.checkpoint import CheckpointMismatch, Progress
-from examples.r1.grpo import GRPOStage, LossInputs, shuffle_in_groups
+from examples.r1.grpo import GRPOStage, LossInputs
+from examples.r1.log_probs import sequence_log_probs
+from examples.r1.loss_step import LossStepResult
 from examples.r1.model import CharTransformer, ModelConfig
 from examples.r1.pipeline import TaskResult, build_model
-from examples.r1.rollout import encode_prompts, generate, make_sequences, roll_out, torch_rng
+from examples.r1.rollout import Sequences, generate, make_sequences, roll_out, torch_rng
 from examples.r1.settings import Settings
 from examples.r1.sft import SFTStage
 from examples.r1.stage import Record
-from examples.r1.tasks import TASKS, Problem
+from examples.r1.tasks import TASKS
 
 CPU = torch.device("cpu")
 
 
 class Checked(NamedTuple):
-    """Gradients of one step's loss with respect to the logits, and how peaked the policy was."""
+    """One step's loss and gradients, and how peaked the policy was."""
 
-    actual: tuple[torch.Tensor, torch.Tensor]
-    expected: tuple[torch.Tensor, torch.Tensor]
-    eager: tuple[torch.Tensor, torch.Tensor]
+    actual: LossStepResult
+    expected: LossStepResult
+    eager: LossStepResult
     largest_ratio: float
     top_probability: float
 
@@ -57,20 +58,18 @@ def _one_thread() -> Iterator[None]:
 
 def _check_gradient(stage: GRPOStage, inputs: LossInputs) -> Checked:
     """The loss of samples from before an update, under the policy after it: the ratios differ from 1."""
+    head = stage.model.head
     with torch.no_grad():
-        logits = stage.model.completion_logits(inputs.sequences.prompts, inputs.sequences.completions)
-        log_probs = grpo_kernels.token_log_probs(
-            logits, inputs.sequences.completions, mask=inputs.sequences.mask, outputs=("sum_squared_probs",)
-        )
-    double = LossInputs(inputs.sequences, *(tensor.double() for tensor in inputs[1:]))
+        hidden = stage.model.completion_hidden(inputs.sequences.prompts, inputs.sequences.completions)
+    log_probs = sequence_log_probs(stage.model, inputs.sequences, 1.0)
     with grpo_kernels.backend("reference"):
-        expected = loss_step.fused_step(stage, logits.double().requires_grad_(), double)
-    ratios = torch.exp(log_probs.log_probs - inputs.old_log_probs)
-    top = logits.softmax(dim=-1).amax(dim=-1)[inputs.sequences.mask]
+        expected = loss_step.fused_step(stage, *loss_step.in_float64(head, hidden, inputs))
+    ratios = torch.exp(log_probs - inputs.old_log_probs)
+    top = head(hidden).detach().softmax(dim=-1).amax(dim=-1)[inputs.sequences.mask]
     return Checked(
-        loss_step.fused_step(stage, logits.clone().requires_grad_(), inputs),
+        loss_step.fused_step(stage, head, hidden.clone().requires_grad_(), inputs),
         expected,
-        loss_step.eager_step(stage, logits.clone().requires_grad_(), inputs),
+        loss_step.eager_step(stage, head, hidden.clone().requires_grad_(), inputs),
         float(ratios.max()),
         float(top.mean()),
     )
@@ -119,10 +118,12 @@ def test_gradients_on_the_trained_model_equal_the_definition_in_float64(trained:
     assert result.largest_ratio > 1.001
     if moment > 0:
         assert result.top_probability > 0.9  # peaked: what random logits do not test
-    assert float(result.expected[1].abs().max()) > 0.0
+    assert all(float(gradient.abs().max()) > 0.0 for gradient in result.expected[1:])
     loss_step.assert_close(result.actual, result.expected, result.eager)
-    with pytest.raises(AssertionError, match="the gradient's error"):  # a fault of a thousandth of a percent
-        loss_step.assert_close((result.actual[0], result.actual[1] * (1 + 1e-5)), result.expected, result.eager)
+    for name in ("grad_hidden", "grad_weight"):  # a fault of a thousandth of a percent
+        faulty = result.actual._replace(**{name: getattr(result.actual, name) * (1 + 1e-5)})
+        with pytest.raises(AssertionError, match=f"{name}: the error"):
+            loss_step.assert_close(faulty, result.expected, result.eager)
 
 
 def test_eager_loss_step_is_the_definition() -> None:
@@ -130,14 +131,59 @@ def test_eager_loss_step_is_the_definition() -> None:
     settings = Settings(prompts=4)
     stage = GRPOStage(build_model(task, settings), task, task.held_out(4), settings)
     inputs = stage.loss_inputs(stage.sample(0), 0)
-    double = LossInputs(inputs.sequences, *(tensor.double() for tensor in inputs[1:]))
-    logits = torch.randn(*inputs.sequences.completions.shape, vocabulary.SIZE, dtype=torch.float64)
-    double = double._replace(advantages=torch.randn(len(logits), dtype=torch.float64))
-    loss, gradient = loss_step.eager_step(stage, logits.clone().requires_grad_(), double)
+    inputs = inputs._replace(advantages=torch.randn(len(inputs.advantages)))
+    hidden = torch.randn(*inputs.sequences.completions.shape, settings.width)
+    arguments = loss_step.in_float64(stage.model.head, hidden, inputs)
+    actual = loss_step.eager_step(stage, *arguments)
     with grpo_kernels.backend("reference"):
-        expected_loss, expected = loss_step.fused_step(stage, logits.clone().requires_grad_(), double)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+        expected = loss_step.fused_step(stage, *arguments)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=1e-10, atol=1e-14)
+
+
+def _gradients(loss: torch.Tensor, model: CharTransformer) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def test_the_losses_from_hidden_states_are_those_from_logits() -> None:
+    task, settings = TASKS["digit_sorting"](), Settings(prompts=8)
+    model = build_model(task, settings)
+    cold_start = SFTStage(model, task, task.held_out(4), settings)
+    for index in range(20):
+        cold_start.step(index)
+    batch = Sequences(*(tensor[:16] for tensor in cold_start.data))
+
+    def logits(sequences: Sequences) -> torch.Tensor:
+        return model.head(model.completion_hidden(sequences.prompts, sequences.completions))
+
+    loss = cold_start.loss(batch)
+    expected = F.cross_entropy(logits(batch)[batch.mask], batch.completions[batch.mask])
+    torch.testing.assert_close((loss, _gradients(loss, model)), (expected, _gradients(expected, model)))
+
+    stage = GRPOStage(model, task, task.held_out(4), settings)
+    inputs = stage.loss_inputs(stage.sample(0), 0)
+    stage.update(inputs, 0)  # away from the policy that sampled
+    sequences = inputs.sequences
+    output = stage.loss(model.head, model.completion_hidden(sequences.prompts, sequences.completions), inputs)
+    policy = grpo_kernels.token_log_probs(
+        logits(sequences), sequences.completions, mask=sequences.mask, outputs=("entropy",)
+    )
+    from_logits = grpo_kernels.grpo_loss(
+        policy.log_probs,
+        inputs.old_log_probs,
+        inputs.advantages,
+        sequences.mask,
+        stage.loss_config,
+        ref_log_probs=inputs.ref_log_probs,
+        entropy=policy.entropy.detach(),
+    )
+    assert output.metrics.to_dict()["head_passes"] == 1
+    torch.testing.assert_close(output.metrics.values, from_logits.metrics.values)
+    torch.testing.assert_close(output.log_probs, policy.log_probs.detach())
+    torch.testing.assert_close(
+        (output.loss, _gradients(output.loss, model)), (from_logits.loss, _gradients(from_logits.loss, model))
+    )
 
 
 # the model -----------------------------------------------------------------------------------------------------
@@ -151,13 +197,13 @@ def test_groups_that_share_their_prompt_see_what_each_would_see_alone() -> None:
     model = _small_model()
     prompts = torch.randint(2, vocabulary.SIZE, (3, 8))
     completions = torch.randint(2, vocabulary.SIZE, (6, 5))
-    together = model.completion_logits(prompts, completions)
-    alone = torch.cat([model.completion_logits(prompts[i // 2, None], completions[i, None]) for i in range(6)])
+    together = model.completion_hidden(prompts, completions)
+    alone = torch.cat([model.completion_hidden(prompts[i // 2, None], completions[i, None]) for i in range(6)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
     changed = completions.clone()
     changed[:, 3] = 2
     with torch.no_grad():
-        late = model.completion_logits(prompts, changed)
+        late = model.completion_hidden(prompts, changed)
     torch.testing.assert_close(late[:, :4], together[:, :4], rtol=1e-12, atol=1e-12)  # no look at the future
     assert float((late[:, 4] - together[:, 4]).detach().abs().max()) > 1e-6
 
@@ -169,7 +215,7 @@ def test_greedy_samples_from_the_cache_are_the_most_likely_tokens_of_the_trainin
         model.head.weight[vocabulary.END] = 0.0
     prompts = torch.randint(2, vocabulary.SIZE, (4, 8))
     completions = generate(model, prompts, 6)
-    logits = model.completion_logits(prompts, completions.clone())
+    logits = model.head(model.completion_hidden(prompts, completions.clone()))
     mask = make_sequences(prompts, completions.clone()).mask
     assert torch.equal(logits.argmax(dim=-1)[mask], completions[mask])
 
@@ -182,7 +228,7 @@ def test_samples_follow_the_model_and_the_generator() -> None:
     assert torch.equal(first, again)
     shares = torch.bincount(first.flatten(), minlength=vocabulary.SIZE).double() / 4000
     with torch.no_grad():
-        expected = model.completion_logits(prompts, prompts[:, :1])[0, 0].softmax(dim=-1)
+        expected = model.head(model.completion_hidden(prompts, prompts[:, :1]))[0, 0].softmax(dim=-1)
     deviation = (shares - expected) / (expected * (1 - expected) / 4000).sqrt()
     assert float(deviation.abs().max()) < 5.0
 
@@ -192,83 +238,6 @@ def test_nothing_counts_after_the_end() -> None:
     completions = torch.tensor([[5, 6, end, pad], [end, pad, pad, pad], [5, 6, 7, 8]])
     mask = make_sequences(torch.zeros(3, 2, dtype=torch.long), completions).mask
     assert mask.tolist() == [[True, True, True, False], [True, False, False, False], [True] * 4]
-
-
-# tasks and rewards ---------------------------------------------------------------------------------------------
-
-
-def _sorting_problem() -> Problem:
-    return Problem("S314159>", {"answer": "113459"})
-
-
-@pytest.mark.parametrize(
-    ("completion", "finished", "expected"),
-    [
-        ("<t>1,1,3,4,5,9</t><a>113459</a>", True, (1.0, 1.0, 1.0)),
-        ("<t>1,1,3,4,5,9</t><a>113495</a>", True, (0.0, 1.0, 1.0)),
-        ("<t>1α1β3,4,5,9</t><a>113459</a>", True, (1.0, 1.0, 9 / 11)),
-        ("<t></t><a>113459</a>", True, (1.0, 1.0, 0.0)),
-        ("<t>1,1,3,4,5,9</t><a>113459</a>", False, (0.0, 0.0, 0.0)),
-        ("<t>1,1,3,4,5,9</t><a>113459</a>1", True, (0.0, 0.0, 0.0)),
-        ("113459", True, (0.0, 0.0, 0.0)),
-    ],
-)
-def test_rewards_of_digit_sorting(completion: str, finished: bool, expected: tuple[float, float, float]) -> None:
-    assert rewards.score(TASKS["digit_sorting"](), _sorting_problem(), completion, finished) == expected
-
-
-def test_spelling_is_scored_by_the_verifier_of_reasoning_gym() -> None:
-    task = TASKS["spell_backward"]()
-    problem = task.draw(Random(0), held_out=False)
-    word = problem.entry["metadata"]["word"]
-    assert problem.prompt == f"Spell this word backward (example: sun -> nus): {word}"
-    right = word[::-1]
-    wrong = right[:-1] + ("x" if right[-1].lower() != "x" else "y")
-    assert rewards.score(task, problem, f"<t>{','.join(right)}</t><a>{right}</a>", True) == (1.0, 1.0, 1.0)
-    accuracy, form, language = rewards.score(task, problem, f"<t>{'γ'.join(right)}</t><a>{wrong}</a>", True)
-    assert accuracy == pytest.approx((len(word) - 1) / len(word))
-    assert form == 1.0
-    assert language == pytest.approx(len(word) / (2 * len(word) - 1))
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_problems_fit_and_training_never_sees_held_out_prompts(name: str) -> None:
-    task = TASKS[name]()
-    held_out = task.held_out(300)
-    prompts = frozenset(problem.prompt for problem in held_out)
-    assert len(prompts) == 300
-    assert [problem.prompt for problem in task.held_out(300)] == [problem.prompt for problem in held_out]
-    rng = Random(1)
-    shares = []
-    for problem in islice(task.training(rng, prompts), 1000):
-        assert problem.prompt not in prompts
-        demonstration = task.demonstrate(problem, rng)
-        assert len(vocabulary.encode(demonstration)) + 1 <= task.completion_length
-        assert len(problem.prompt) <= task.prompt_length
-        accuracy, form, _ = rewards.score(task, problem, demonstration, True)
-        assert form == 1.0
-        shares.append(accuracy == 1.0)
-    right = (1 - task.misread_share) * (1 - task.wrong_share)
-    assert right - 0.06 < sum(shares) / len(shares) < right + 0.1  # an exchange of equal items does no harm
-
-
-def test_texts_survive_the_vocabulary_and_unknown_characters_are_refused() -> None:
-    text = "Spell this word backward (example: sun -> nus): Zürich".replace("ü", "γ")
-    assert vocabulary.decode([vocabulary.PAD, *vocabulary.encode(text), vocabulary.END, 7]) == text
-    with pytest.raises(ValueError, match="'ü' is not in the vocabulary"):
-        vocabulary.encode("Zürich")
-    with pytest.raises(ValueError, match="4 tokens does not fit in 3"):
-        vocabulary.pad_left([1, 2, 3, 4], 3)
-
-
-def test_shuffled_rewards_stay_in_their_group() -> None:
-    scores = torch.arange(48.0).view(16, 3)
-    shuffled = shuffle_in_groups(scores, 8, 5)
-    for group in (slice(0, 8), slice(8, 16)):
-        assert torch.equal(shuffled[group].sort(dim=0).values, scores[group])
-        assert torch.equal(shuffled[group][:, 1] - shuffled[group][:, 0], torch.ones(8))  # rows move as a whole
-    assert not torch.equal(shuffled, scores)
-    assert not torch.equal(shuffled, shuffle_in_groups(scores, 8, 6))
 
 
 # runs ------------------------------------------------------------------------------------------------------------
@@ -335,7 +304,8 @@ def test_a_run_reports_what_it_measured(tmp_path: Path) -> None:
     assert summary["stages"]["grpo"]["steps"] == 5
     assert [entry["step"] for entry in written["curves"]["digit_sorting"]["evaluations"]["grpo"]] == [0, 2, 4, 5]
     measured = summary["loss_step"]
-    assert (measured["rows"], measured["columns"], measured["vocabulary"]) == (16, 32, vocabulary.SIZE)
+    shape = [measured[name] for name in ("rows", "columns", "width", "vocabulary")]
+    assert shape == [16, 32, settings.width, vocabulary.SIZE]
     logits_bytes = 16 * 32 * vocabulary.SIZE * 4
     assert measured["eager_peak_bytes"] > 2 * logits_bytes
     assert measured["peak_bytes"] < measured["eager_peak_bytes"]
@@ -350,7 +320,7 @@ def _result(task: str, before: float, after: float) -> TaskResult:
     """A result whose greedy and sampled accuracy went from `before` to `after` in the GRPO stage."""
     evaluations = [{"step": float(i), "accuracy": a, "sampled_accuracy": a} for i, a in enumerate((before, after))]
     progress = Progress("grpo", 1, {"grpo": []}, {"grpo": evaluations})
-    return TaskResult(task, 0, progress, loss_step.LossStepComparison(1, 1, 1, 1.0, 1.0, 1, 1), _small_model())
+    return TaskResult(task, 0, progress, loss_step.LossStepComparison(1, 1, 1, 1, 1.0, 1.0, 1, 1), _small_model())
 
 
 @pytest.mark.parametrize(
@@ -379,11 +349,3 @@ def test_command_line() -> None:
     assert parse_arguments([]) == Settings()
     settings = parse_arguments(["--tasks", "spell_backward", "--steps", "7", "--seed", "3", "--learning-rate", "1e-4"])
     assert settings == Settings(tasks=("spell_backward",), grpo_steps=7, seed=3, grpo_learning_rate=1e-4)
-
-
-def test_prompts_end_at_the_same_column() -> None:
-    task = TASKS["digit_sorting"]()
-    prompts = encode_prompts(task, [Problem("S12>", {}), _sorting_problem()], CPU)
-    assert prompts.shape == (2, 8)
-    assert vocabulary.decode(prompts[0].tolist()) == "S12>"
-    assert int(prompts[0, -1]) == int(prompts[1, -1]) == vocabulary.encode(">")[0]

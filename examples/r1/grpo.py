@@ -17,13 +17,13 @@ from examples.r1.rollout import Rollout, Sequences, python_rng, roll_out, torch_
 from examples.r1.settings import Settings
 from examples.r1.stage import Record, Stage
 from examples.r1.tasks import Problem, Task
-from grpo_kernels import GRPOLossConfig, GRPOLossOutput, group_advantages, grpo_loss, informative_groups
+from grpo_kernels import FusedLMHead, GRPOLossConfig, GRPOLossOutput, group_advantages, informative_groups
 
 _LOGGED = ("kl", "entropy", "ratio_max", "clip_fraction")
 
 
 class LossInputs(NamedTuple):
-    """All that the loss of some rows needs beside the policy's logits."""
+    """All that the loss of some rows needs beside the policy's hidden states and its head."""
 
     sequences: Sequences
     old_log_probs: Tensor  # [B, C] float32
@@ -97,9 +97,8 @@ class GRPOStage(Stage):
         advantages = group_advantages(
             scores.to(self.device), group_size=self.settings.group_size, reward_weights=self.reward_weights
         ).advantages
-        with torch.no_grad():
-            old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature).log_probs
-            ref = sequence_log_probs(self.reference, rollout.sequences, self.settings.temperature).log_probs
+        old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature)
+        ref = sequence_log_probs(self.reference, rollout.sequences, self.settings.temperature)
         return LossInputs(rollout.sequences, old, ref, advantages)
 
     def update(self, inputs: LossInputs, index: int) -> Record:
@@ -109,23 +108,24 @@ class GRPOStage(Stage):
         record: Record = {}
         for start in range(0, prompts, size):
             part = inputs.groups(start, start + size)
-            policy = sequence_log_probs(self.model, part.sequences, self.settings.temperature, outputs=("entropy",))
-            output = self.loss(policy.log_probs, policy.entropy, part)
+            hidden = self.model.completion_hidden(part.sequences.prompts, part.sequences.completions)
+            output = self.loss(self.model.head, hidden, part)
             norm = self.descend(output.loss, index)
             metrics = output.metrics.to_dict()
             record = {name: metrics[name] for name in _LOGGED}
             record |= {"loss": float(output.loss.detach()), "grad_norm": norm}
         return record
 
-    def loss(self, log_probs: Tensor, entropy: Tensor | None, inputs: LossInputs) -> GRPOLossOutput:
-        return grpo_loss(
-            log_probs,
+    def loss(self, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> GRPOLossOutput:
+        return head.grpo_loss(
+            hidden,
+            inputs.sequences.completions,
             inputs.old_log_probs,
             inputs.advantages,
             inputs.sequences.mask,
             self.loss_config,
             ref_log_probs=inputs.ref_log_probs,
-            entropy=None if entropy is None else entropy.detach(),  # for the metrics: the loss has no entropy bonus
+            temperature=self.settings.temperature,
         )
 
 

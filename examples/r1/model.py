@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.r1 import vocabulary
+from grpo_kernels import FusedLMHead
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class CharTransformer(nn.Module):
         self.position_embedding = nn.Embedding(config.max_length, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self.head = FusedLMHead(nn.Linear(config.width, config.vocabulary_size, bias=False))
         self.apply(_initialise)
 
     def forward(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -129,14 +130,16 @@ class CharTransformer(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def completion_logits(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Logits [N * G, C, V] of completions [N * G, C] to prompts [N, P]; column t predicts completion token t."""
+    def completion_hidden(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Final hidden states [N * G, C, width] for completions [N * G, C] to prompts [N, P].
+
+        Column t is what the head predicts completion token t from.
+        """
         group_size = len(completions) // len(prompts)
         prefix = SharedPrefix(group_size)
         first = self(prompts, prefix)[:, -1:].repeat_interleave(group_size, dim=0)
         rest = self(completions[:, :-1], prefix)
-        logits: Tensor = self.head(torch.cat((first, rest), dim=1))
-        return logits
+        return torch.cat((first, rest), dim=1)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -155,5 +158,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5 if isinstance(module, nn.Linear) else 0.05)
+    if isinstance(module, (nn.Linear, FusedLMHead)):
+        nn.init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.05)

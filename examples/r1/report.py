@@ -64,7 +64,7 @@ def table(results: Sequence[TaskResult]) -> Table:
     rows.append(("tokens/s, sampling", [f"{s['sampled_tokens_per_second']:,.0f}" for s in summaries]))
     rows.append(("tokens/s, training", [f"{s['trained_tokens_per_second']:,.0f}" for s in summaries]))
     steps = [result.loss_step for result in results]
-    rows.append(("loss step on logits", [f"{s.rows} x {s.columns} x {s.vocabulary}" for s in steps]))
+    rows.append(("loss step, hidden states", [f"{s.rows} x {s.columns} x {s.width}" for s in steps]))
     rows.append(("  time, this package", [f"{s.seconds * 1e3:.2f} ms" for s in steps]))
     rows.append(("  time, eager", [_versus(s.eager_seconds * 1e3, "ms", s.eager_seconds, s.seconds) for s in steps]))
     rows.append(("  extra memory, this package", [f"{s.peak_bytes / 2**20:.2f} MiB" for s in steps]))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from examples.r1 import vocabulary
-from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer
 from examples.r1.rollout import Sequences, encode_prompts, make_sequences, python_rng
 from examples.r1.settings import Settings
 from examples.r1.stage import Record, Stage
 from examples.r1.tasks import Problem, Task
+
+IGNORED = -100  # what cross-entropy leaves out
 
 
 class SFTStage(Stage):
@@ -32,10 +34,14 @@ class SFTStage(Stage):
         rng = python_rng(self.settings.seed, self.task.name, self.name, index)
         rows = torch.tensor(rng.choices(range(len(self.data.prompts)), k=self.settings.sft_batch), device=self.device)
         batch = Sequences(*(tensor[rows] for tensor in self.data))
-        log_probs = sequence_log_probs(self.model, batch).log_probs
-        loss = -log_probs.sum() / batch.mask.sum()
+        loss = self.loss(batch)
         norm = self.descend(loss, index)
         return {"loss": float(loss.detach()), "grad_norm": norm}
+
+    def loss(self, batch: Sequences) -> Tensor:
+        """Cross-entropy, the mean over the completions' tokens."""
+        hidden = self.model.completion_hidden(batch.prompts, batch.completions)
+        return self.model.head.cross_entropy(hidden, batch.completions.masked_fill(~batch.mask, IGNORED))
 
     def _demonstrations(self) -> Sequences:
         rng = python_rng(self.settings.seed, self.task.name, "demonstrations")
