@@ -103,6 +103,13 @@ def _twice(head: FusedLMHead, hidden: Tensor, batch: Batch) -> Tensor:
     return _grpo(head, hidden, batch) + 0.5 * _log_probs(head, hidden * 0.5, batch)
 
 
+def _without_gradient_first(head: FusedLMHead, hidden: Tensor, batch: Batch) -> Tensor:
+    """The log-probs that the ratio refers to come from the head itself."""
+    with torch.no_grad():
+        old = head.token_log_probs(hidden + 0.1, batch.ids, mask=batch.mask).log_probs
+    return _grpo(head, hidden, batch._replace(old=old))
+
+
 def _logits(head: FusedLMHead, hidden: Tensor, batch: Batch) -> Tensor:
     return (head(hidden).float().softmax(dim=-1)[..., 0] * batch.upstream[0]).sum()
 
@@ -112,6 +119,7 @@ LOSSES: dict[str, Callable[[FusedLMHead, Tensor, Batch], Tensor]] = {
     "cross_entropy": _cross_entropy,
     "grpo": _grpo,
     "twice": _twice,
+    "without gradient first": _without_gradient_first,
     "logits": _logits,
 }
 
