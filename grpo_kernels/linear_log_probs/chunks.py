@@ -21,6 +21,7 @@ from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL
 
 _SMALLEST = 64  # rows; products of fewer wait for the weight to arrive from memory
 _CPU_BYTES = (16 << 20, 128 << 20)  # least and most for the logits of a chunk
+_CPU_SHARE = 7
 _CUDA_BYTES = 1 << 30
 
 
@@ -100,12 +101,12 @@ def most_rows(vocab: int, device_type: str) -> int:
 
 
 def chunk_rows(rows: int, vocab: int, device_type: str) -> int:
-    """Rows of a chunk: on a GPU as many as keep its products bound by arithmetic; on the CPU an eighth of all, for
-    little memory beside what eager PyTorch takes."""
+    """Rows of a chunk: on a GPU as many as keep its products bound by arithmetic; on the CPU a share of all that takes
+    an eighth of eager PyTorch's memory, which has three times the logits of all rows."""
     most = most_rows(vocab, device_type)
     if device_type != "cpu":
         return most
-    return min(most, max(_SMALLEST, _CPU_BYTES[0] // (4 * vocab), -(-rows // 8)))
+    return min(most, max(_SMALLEST, _CPU_BYTES[0] // (4 * vocab), -(-rows // _CPU_SHARE)))
 
 
 def one_pass(
