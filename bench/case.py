@@ -71,8 +71,12 @@ class Case:
         targets: what the design promises.
         clock: "device" (CUDA graph on a GPU, wall clock on a CPU) or "host" (what a call costs the calling thread).
         sample_inputs, sample_outputs: the part that is compared with float64, where the whole would take too long.
+        definition: gives that part of the outputs at once, where the baseline in float64 would not fit into memory.
         quick: whether `--quick` keeps the case.
         memory: whether peak memory is measured, and the bytes that it is put in proportion to.
+        results_are_extra: whether peak memory includes what a provider returns; not where everybody has to return
+            gradients of the size of the inputs.
+        absent: providers that would compete if they were installed here.
     """
 
     op: str
@@ -86,8 +90,11 @@ class Case:
     clock: str = "device"
     sample_inputs: Callable[[Inputs], Inputs] = _identity
     sample_outputs: Callable[[Sequence[Tensor]], Sequence[Tensor]] = _identity
+    definition: Callable[[Inputs], Sequence[Tensor]] | None = None
     quick: bool = False
     memory: int | None = None
+    results_are_extra: bool = True
+    absent: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.operations is None) != (self.matmul_dtype is None):
@@ -135,9 +142,10 @@ class Gate:
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case = case
-        sample = case.sample_inputs(inputs)
-        self._expected = [t.detach().cpu() for t in case.eager.run(copy_inputs(sample, torch.float64))]
-        eager = case.eager.run(copy_inputs(sample, torch.float32))
+        define = case.definition or case.eager.run
+        sample = inputs if case.definition else case.sample_inputs(inputs)
+        self._expected = [t.detach().cpu() for t in define(copy_inputs(sample, torch.float64))]
+        eager = define(copy_inputs(sample, torch.float32))
         self._eager_errors = [accuracy_error(t, expected) for t, expected in zip(eager, self._expected, strict=True)]
 
     def problem(self, provider: Provider, inputs: Inputs) -> str:

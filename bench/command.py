@@ -49,10 +49,11 @@ def _device(arguments: argparse.Namespace) -> str:
 
 def _check(arguments: argparse.Namespace) -> report.Results | None:
     """Everything that would fail after the measurement, before it; returns the results to compare with."""
-    from .run import MODULES
+    from . import run
 
-    if unknown := set(arguments.op or ()) - set(MODULES):
-        raise UsageError(f"--op must be one of {', '.join(MODULES)}, got {', '.join(sorted(unknown))}")
+    known = run.names("cpu")
+    if unknown := set(arguments.op or ()) - set(known):
+        raise UsageError(f"--op must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     if arguments.fail_above is not None and arguments.compare is None:
         raise UsageError("--fail-above needs --compare")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:

@@ -78,7 +78,7 @@ def _runners(
                 runners.append(clock.wall_runner(provider, sets, pristine, device))
                 continue
             if with_memory and case.memory and provider.kind != "part":
-                rows[provider.name]["extra_bytes"] = memory.peak_cuda(provider, sets[0])
+                rows[provider.name]["extra_bytes"] = memory.peak_cuda(case, provider, sets[0])
                 clock.restore(provider, sets[:1], pristine)
             runners.append(cuda_clock.runner(provider))
         except Exception as error:
@@ -118,6 +118,8 @@ def measure(case: Case, device: str, effort: Effort, progress: Progress | None =
     if case.operations and case.matmul_dtype:
         record["operations"] = case.operations
         record["matmul_dtype"] = dtype_name(case.matmul_dtype)
+    if case.absent:
+        record["absent"] = list(case.absent)
     record["rows"] = {provider.name: {"kind": provider.kind} for provider in case.providers}
     try:
         _measure_into(record, case, device, effort, progress or Progress())

@@ -165,6 +165,8 @@ def show(results: Results) -> None:
     for record in results["cases"]:
         print()
         table(record).show()
+        if "absent" in record:
+            print(f"  not installed here: {', '.join(record['absent'])}")
         for target in record["targets"]:
             print(_verdict(target))
     print(f"\n{summary(results)}")

@@ -16,15 +16,24 @@ from .limits import Limits
 from .measure import Effort, measure
 from .progress import Progress
 
-MODULES = ("group_advantages", "token_log_probs", "grpo_loss")
+MODULES = ("group_advantages", "token_log_probs", "grpo_loss", "linear_log_probs")
 
 FULL = Effort()
 QUICK = Effort(seconds=1.5, minimum_rounds=3, memory=False)
 
 
+def _cases_by_module(device: str) -> dict[str, list[Case]]:
+    return {name: importlib.import_module(f".bench_{name}", __package__).cases(device) for name in MODULES}
+
+
 def cases(device: str) -> list[Case]:
     """Every case of every op on this type of device."""
-    return [case for name in MODULES for case in importlib.import_module(f".bench_{name}", __package__).cases(device)]
+    return [case for found in _cases_by_module(device).values() for case in found]
+
+
+def names(device: str) -> list[str]:
+    """What `choose` knows: modules, and the ops of those that have several."""
+    return list(dict.fromkeys([*MODULES, *(case.op for case in cases(device))]))
 
 
 def _add_cpu_memory(
@@ -52,8 +61,13 @@ def _add_cpu_memory(
 
 
 def choose(device: str, ops: Sequence[str] | None, quick: bool) -> list[Case]:
-    """The cases of these ops (None: all)."""
-    return [case for case in cases(device) if (ops is None or case.op in ops) and (case.quick or not quick)]
+    """The cases of these ops or modules (None: all)."""
+    return [
+        case
+        for module, found in _cases_by_module(device).items()
+        for case in found
+        if (ops is None or case.op in ops or module in ops) and (case.quick or not quick)
+    ]
 
 
 class _Run:

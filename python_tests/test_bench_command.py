@@ -82,7 +82,7 @@ def test_list_names_every_case_and_provider(capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--op", "nothing"], "--op must be one of group_advantages, token_log_probs, grpo_loss, got nothing"),
+        (["--op", "nothing"], "linear_token_log_probs, linear_cross_entropy, linear_grpo_loss, got nothing"),
         (["--fail-above", "1.2"], "--fail-above needs --compare"),
         (["--compare", "missing.json"], "missing.json"),
         (["--results", "setup.py"], "setup.py is not JSON"),

@@ -233,7 +233,7 @@ def on_a_gpu(cuda: FakeCuda, monkeypatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(clock, "cache_bytes", lambda device: 64)
     monkeypatch.setattr(clock, "free_bytes", lambda device: 65536)
-    monkeypatch.setattr(memory, "peak_cuda", lambda provider, inputs: len(provider.run(inputs)))
+    monkeypatch.setattr(memory, "peak_cuda", lambda case, provider, inputs: len(provider.run(inputs)))
     return cuda
 
 
