@@ -180,7 +180,10 @@ class _LinearRows(torch.autograd.Function):
         for place, parameter in ((1, weight), (2, bias), (3, lora_a), (4, lora_b)):
             if not wanted[place] or parameter is None:
                 continue
-            grad = found[place].to(parameter.dtype)
+            grad = found[place]
+            if place == 3 and shard is not None:  # every rank has lora.a, and the gradient of its own part
+                grad = vocab.all_reduce_(shard, grad)
+            grad = grad.to(parameter.dtype)
             if padding and place != 3:
                 grad = F.pad(grad, (0,) * (2 * grad.ndim - 1) + (padding,))
             grads[place] = grad
