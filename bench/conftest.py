@@ -9,6 +9,8 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import torch
+
 from . import case as case_module
 from . import machine, measure, pytest_rows, run
 from .case import Case, Record
@@ -33,6 +35,7 @@ def _record(case: Case) -> Record:
 def _smoke(case: Case, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the provider once on tiny inputs; ours must keep the accuracy budget."""
     monkeypatch.setattr(case_module, "compile_backend", "eager")
+    torch._dynamo.reset()  # the cases before it count against the recompile limit
     inputs = measure.make_inputs(case, machine.default_device(), "smoke")
     chosen = case.provider(provider)
     if chosen.kind == "ours":
