@@ -165,6 +165,8 @@ def _chunks(live: Tensor, vocab: int, unit: int, compact: bool) -> Iterator[_Chu
     count = len(live)
     living = int(live.sum()) if compact else count
     limit = chunk_rows(living, vocab, live.device.type)
+    if living == 0:
+        return
     if living < count:
         yield from _live_chunks(live, limit, unit)
         return

@@ -14,10 +14,9 @@ from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics
 from grpo_kernels.grpo_loss.api import evaluate
 from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs, with_entropy_threshold
 from grpo_kernels.grpo_loss.reference import LossInputs, Rows, rows_of
-from grpo_kernels.linear_log_probs import ops_one_pass
+from grpo_kernels.linear_log_probs import chunks, ops_one_pass
 from grpo_kernels.linear_log_probs.arguments import check_head
 from grpo_kernels.linear_log_probs.attach import attach, cast, may_form_gradients, needs_gradient, requests
-from grpo_kernels.linear_log_probs.chunks import most_rows
 from grpo_kernels.linear_log_probs.function import Options, Wanted, gemm_dtype
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
 from grpo_kernels.linear_log_probs.head import Head, LoRAFactors
@@ -189,7 +188,7 @@ def _passes(call: _Call) -> int:
     return passes(
         call.config,
         length=call.rows.live.shape[-1],
-        longest=most_rows(call.head.weight.shape[0], call.hidden.device.type),
+        longest=chunks.most_rows(call.head.weight.shape[0], call.hidden.device.type),
         packed=call.inputs.cu_seqlens is not None,
         on_policy=call.inputs.old_log_probs is None,
     )
