@@ -219,8 +219,8 @@ CASES = (
     *(Case("model", loss, reshard=reshard) for loss in ("grpo", "log_probs", "twice") for reshard in (True, False)),
     *(Case("model", loss, micro_batches=2) for loss in ("grpo", "twice")),
     Case("model", "grpo", BF16, micro_batches=2),
-    Case("model_tied", "grpo"),
-    Case("model_tied", "log_probs"),
+    *(Case("model_tied", loss) for loss in ("grpo", "twice", "without gradient first")),
+    Case("pair_tied", "grpo"),
     Case("outside", "grpo"),
     Case("outside", "log_probs", reshard=False),
     *(Case("ddp", loss, micro_batches=micro) for loss in ("grpo", "twice") for micro in (1, 2)),
@@ -263,7 +263,7 @@ def _shard(case: Case, module: nn.Module) -> nn.Module:
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
     if case.alone or case.wrap == "model_tied":
         return fully_shard(module, **options)
-    fully_shard(module.head, **options)
+    fully_shard([module.embedding, module.head] if case.wrap == "pair_tied" else module.head, **options)
     if case.policy is not None:  # the root gets the old log-probs: they stay in float32
         options["mp_policy"] = replace(case.policy, cast_forward_inputs=False)
     return fully_shard(module, **options)
