@@ -200,7 +200,8 @@ def _exact(hooked: Tensor, original: Tensor) -> Tensor:
     if hooked.dtype == original.dtype:
         return hooked
     cast = hooked.grad_fn
-    if cast is not None and len(cast.next_functions) == 1 and cast.next_functions[0][0] is original.grad_fn:
+    source = (original.grad_fn, original.output_nr)
+    if cast is not None and cast.name() == "ToCopyBackward0" and cast.next_functions[0] == source:
         return original
     raise ValueError(
         f"{_OP}: a hook turned a result into {str(hooked.dtype).removeprefix('torch.')}; take output_dtype out of the "
