@@ -103,8 +103,6 @@ def grpo_loss(
     Source:
         DeepSeekMath (arXiv 2402.03300) and the papers listed at the presets; conventions of TRL 1.16.
     """
-    if not isinstance(config, GRPOLossConfig):
-        raise TypeError(f"{_OP}: config must be a GRPOLossConfig, got {type(config).__name__}")
     batch = _check_log_probs(log_probs, cu_seqlens)
     inputs = loss_inputs(
         Subject(_OP, log_probs),

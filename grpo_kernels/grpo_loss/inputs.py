@@ -60,6 +60,8 @@ def loss_inputs(
     max_length: int | None,
 ) -> LossInputs:
     """Checks every argument but the log-probs and cu_seqlens. The entropy threshold is left open."""
+    if not isinstance(config, GRPOLossConfig):
+        raise TypeError(f"{subject.op}: config must be a GRPOLossConfig, got {type(config).__name__}")
     per_row: _Shapes = (("[B]", (batch,)),)
     sampler = _per_token(subject, "sampler_log_probs", sampler_log_probs)
     ref = _per_token(subject, "ref_log_probs", ref_log_probs)
