@@ -191,8 +191,8 @@ class FusedLMHead(nn.Module):
 
 def _no_view(part: Tensor) -> Tensor:
     """A copy of a view: an operation in place on one would lose the hooks, and FSDP2 warns of it."""
-    view = part.requires_grad and not torch.compiler.is_compiling() and part._is_view()
-    return part.clone() if view else part
+    copied = part.requires_grad and (torch.compiler.is_compiling() or part._is_view())
+    return part.clone() if copied else part
 
 
 def _exact(hooked: Tensor, original: Tensor) -> Tensor:
