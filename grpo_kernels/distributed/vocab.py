@@ -170,7 +170,8 @@ def combine(
         wanted: whether entropy, sum of squared probabilities and top-1 ids are wanted.
 
     Raises:
-        ValueError: on the CPU, on every rank alike: no rank holds the id of a live row. Elsewhere that row is NaN.
+        ValueError: on the CPU, on every rank alike: no rank holds the id of a live row, or several do. Elsewhere that
+            row is NaN.
     """
     entropy, want_squared, want_top1 = wanted
     live = token_ids >= 0 if mask is None else (token_ids >= 0) & mask
@@ -185,10 +186,11 @@ def combine(
     if want_top1:
         top1 = gathered[:, -1].long()
     whole, squared, top1 = merge(values, squared, top1)
-    absent = live & (whole[TARGET] == ABSENT)
+    holders = (values[:, TARGET] != ABSENT).sum(0)
+    wrong = live & (holders != 1)
     if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        _raise_if_absent(op, token_ids, absent)
-    whole = torch.where(absent, math.nan, whole)
+        _raise_if_wrong(op, token_ids, holders, wrong)
+    whole = torch.where(wrong, math.nan, whole)
     results = finish(whole, squared, top1, live, entropy)
     log_probs, *others = (whole.new_empty(0) if result is None else result for result in results)
     return log_probs.to(dtype), others[0].to(dtype), others[1].to(dtype), others[2].long(), whole.to(dtype)
@@ -226,13 +228,14 @@ def _gather(shard: VocabShard, payload: Tensor) -> Tensor:
     return gathered.view(world, *payload.shape)
 
 
-def _raise_if_absent(op: str, token_ids: Tensor, absent: Tensor) -> None:
-    if not absent.any():
+def _raise_if_wrong(op: str, token_ids: Tensor, holders: Tensor, wrong: Tensor) -> None:
+    if not wrong.any():
         return
-    row = int(absent.reshape(-1).to(torch.uint8).argmax())
+    row = int(wrong.reshape(-1).to(torch.uint8).argmax())
     raise ValueError(
-        f"{op}: {position('token_ids', token_ids.shape, row)} must be the id of a token that a rank's vocab_shard "
-        f"holds, or negative in a masked row, got {token_ids.reshape(-1)[row].item()}"
+        f"{op}: {position('token_ids', token_ids.shape, row)} must be the id of a token that one rank's vocab_shard "
+        f"holds, or negative in a masked row, got {token_ids.reshape(-1)[row].item()}, which "
+        f"{holders.reshape(-1)[row].item()} ranks hold"
     )
 
 

@@ -204,7 +204,7 @@ def _check_ids(rank: int, world: int) -> None:
         lambda: grpo_kernels.linear_cross_entropy(hidden, weight, ids, vocab_shard=shard),
         lambda: grpo_kernels.linear_grpo_loss(hidden, weight, ids, None, torch.ones(2), None, vocab_shard=shard),
     ):
-        with pytest.raises(ValueError, match=rf"must be the id of a token that a rank.* got {5 * world}"):
+        with pytest.raises(ValueError, match=rf"must be the id of a token that one rank.* got {5 * world}"):
             function()
     out = grpo_kernels.linear_token_log_probs(hidden[:1], weight, ids[:1], vocab_shard=shard)
     torch.testing.assert_close(out.log_probs.exp(), torch.tensor([[1 / (5 * world)]]))

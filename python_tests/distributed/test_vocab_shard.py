@@ -119,6 +119,9 @@ def _check_faults(rank: int, world: int) -> None:
         token_log_probs(logits, ids, vocab_shard=shard)
     out = token_log_probs(logits, ids, mask=torch.tensor([1, 0, 0]), vocab_shard=shard)  # the ranks are still in step
     torch.testing.assert_close(out.log_probs[0].exp().item(), 1 / (10 * world))
+    overlapping = VocabShard(0, 5 + rank, None)
+    with pytest.raises(ValueError, match=rf"token_ids\[0\] must be .* one rank's .* got 1, which {world} ranks hold"):
+        token_log_probs(logits, ids, vocab_shard=overlapping)
     with torch.no_grad():  # NaN and +inf on one rank are NaN on every rank, and so is nothing but -inf
         logits = torch.zeros(4, 10)
         logits[1:3, 5] = torch.tensor([NAN, INF]) if rank == 1 else 0.0
