@@ -104,6 +104,9 @@ class _Attached(torch.autograd.Function):
         saved = ctx.saved_tensors  # raises if the graph is freed or an input has changed
         if ctx.traced:
             scaled = [(gradient.to(upstream.dtype) * upstream).to(gradient.dtype) for gradient in saved]
+            if ctx.accumulator is not None:
+                ctx.accumulator.add_(scaled[1])
+                scaled[1] = None
         else:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:

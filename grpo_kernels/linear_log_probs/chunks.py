@@ -97,7 +97,7 @@ class _Work(NamedTuple):
 def most_rows(vocab: int, device_type: str) -> int:
     """Rows of the largest chunk, however many rows there are."""
     limit = _CPU_BYTES[1] if device_type == "cpu" else _CUDA_BYTES
-    return max(_SMALLEST, limit // (4 * vocab))
+    return max(_SMALLEST, limit // (4 * vocab * _SMALLEST) * _SMALLEST)
 
 
 def chunk_rows(rows: int, vocab: int, device_type: str) -> int:
