@@ -46,7 +46,8 @@ def of(op: str, compiler: str) -> str:
     if compiler.startswith("nvcc"):
         sources = {path for source in (ROOT / "csrc" / op).glob("*.cu") for path in _with_headers(source)}
     else:
-        sources = set((ROOT / "grpo_kernels" / op).glob("_*triton.py"))
+        package = ROOT / "grpo_kernels"
+        sources = {*(package / op).glob("_*triton.py"), *package.glob("_*triton.py")}
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(code(path).encode())

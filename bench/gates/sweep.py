@@ -57,14 +57,20 @@ def cuda_gate(op: str, kernel: str) -> Gate:
 
 
 @functools.cache
-def triton_launches(op: str, quick: bool) -> list[triton_kernels.Launch]:
-    """What the launchers of an op launch; the same list in every process."""
+def launches_for(op: str, quick: bool, architecture: int) -> list[triton_kernels.Launch]:
+    """What the launchers of an op launch on an architecture; the same list in every process."""
     kernels = ops.modules()[op].TRITON
-    return triton_kernels.record(lambda: kernels.launch(quick))
+    return triton_kernels.record(lambda: kernels.launch(quick), architecture)
+
+
+def triton_launches(op: str, quick: bool) -> list[triton_kernels.Launch]:
+    """What they launch on any architecture, each specialisation once."""
+    found = [launch for architecture in ARCHITECTURES for launch in launches_for(op, quick, architecture)]
+    return list({launch.specialisation: launch for launch in found}.values())
 
 
 def _compile(op: str, quick: bool, index: int, architecture: int) -> Measured:
-    return triton_kernels.compile_launch(triton_launches(op, quick)[index], architecture)
+    return triton_kernels.compile_launch(launches_for(op, quick, architecture)[index], architecture)
 
 
 def triton_results(chosen: Collection[str], architectures: Sequence[int], jobs: int, quick: bool) -> list[Result]:
@@ -72,10 +78,10 @@ def triton_results(chosen: Collection[str], architectures: Sequence[int], jobs: 
     keys = []
     for op, module in ops.modules().items():
         if op in chosen and hasattr(module, "TRITON"):
-            keys += [(op, quick, i, a) for a in architectures for i in range(len(triton_launches(op, quick)))]
+            keys += [(op, quick, i, a) for a in architectures for i in range(len(launches_for(op, quick, a)))]
     results = []
     for (op, _, index, architecture), measured in zip(keys, _map(_compile, keys, jobs), strict=True):
-        specialisation = triton_launches(op, quick)[index].specialisation
+        specialisation = launches_for(op, quick, architecture)[index].specialisation
         gate = ops.modules()[op].TRITON.gate(specialisation)
         compiler = triton_kernels.compiler()
         results.append(Result(op, gate, compiler, architecture, specialisation.text(), measured))

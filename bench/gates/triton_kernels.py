@@ -130,8 +130,8 @@ def specialise(function: Any, arguments: tuple[Any, ...], options: Mapping[str, 
     return Specialisation(function.__name__, described, given)
 
 
-def record(launch: Callable[[], None]) -> list[Launch]:
-    """What `launch` launches, each specialisation once."""
+def record(launch: Callable[[], None], architecture: int = 80) -> list[Launch]:
+    """What `launch` launches for an architecture, each specialisation once."""
     from triton.runtime.jit import JITFunction
 
     found: dict[Specialisation, Launch] = {}
@@ -140,7 +140,7 @@ def record(launch: Callable[[], None]) -> list[Launch]:
         specialisation = specialise(function, arguments, options)
         found.setdefault(specialisation, Launch(specialisation, function, arguments, options))
 
-    with _target(80), mock.patch.object(JITFunction, "run", run):
+    with _target(architecture), mock.patch.object(JITFunction, "run", run):
         launch()
     return list(found.values())
 

@@ -1,0 +1,73 @@
+"""How the Triton kernels of linear_log_probs cut their work: pure functions, the same for every batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_SPLITS = 128
+"""Most parts of a vocabulary that are reduced on their own: as many programs are busy even with one block of rows."""
+WORKSPACE_BYTES = 256 << 20
+"""Most bytes of gradients of logits that exist at a time, unless there are too many rows for slices of 256 columns."""
+L2_BYTES = 16 << 20
+"""Of hidden states that a group of row blocks may have, to stay in the L2 cache while the weight streams past."""
+COLUMNS = 256
+"""The workspace is a multiple of this wide: whole tiles of every configuration."""
+
+
+class LaunchConfig(NamedTuple):
+    """Tiles, and the options of a launch. Depends on V, H, dtype, architecture and how operands lie, never on N."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int  # of the LoRA rank
+    pieces: int  # panels of a tile that are reduced one after another
+    num_warps: int
+    num_stages: int
+    splits: int
+    tiles_per_split: int
+    group: int  # row blocks that share their panels of the weight
+
+
+def launch_config(
+    vocab: int, width: int, element_size: int, architecture: int, loads: str, rank: int = 0
+) -> LaunchConfig:
+    """The configuration that compiles without spills and keeps the tensor cores fed as far as the arithmetic says.
+
+    128 x 256 tiles read 48 KiB for 1024 cycles of bfloat16 tensor cores on sm_90; square ones would ask a third more
+    of the L2 cache. A thread then holds 128 accumulators, so that logits are reduced in panels of 32 columns.
+
+    Args:
+        architecture: 10 * major + minor of the compute capability.
+        loads: "tma"; "vector", 16 bytes a thread; "scalar", an element a thread.
+        rank: of the LoRA factors, 0 without.
+    """
+    if element_size == 4:  # three products of tf32 each, whose halves are formed in registers
+        block_n, block_k, pieces, stages = 64, 32 if loads == "tma" else 16, 2, 3
+    elif loads == "scalar":
+        block_n, block_k, pieces, stages = 64, 32, 2, 3
+    elif architecture in (90, 100, 101, 103, 110) and loads == "tma":
+        block_n, block_k, pieces, stages = 128 if rank else 256, 64, 8, 4
+    else:  # 100 or 164 KiB of shared memory
+        block_n, block_k, pieces, stages = 128, 64, 8, 3
+    tiles = -(-vocab // block_n)
+    tiles_per_split = -(-tiles // MAX_SPLITS)
+    return LaunchConfig(
+        128,
+        block_n,
+        block_k,
+        16 if rank <= 16 else 32,
+        pieces,
+        8,
+        stages,
+        -(-tiles // tiles_per_split),
+        tiles_per_split,
+        max(1, L2_BYTES // (128 * width * element_size)),
+    )
+
+
+def slice_width(rows: int, vocab: int, element_size: int) -> int:
+    """Columns of the vocabulary whose gradients are formed at a time: slices of about equal width, of whole tiles."""
+    width = max(COLUMNS, WORKSPACE_BYTES // max(rows * element_size, 1) // COLUMNS * COLUMNS)
+    count = -(-vocab // width)
+    return -(-vocab // count // COLUMNS) * COLUMNS if count > 1 else -(-vocab // COLUMNS) * COLUMNS

@@ -1,0 +1,385 @@
+"""Linear log-probs through Triton: the launchers."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from grpo_kernels._extension import pointer
+from grpo_kernels._math_triton import host_factors
+from grpo_kernels.linear_log_probs._config_triton import MAX_SPLITS, LaunchConfig, launch_config, slice_width
+from grpo_kernels.linear_log_probs._kernels_triton import dlogits_kernel, forward_kernel, merge_kernel
+from grpo_kernels.linear_log_probs.gemm import multiply, without_autocast
+from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels.linear_log_probs.losses import implementations
+from grpo_kernels.linear_log_probs.ops import empty_gradients, empty_outputs
+
+linear_cross_entropy, linear_grpo_loss = implementations("triton")
+
+_ROWS_OF_MERGE = 8
+_ROWS_AT_A_TIME = 4096  # that are widened to float32 for the gradient of the LoRA factor
+
+
+class _Operands(NamedTuple):
+    """What both GEMM kernels take, and their configuration."""
+
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    config: LaunchConfig
+
+
+def _architecture(tensor: Tensor) -> int:
+    """10 * major + minor of what the kernels are compiled for; 0 for what is not NVIDIA's."""
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 0 if torch.version.hip else 10 * major + minor
+    if triton.knobs.runtime.interpret:
+        return 90
+    architecture: int = triton.runtime.driver.active.get_current_target().arch
+    return architecture
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if triton.knobs.runtime.interpret:
+        return "interpreted"
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def _programs(tensor: Tensor, items: int) -> int:
+    """One program a multiprocessor: it holds most of the registers. The number makes no difference to results."""
+    count = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
+    return min(count, items)
+
+
+def _launch(tensor: Tensor, launch: Callable[[], None]) -> None:
+    """Launches where Triton finds an allocator for its TMA descriptors. It looks in a context variable, which autograd's
+    threads do not inherit; the copy leaves the caller's own alone."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=tensor.device)
+
+    def run() -> None:
+        triton.set_allocator(allocate)
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            launch()
+
+    contextvars.copy_context().run(run)
+
+
+def _matrix(tensor: Tensor) -> tuple[Tensor, int]:
+    """A matrix whose rows are dense and do not overlap, and the stride of its rows."""
+    rows, width = tensor.shape
+    if (width > 1 and tensor.stride(1) != 1) or (rows > 1 and tensor.stride(0) < width):
+        tensor = tensor.contiguous()
+    return tensor, tensor.stride(0) if rows > 1 else width
+
+
+def _loads(architecture: int, width: int, *matrices: tuple[Tensor, int]) -> str:
+    """How the rows can be read: as `launch_config` says. Triton sees no smaller multiple of a stride than 16."""
+    if any(pointer(tensor) % 16 for tensor, _ in matrices):
+        return "scalar"
+    if architecture >= 90 and all(stride * tensor.element_size() % 16 == 0 for tensor, stride in matrices):
+        return "tma"
+    return "vector" if all(number % 16 == 0 for number in (width, *(stride for _, stride in matrices))) else "scalar"
+
+
+def _vector(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.to(torch.float32).contiguous()
+
+
+def _parts(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[P, ...] of `dtype`. Their sum is `values`, float32: three times eight bits of bfloat16 hold its 24."""
+    if dtype == torch.float32:
+        return values[None]
+    parts = []
+    for _ in range(3):
+        parts.append(values.to(dtype))
+        values = values - parts[-1]
+    return torch.stack(parts)
+
+
+def _operands(
+    hidden: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    parts: Tensor | None,
+) -> _Operands:
+    vocab, width = head.weight.shape
+    architecture = _architecture(hidden)
+    (hidden, hidden_stride), (weight, weight_stride) = x, w = _matrix(hidden), _matrix(head.weight)
+    loads = _loads(architecture, width, x, w)
+    lora_b, lora_stride = (None, 0) if head.lora_b is None else _matrix(head.lora_b)
+    rank = 0 if parts is None else parts.shape[2]
+    config = launch_config(vocab, width, hidden.element_size(), architecture, loads, rank)
+    in_factor, in_low, out_factor, kind = host_factors(temperature_tensor, temperature, logit_scale, softcap)
+    arguments = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": None if head.bias is None else head.bias.contiguous(),
+        "projected": parts,
+        "lora_b": lora_b,
+        "token_ids": token_ids.contiguous(),
+        "temperatures": _vector(temperature_tensor),
+        "in_factor": in_factor,
+        "in_low": in_low,
+        "out_factor": out_factor,
+        "rows": hidden.shape[0],
+        "vocab": vocab,
+        "width": width,
+        "rank": rank,
+        "hidden_stride": hidden_stride,
+        "weight_stride": weight_stride,
+        "lora_stride": lora_stride,
+        "group": config.group,
+    }
+    constants = {
+        "TMA": loads == "tma",
+        "HAS_BIAS": head.bias is not None,
+        "PARTS": 0 if parts is None else len(parts),
+        "TEMPERATURE": kind,
+        "CAPPED": softcap > 0.0,
+        "PRECISION": _precision(hidden.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": config.block_r,
+        "PIECES": config.pieces,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return _Operands(arguments, constants, config)
+
+
+def _projected(hidden: Tensor, head: Head) -> Tensor | None:
+    """[P, N, r]. scale * hidden a^T in parts of the head's dtype; None without LoRA."""
+    projected = head.project(hidden)
+    return None if projected is None else _parts(projected * head.lora_scale, hidden.dtype)
+
+
+@without_autocast
+def linear_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    entropy: bool,
+    sum_squared_probs: bool,
+    top1_ids: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = empty_outputs(hidden, entropy, sum_squared_probs, top1_ids, statistics)
+    rows = hidden.shape[0]
+    if rows == 0:
+        return outputs
+    head = Head(weight, bias, lora_a, lora_b, lora_scale)
+    parts = _projected(hidden, head)
+    arguments, constants, config = _operands(
+        hidden, head, token_ids, temperature_tensor, temperature, logit_scale, softcap, parts
+    )
+    partials = hidden.new_empty((2 + entropy + sum_squared_probs, config.splits, rows), dtype=torch.float32)
+    shared = {
+        "mask": None if mask is None else mask.contiguous(),
+        "partials": partials,
+        "partial_ids": hidden.new_empty((config.splits, rows), dtype=torch.int32) if top1_ids else None,
+        "targets": hidden.new_empty(rows, dtype=torch.float32),
+        "splits": config.splits,
+        "HAS_MASK": mask is not None,
+        "ENTROPY": entropy,
+        "SQUARED": sum_squared_probs,
+        "TOP1": top1_ids,
+    }
+    of_merge = ("token_ids", "temperatures", "out_factor", "rows", "vocab")
+    programs = _programs(hidden, triton.cdiv(rows, config.block_m) * config.splits)
+
+    def launch() -> None:
+        forward_kernel[(programs,)](**arguments, **shared, **constants, tiles_per_split=config.tiles_per_split)
+        merge_kernel[(triton.cdiv(rows, _ROWS_OF_MERGE),)](
+            **shared,
+            **{name: arguments[name] for name in of_merge},
+            log_probs=outputs[0],
+            entropy=outputs[1],
+            sum_squared_probs=outputs[2],
+            top1_ids=outputs[3],
+            statistics=outputs[4],
+            TEMPERATURE=constants["TEMPERATURE"],
+            STATISTICS=statistics,
+            SPLITS=MAX_SPLITS,
+            ROWS=_ROWS_OF_MERGE,
+            num_warps=4,
+        )
+
+    _launch(hidden, launch)
+    return outputs
+
+
+class _Gradients(NamedTuple):
+    """Where the products of a slice go; None where nobody needs them."""
+
+    hidden: Tensor | None  # [N, H] float32
+    weight: Tensor | None  # [V, H]
+    accumulate: bool  # add to `weight`
+    bias: Tensor | None  # [V]
+    lora_b: Tensor | None  # [V, r]
+    through: Tensor | None  # [N, r] float32: gradient of hidden a^T, before the scale
+
+    def add(self, start: int, grad: Tensor, clean: Tensor | None, head: Head, parts: Tensor | None) -> None:
+        """Adds the products of the slice of dlogits that begins at column `start`."""
+        end = start + grad.shape[1]
+        if self.hidden is not None:
+            multiply(self.hidden, grad, head.weight[start:end], add=start > 0)
+        if self.weight is not None and clean is not None:
+            multiply(self.weight[start:end], grad.t(), clean, add=self.accumulate)
+        if self.bias is not None:
+            torch.sum(grad, 0, dtype=torch.float32, out=self.bias[start:end])
+        if self.through is not None and head.lora_b is not None:
+            multiply(self.through, grad, head.lora_b[start:end], add=start > 0)
+        if self.lora_b is not None and parts is not None:
+            count, rows, rank = parts.shape
+            products = grad.new_empty((end - start, count * rank), dtype=torch.float32)
+            multiply(products, grad.t(), parts.transpose(0, 1).reshape(rows, count * rank))
+            torch.sum(products.view(end - start, count, rank), 1, out=self.lora_b[start:end])
+
+
+def _active_rows(token_ids: Tensor, mask: Tensor | None, upstream: list[Tensor]) -> Tensor:
+    """[N] bool. Rows that count and have a gradient. The others may hold anything, 0 * NaN in a product included."""
+    active = torch.zeros_like(token_ids, dtype=torch.bool)
+    for grad in upstream:
+        active |= grad != 0
+    return active & live_rows(token_ids, mask)
+
+
+@without_autocast
+def linear_token_log_probs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    statistics: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
+    weight_grad_accumulator: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_lora: bool,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    accumulate = weight_grad_accumulator is not None
+    outputs = empty_gradients(
+        hidden, weight, lora_a, need_hidden, need_weight and not accumulate, need_bias, need_lora,
+        hidden_dtype, weight_dtype,
+    )  # fmt: skip
+    grad_hidden, grad_weight, grad_bias, grad_a, grad_b = outputs
+    upstream = [_vector(grad) for grad in (grad_log_probs, grad_entropy, grad_log_sum_exp)]
+    active = _active_rows(token_ids, mask, [grad for grad in upstream if grad is not None])
+    if hidden.shape[0] == 0:
+        for output in outputs:
+            output.zero_()
+        return outputs
+    head = Head(weight, bias, lora_a, lora_b, lora_scale)
+    if need_weight or need_lora:
+        hidden = torch.where(active[:, None], hidden, 0)
+    parts = _projected(hidden, head)
+    sums = grad_hidden if hidden_dtype == torch.float32 else torch.empty_like(hidden, dtype=torch.float32)
+    through = None if parts is None or not (need_hidden or need_lora) else parts.new_empty(
+        parts.shape[1:], dtype=torch.float32
+    )  # fmt: skip
+    gradients = _Gradients(
+        sums if need_hidden else None,
+        (grad_weight if weight_grad_accumulator is None else weight_grad_accumulator) if need_weight else None,
+        accumulate,
+        grad_bias if need_bias else None,
+        grad_b if need_lora else None,
+        through,
+    )
+    operands = _operands(hidden, head, token_ids, temperature_tensor, temperature, logit_scale, softcap, parts)
+    _walk_slices(operands, gradients, head, hidden, parts, active, statistics, upstream)
+    if through is not None and lora_a is not None:
+        through *= lora_scale
+        if need_lora:
+            _lora_gradient(grad_a, through, hidden)
+        if need_hidden:
+            multiply(sums, through, lora_a.float(), add=True)
+    if need_hidden and sums is not grad_hidden:
+        grad_hidden.copy_(sums)
+    if weight_grad_accumulator is not None:
+        torch.autograd.graph.increment_version(weight_grad_accumulator)
+    return outputs
+
+
+def _walk_slices(
+    operands: _Operands,
+    gradients: _Gradients,
+    head: Head,
+    hidden: Tensor,
+    parts: Tensor | None,
+    active: Tensor,
+    statistics: Tensor,
+    upstream: list[Tensor | None],
+) -> None:
+    """Slice after slice of the vocabulary: its dlogits into the workspace, and from there into the gradients."""
+    arguments, constants, config = operands
+    rows, vocab = hidden.shape[0], head.weight.shape[0]
+    width = slice_width(rows, vocab, hidden.element_size())
+    workspace = hidden.new_empty((rows, width))
+    statistics = statistics.contiguous()
+    for start in range(0, vocab, width):
+        end = min(start + width, vocab)
+        column_blocks = triton.cdiv(end - start, config.block_n)
+        programs = _programs(hidden, triton.cdiv(rows, config.block_m) * column_blocks)
+
+        def launch(start: int = start, column_blocks: int = column_blocks, programs: int = programs) -> None:
+            dlogits_kernel[(programs,)](
+                **arguments,
+                **constants,
+                active=active,
+                statistics=statistics,
+                grad_log_probs=upstream[0],
+                grad_entropy=upstream[1],
+                grad_log_sum_exp=upstream[2],
+                dlogits=workspace,
+                dlogits_stride=width,
+                first=start,
+                column_blocks=column_blocks,
+                LOG_PROBS=upstream[0] is not None,
+                ENTROPY=upstream[1] is not None,
+                LOG_SUM_EXP=upstream[2] is not None,
+            )
+
+        _launch(hidden, launch)
+        gradients.add(start, workspace[:, : end - start], hidden, head, parts)
+
+
+def _lora_gradient(grad_a: Tensor, through: Tensor, hidden: Tensor) -> None:
+    """grad_a = through^T hidden, both float32: rounding the left one to the head's dtype would cost what it gained."""
+    for start in range(0, len(hidden), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        multiply(grad_a, through[rows].t(), hidden[rows].float(), add=start > 0)
