@@ -6,12 +6,10 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -21,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grpo_kernels import FusedLMHead, GRPOLossConfig, linear_token_log_probs
 from grpo_kernels.distributed import VocabShard
 from python_tests.distributed import launch
+from python_tests.distributed.partitioned import PartitionedParameters
 
 WORLD = 2
 VOCABULARY, WIDTH, BATCH, LENGTH = 11, 8, 2, 5  # 11 rows do not divide by 2: shards are padded
@@ -127,76 +126,6 @@ LOSSES: dict[str, Callable[[FusedLMHead, Tensor, Batch], Tensor]] = {
 # shardings -----------------------------------------------------------------------------------------------------
 
 
-class _BeforeBackward(torch.autograd.Function):
-    """Gathers before the backward of the module whose outputs pass through it."""
-
-    @staticmethod
-    def forward(ctx: Any, gather: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.gather = gather
-        return tuple(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        ctx.gather()
-        return None, *grads
-
-
-class PartitionedParameters:
-    """What ZeRO-3 does: a parameter is whole between the hooks of its module and empty elsewhere."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.shards: dict[nn.Parameter, Tensor] = {}
-        self.shapes = {parameter: parameter.shape for parameter in module.parameters()}
-        self.grads: dict[nn.Parameter, Tensor] = {}
-        for parameter, shape in self.shapes.items():
-            padded = nn.functional.pad(parameter.detach().flatten(), (0, -shape.numel() % WORLD))
-            self.shards[parameter] = padded.chunk(WORLD)[dist.get_rank()].clone()
-            parameter.register_post_accumulate_grad_hook(self._reduce)
-        for child in module.modules():
-            if list(child.parameters(recurse=False)):
-                child.register_forward_pre_hook(self._before_forward)
-                child.register_forward_hook(self._after_forward)
-        self._release(module, recurse=True)
-
-    def whole(self, parameter: nn.Parameter) -> Tensor:
-        parts = [torch.empty_like(self.shards[parameter]) for _ in range(WORLD)]
-        dist.all_gather(parts, self.shards[parameter])
-        shape = self.shapes[parameter]
-        return torch.cat(parts)[: shape.numel()].view(shape)
-
-    def descend(self, rate: float) -> None:
-        for parameter, grad in self.grads.items():
-            padded = nn.functional.pad(grad.flatten(), (0, -grad.numel() % WORLD))
-            self.shards[parameter] -= rate * padded.chunk(WORLD)[dist.get_rank()]
-
-    def _gather(self, module: nn.Module) -> None:
-        for parameter in module.parameters(recurse=False):
-            parameter.data = self.whole(parameter)
-            parameter.ds_status = SimpleNamespace(name="AVAILABLE")
-
-    def _release(self, module: nn.Module, recurse: bool = False) -> None:
-        for parameter in module.parameters(recurse):
-            if isinstance(module, FusedLMHead):
-                parameter.data.fill_(float("nan"))  # whoever kept the memory instead of the parameter finds out
-            parameter.data = torch.empty(0)
-            parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
-
-    def _before_forward(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self._gather(module)
-
-    def _after_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        outputs = output if isinstance(output, tuple) else (output,)
-        self._release(module)
-        outputs = _BeforeBackward.apply(lambda: self._gather(module), *outputs)
-        return outputs if isinstance(output, tuple) else outputs[0]
-
-    def _reduce(self, parameter: nn.Parameter) -> None:
-        grad, parameter.grad = parameter.grad, None
-        dist.all_reduce(grad)
-        self.grads[parameter] = self.grads.get(parameter, 0.0) + grad / WORLD
-        parameter.data = torch.empty(0)
-
-
 class Case(NamedTuple):
     wrap: str
     loss: str = "grpo"
@@ -216,6 +145,7 @@ class Case(NamedTuple):
 CASES = (
     *(Case("head", loss) for loss in LOSSES),
     *(Case("head", loss, policy) for loss in ("log_probs", "cross_entropy", "grpo") for policy in (BF16, ROUNDED)),
+    Case("head_compiled", "cross_entropy"),
     *(Case("model", loss, reshard=reshard) for loss in ("grpo", "log_probs", "twice") for reshard in (True, False)),
     *(Case("model", loss, micro_batches=2) for loss in ("grpo", "twice")),
     Case("model", "grpo", BF16, micro_batches=2),
@@ -277,8 +207,9 @@ def _train(case: Case, rank: int) -> Trained:
     """One optimiser step of a rank."""
     module = _module(case)
     names = dict(module.named_parameters())
-    partitioned = PartitionedParameters(module) if case.wrap.endswith("zero3") else None
+    partitioned = PartitionedParameters(module, WORLD) if case.wrap.endswith("zero3") else None
     wrapped = module if partitioned else _shard(case, module)
+    compute = torch.compile(_loss, backend="eager") if case.wrap == "head_compiled" else _loss
     losses, hiddens = [], []
     for step in range(case.micro_batches):
         batch, last = _batch(rank, step), step + 1 == case.micro_batches
@@ -286,7 +217,7 @@ def _train(case: Case, rank: int) -> Trained:
         if hasattr(wrapped, "set_requires_gradient_sync"):
             wrapped.set_requires_gradient_sync(last)
         with nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync():
-            loss = _loss(case, wrapped, batch, hiddens[-1])
+            loss = compute(case, wrapped, batch, hiddens[-1])
             (loss / case.micro_batches).backward()
         losses.append(loss.detach())
     grad_hidden = [hidden.grad for hidden in hiddens if case.alone]
@@ -354,7 +285,7 @@ def _misuse() -> dict[str, str]:
     late = fully_shard(nn.Sequential(nn.Linear(WIDTH, VOCABULARY)))
     messages["parent sharded"] = _message(lambda: FusedLMHead(late[0]).token_log_probs(batch.hidden, batch.ids))
     model = Model(tied=False)
-    PartitionedParameters(model)
+    PartitionedParameters(model, WORLD)
     messages["zero3"] = _message(lambda: linear_token_log_probs(batch.hidden, model.head.weight, batch.ids))
     return messages
 
