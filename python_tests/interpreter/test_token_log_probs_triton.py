@@ -192,15 +192,19 @@ def test_nothing_outside_the_tensors_is_touched(call: Call, vocab: int) -> None:
 
 # --- parts of a vocabulary, the gradient of the log-sum-exp ----------------------------------------------------------
 
+OPTIONS_AND_DTYPES = pytest.mark.parametrize(
+    ("options", "dtype"),
+    [*((name, torch.float32) for name in parts.TRANSFORMS), ("plain", torch.bfloat16), ("softcap", torch.float16)],
+    ids=str,
+)
 
-@pytest.mark.parametrize("options", parts.TRANSFORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+@OPTIONS_AND_DTYPES
 def test_parts_make_the_whole(dtype: torch.dtype, options: str) -> None:
     parts.check_parts("triton", dtype, options)
 
 
-@pytest.mark.parametrize("options", parts.TRANSFORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@OPTIONS_AND_DTYPES
 def test_gradient_of_the_log_sum_exp(dtype: torch.dtype, options: str) -> None:
     parts.check_z_loss("triton", dtype, options)
 
@@ -215,7 +219,6 @@ def test_dtype_of_the_gradient(wanted: torch.dtype) -> None:
     parts.check_grad_dtype("triton", wanted)
 
 
-@pytest.mark.parametrize("options", parts.TRANSFORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@OPTIONS_AND_DTYPES
 def test_statistics_of_special_rows(dtype: torch.dtype, options: str) -> None:
     parts.check_special_statistics("triton", dtype, options)
