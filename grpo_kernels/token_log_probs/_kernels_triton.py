@@ -8,8 +8,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the running maximum before the first finite logit: no -inf - -inf
+from grpo_kernels._math_triton import LOG2E, LOWEST, tanh
+
 UNDERFLOW = tl.constexpr(-120.0)  # e^u is 0 here; u is clamped, since u * 0 is 0 but -inf * 0 is NaN
 
 
@@ -60,25 +60,11 @@ def _factors(in_factor, in_low, out_factor, temperatures, row, TEMPERATURE: tl.c
 
 
 @triton.jit
-def _tanh(x):
-    a = tl.abs(x)
-    square = x * x
-    p = -5.704986926e-3 * square + 2.063908716e-2
-    p = p * square - 5.373971505e-2
-    p = p * square + 1.333144220e-1
-    p = p * square - 3.333328194e-1
-    small = x * square * p + x
-    e = tl.exp2(a * (-2.0 * LOG2E))
-    large = 1.0 - 2.0 * e / (1.0 + e)
-    return tl.where(a < 0.625, small, tl.where(x < 0.0, -large, large))
-
-
-@triton.jit
 def _transform(x, in_factor, in_low, CAPPED: tl.constexpr):
     x = x.to(tl.float32)
     y = x * in_factor
     if CAPPED:  # infinities and NaN keep their meaning; in_low is what in_factor lost when it was rounded
-        y = tl.where(tl.abs(x) < float("inf"), _tanh(x * in_low + y), y)
+        y = tl.where(tl.abs(x) < float("inf"), tanh(x * in_low + y), y)
     return y
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 
 from grpo_kernels._extension import pointer
+from grpo_kernels._math_triton import host_factors
 from grpo_kernels.token_log_probs._kernels_triton import backward_kernel, forward_kernel, launch_config
 from grpo_kernels.token_log_probs.layout import dense, overwritable, readable
 from grpo_kernels.token_log_probs.ops import empty_gradient, empty_outputs
@@ -23,18 +23,6 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _aligned(tensor: Tensor, *strides: int) -> bool:
     """Whether every row starts at a multiple of 16 bytes, and Triton can know: it sees multiples of 16 elements."""
     return pointer(tensor) % 16 == 0 and all(stride % 16 == 0 for stride in strides)
-
-
-def _factors_of(
-    temperature_tensor: Tensor | None, temperature: float, logit_scale: float, softcap: float
-) -> tuple[float, float, float, int]:
-    """in_factor, in_low, out_factor and TEMPERATURE; formed in double precision, as far as the host knows the numbers."""
-    kind = 0 if temperature_tensor is None else 1 if temperature_tensor.ndim == 0 else 2
-    divisor = temperature if temperature_tensor is None else 1.0
-    if softcap > 0.0:
-        in_factor = logit_scale / softcap
-        return in_factor, in_factor - ctypes.c_float(in_factor).value, softcap / divisor, kind
-    return 1.0, 0.0, logit_scale / divisor, kind
 
 
 def token_log_probs(
@@ -57,7 +45,7 @@ def token_log_probs(
     vocab = logits.shape[-1]
     aligned = _aligned(logits, layout.outer_stride, layout.inner_stride)
     config = launch_config(vocab, logits.element_size(), aligned)
-    in_factor, in_low, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
+    in_factor, in_low, out_factor, kind = host_factors(temperature_tensor, temperature, logit_scale, softcap)
     with _device(logits):
         forward_kernel[(layout.rows,)](
             logits,
@@ -152,7 +140,7 @@ def _launch_backward(
     inner_stride = layout.inner_stride if in_place else vocab
     aligned = _aligned(logits, layout.outer_stride, layout.inner_stride) and _aligned(grad, outer_stride, inner_stride)
     config = launch_config(vocab, logits.element_size(), aligned)
-    in_factor, in_low, out_factor, kind = _factors_of(temperature_tensor, temperature, logit_scale, softcap)
+    in_factor, in_low, out_factor, kind = host_factors(temperature_tensor, temperature, logit_scale, softcap)
     columns = config.slots * config.width * config.blocks_per_program
     with _device(logits):
         backward_kernel[(layout.rows, triton.cdiv(vocab, columns))](
