@@ -126,9 +126,12 @@ def _grpo_loss(device: str, preset: str, packed: bool) -> Callable[[], list[Tens
     return lambda: run(call, inputs_of(call, device))
 
 
+_SEQUENCES = 4
+
+
 def _head(device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, weight and ids, some of them masked; bf16 on a GPU."""
-    rows, width, vocab = (2_048, 1_024, 50_257) if device == "cuda" else (65, 24, 517)
+    rows, width, vocab = (2_048, 1_024, 50_257) if device == "cuda" else (65 * _SEQUENCES, 24, 517)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden = torch.randn(rows, width, device=device).to(dtype)
     weight = (torch.randn(vocab, width, device=device) * 3 / width**0.5).to(dtype)
@@ -142,6 +145,30 @@ def _linear_token_log_probs(device: str, outputs: tuple[str, ...], **options: An
 
     def function(x: Tensor, w: Tensor) -> Any:
         return grpo_kernels.linear_token_log_probs(x, w, ids, outputs=outputs, **options)
+
+    call = Call("big", function, lambda device: (hidden, weight), (0, 1))
+    return lambda: run(call, inputs_of(call, device))
+
+
+def _linear_cross_entropy(device: str, reduction: str) -> Callable[[], list[Tensor]]:
+    hidden, weight, target = _head(device)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return grpo_kernels.linear_cross_entropy(x, w, target, z_loss=0.01, reduction=reduction)
+
+    call = Call("big", function, lambda device: (hidden, weight), (0, 1))
+    return lambda: run(call, inputs_of(call, device))
+
+
+def _linear_grpo_loss(device: str, config: GRPOLossConfig) -> Callable[[], list[Tensor]]:
+    hidden, weight, ids = _head(device)
+    hidden, ids = hidden.view(_SEQUENCES, -1, hidden.shape[-1]), ids.view(_SEQUENCES, -1)
+    old = -10.0 - 2 * torch.rand(ids.shape, device=device)
+    advantages = torch.randn(len(ids), device=device)
+
+    def function(x: Tensor, w: Tensor) -> list[Tensor | None]:
+        output = grpo_kernels.linear_grpo_loss(x, w, ids, old, advantages, None, config)
+        return [output.loss, output.metrics.values, output.log_probs, output.entropy]
 
     call = Call("big", function, lambda device: (hidden, weight), (0, 1))
     return lambda: run(call, inputs_of(call, device))
@@ -166,6 +193,10 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "linear_token_log_probs-everything": lambda device: _linear_token_log_probs(
         device, ("entropy", "sum_squared_probs", "top1_ids"), softcap=20.0, temperature=0.7
     ),
+    "linear_cross_entropy": lambda device: _linear_cross_entropy(device, "mean"),
+    "linear_cross_entropy-per_token": lambda device: _linear_cross_entropy(device, "none"),
+    "linear_grpo_loss": lambda device: _linear_grpo_loss(device, GRPOLossConfig.preset("dapo", entropy_coef=0.1)),
+    "linear_grpo_loss-sequences": lambda device: _linear_grpo_loss(device, GRPOLossConfig.preset("gspo")),
 }
 
 

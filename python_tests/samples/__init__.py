@@ -50,7 +50,8 @@ class BadCall:
 
 def modules() -> dict[str, ModuleType]:
     """Every op's samples, by the name of its package."""
-    return {info.name: importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)}
+    names = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")]
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 
 def tensors(value: Any) -> list[Tensor]:

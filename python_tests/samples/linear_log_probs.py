@@ -8,30 +8,19 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
-from grpo_kernels import LoRAFactors
-from python_tests.samples import BadCall, Call
+from grpo_kernels import GRPOLossConfig, LoRAFactors
+from python_tests.samples import Call
+from python_tests.samples._linear_head import ADVANTAGES, BIAS, HIDDEN, OLD, VOCAB, WEIGHT, WIDTH, A, B
+from python_tests.samples._linear_mistakes import BAD_CALLS as BAD_CALLS
 from python_tests.samples.token_log_probs import IDS, MASK, TEMPERATURES, UPSTREAM, statistics
 
-WIDTH, VOCAB, RANK = 9, 37, 2
-GENERATOR = torch.Generator().manual_seed(0)
-
-
-def _normal(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=GENERATOR) * scale
-
-
-HIDDEN = _normal(2, 3, WIDTH)
-WEIGHT = _normal(VOCAB, WIDTH)
-BIAS = _normal(VOCAB)
-BIAS[:7] = float("-inf")
-BIAS[1] = 0.5
-A, B = _normal(RANK, WIDTH, scale=0.5), _normal(VOCAB, RANK, scale=0.5)
 LIVE_IDS = IDS.clamp(min=12)
+POLICY_IDS = torch.where(IDS < 0, IDS, LIVE_IDS)  # no policy has sampled an impossible token
 EVERY_OUTPUT = ("entropy", "sum_squared_probs", "top1_ids")
 
 # --- registered ops: 2-D, everything of one dtype --------------------------------------------------------------------
 
-X, I = HIDDEN.reshape(6, WIDTH), IDS.reshape(6)
+X, I, POLICY_I = HIDDEN.reshape(6, WIDTH), IDS.reshape(6), POLICY_IDS.reshape(6)
 PLAIN = (None, None, 1.0, 1.0, 0.0)  # mask, temperature tensor, temperature, logit_scale, softcap
 FULL = (MASK.reshape(6), TEMPERATURES.reshape(6), 0.0, 1.3, 5.0)
 
@@ -63,7 +52,41 @@ def _backward(
     )  # fmt: skip
 
 
-EVERYTHING = (True, True, True, True)
+def _cross_entropy(
+    dtype: torch.dtype, full: bool, needs: tuple[bool, bool, bool, bool], *, hidden: Tensor = X, ids: Tensor = I
+) -> tuple[Any, ...]:
+    mask = MASK.reshape(6) if full else None
+    rows = (mask, 1.3, 5.0, torch.tensor(0.25), 0.1) if full else (mask, 1.0, 0.0, torch.tensor(1.0), 0.0)
+    return (*_head(dtype, full, hidden), ids, *rows, *needs, dtype, dtype)
+
+
+def _loss(
+    dtype: torch.dtype,
+    full: bool,
+    needs: tuple[bool, bool, bool, bool],
+    *,
+    hidden: Tensor = X,
+    ids: Tensor = POLICY_I,
+    sequence_length: int = 0,
+) -> tuple[Any, ...]:
+    """Two sequences of three tokens; with `full` every input, and a sampler's correction."""
+    count = len(ids)
+    old = torch.linspace(-4.0, -1.0, count)
+    config = GRPOLossConfig(
+        reduction="none", ratio_level="sequence" if sequence_length else "token", kl_coef=0.3 if full else 0.0,
+        sampler_correction="token_truncate" if full else "none",
+    )  # fmt: skip
+    optional = (old + 0.2, old - 0.1, torch.linspace(0.5, 1.5, count)) if full else (None, None, None)
+    bonus, coefficient = (torch.tensor(-0.05), torch.tensor(0.3)) if full else (None, None)
+    options, parameters = config.pack()
+    return (
+        *_head(dtype, full, hidden), ids, *(FULL if full else PLAIN), old, old.cos(), *optional,
+        torch.full((count,), 0.2), bonus, coefficient, 0.0, sequence_length, list(options), list(parameters), *needs,
+        dtype, dtype,
+    )  # fmt: skip
+
+
+EVERYTHING, BASE = (True, True, True, True), (True, True, False, False)
 OPS = {
     "linear_token_log_probs": [
         (*_head(torch.float32, False), I, *PLAIN, False, False, False, True),
@@ -72,12 +95,26 @@ OPS = {
         (*_head(torch.float32, False, X[:0]), I[:0], *PLAIN, True, True, True, True),
     ],
     "linear_token_log_probs_backward": [
-        _backward(torch.float32, False, (True, True, False, False)),
+        _backward(torch.float32, False, BASE),
         _backward(torch.float32, True, EVERYTHING),
         _backward(torch.bfloat16, True, EVERYTHING, results=torch.float32),
         _backward(torch.float16, True, (False, False, True, True)),
-        _backward(torch.bfloat16, False, (True, True, False, False), accumulator=True),
-        _backward(torch.float32, False, (True, True, False, False), hidden=X[:0], ids=I[:0]),
+        _backward(torch.bfloat16, False, BASE, accumulator=True),
+        _backward(torch.float32, False, BASE, hidden=X[:0], ids=I[:0]),
+    ],
+    "linear_cross_entropy": [
+        _cross_entropy(torch.float32, False, BASE),
+        _cross_entropy(torch.bfloat16, True, EVERYTHING),
+        _cross_entropy(torch.float32, True, (False, True, True, False)),
+        _cross_entropy(torch.float32, False, BASE, hidden=X[:0], ids=I[:0]),
+        _cross_entropy(torch.float32, False, BASE, ids=torch.full_like(I, -100)),
+    ],
+    "linear_grpo_loss": [
+        _loss(torch.float32, False, BASE),
+        _loss(torch.bfloat16, True, EVERYTHING),
+        _loss(torch.float32, True, (True, False, False, True), sequence_length=3),
+        _loss(torch.float32, False, BASE, hidden=X[:0], ids=I[:0]),
+        _loss(torch.float32, False, BASE, ids=torch.full_like(I, -100)),
     ],
 }
 
@@ -88,6 +125,21 @@ def _make(*tensors: Tensor) -> Any:
     return lambda device: tuple(tensor.to(device) for tensor in tensors)
 
 
+def _loss_call(name: str, config: GRPOLossConfig, *, packed: bool = False) -> Call:
+    """Two sequences of three tokens; packed one of four and one of two."""
+
+    def function(x: Tensor, w: Tensor, i: Tensor, old: Tensor, advantages: Tensor, m: Tensor) -> Any:
+        given = [value.flatten(0, 1) if packed else value for value in (x, i, old, m)]
+        x, i, old, m = given
+        cu_seqlens = torch.tensor([0, 4, 6], device=x.device) if packed else None
+        return grpo_kernels.linear_grpo_loss(
+            x, w, i, old, advantages, m, config, ref_log_probs=old.sin() - 3.0, cu_seqlens=cu_seqlens
+        )
+
+    return Call(name, function, _make(FLAT, WEIGHT, POLICY_IDS, OLD, ADVANTAGES, MASK), (0, 1), autocast=(0, 1))
+
+
+FLAT = HIDDEN * 0.3  # of log-probs near those
 HALF_HEAD = (HIDDEN.bfloat16(), WEIGHT.bfloat16())
 CALLS = [
     Call(
@@ -166,90 +218,106 @@ CALLS = [
         _make(HIDDEN, WEIGHT, IDS),
         autocast=(0, 1),
     ),
-]
-
-# --- wrong calls -----------------------------------------------------------------------------------------------------
-
-
-def _head_mistakes(op: str, call: Any) -> list[BadCall]:
-    """What every op on a head rejects alike; `call(hidden=..., weight=..., ...)` is right without arguments."""
-
-    def bad(name: str, error: type[Exception], *says: str, **arguments: Any) -> BadCall:
-        return BadCall(f"{op}_{name}", lambda: call(**arguments), error, (f"{op}: ", *says))
-
-    needs_grad = WEIGHT.clone().requires_grad_()
-    accumulator = torch.zeros_like(WEIGHT)
-    return [
-        bad("hidden_list", TypeError, "hidden must be a torch.Tensor, got list", hidden=[1.0]),
-        bad("hidden_dtype", TypeError, "hidden must have dtype float32", "got int64", hidden=HIDDEN.long()),
-        bad("hidden_scalar", ValueError, "hidden must have shape [..., H] with H >= 1, got []", hidden=HIDDEN[0, 0, 0]),
-        bad("weight_list", TypeError, "weight must be a torch.Tensor, got list", weight=[1.0]),
-        bad("weight_dtype", TypeError, "weight must have dtype float32", "got int64", weight=WEIGHT.long()),
-        bad("weight_device", ValueError, "weight must be on cpu like hidden, got meta", weight=WEIGHT.to("meta")),
-        bad(
-            "weight_shape", ValueError, f"weight must have shape [V, H] = [V, {WIDTH}]", "got [9, 37]", weight=WEIGHT.T
+    Call(
+        "cross_entropy",
+        lambda x, w, i: grpo_kernels.linear_cross_entropy(x, w, i),
+        _make(HIDDEN, WEIGHT, IDS),
+        (0, 1),
+        autocast=(0, 1),
+    ),
+    Call(
+        "cross_entropy_everything",
+        lambda x, w, i, bias, a, b: grpo_kernels.linear_cross_entropy(
+            x,
+            w,
+            i,
+            bias=bias,
+            lora=LoRAFactors(a, b, 0.5),
+            logit_scale=1.3,
+            softcap=5.0,
+            z_loss=0.1,
+            ignore_index=12,
+            reduction="sum",
         ),
-        bad("weight_vector", ValueError, "weight must have shape [V, H], got [37]", "ZeRO-3", weight=BIAS),
-        bad("weight_empty", ValueError, "weight must have shape [V, H]", "got [0, 9]", weight=WEIGHT[:0]),
-        bad("bias_shape", ValueError, "bias must have shape [V] = [37], got [36]", bias=BIAS[1:]),
-        bad("bias_dtype", TypeError, "bias must have dtype float32", bias=BIAS.bool()),
-        bad("lora_type", TypeError, "lora must be LoRAFactors(a, b, scale), got tuple", lora=(A, B, 1.0)),
-        bad(
-            "lora_a",
-            ValueError,
-            f"lora.a must have shape [r, H] = [r, {WIDTH}] with r >= 1, got [2, 8]",
-            lora=LoRAFactors(A[:, 1:], B),
+        _make(HIDDEN, WEIGHT, IDS, BIAS, A, B),
+        (0, 1, 3, 4, 5),
+        autocast=(0, 1, 3, 4, 5),
+    ),
+    Call(
+        "cross_entropy_per_token",
+        lambda x, w, i: grpo_kernels.linear_cross_entropy(x.transpose(0, 1), w, i.T, z_loss=0.1, reduction="none"),
+        _make(HIDDEN, WEIGHT, IDS),
+        (0, 1),
+        autocast=(0, 1),
+    ),
+    Call(
+        "cross_entropy_bf16",
+        lambda x, w, i: grpo_kernels.linear_cross_entropy(x[:, :-1], w, i[:, 1:]),
+        _make(*HALF_HEAD, LIVE_IDS.int()),
+        (0, 1),
+        autocast=(0, 1),
+        rounds=torch.bfloat16,
+    ),
+    Call(
+        "cross_entropy_nothing_counts",
+        lambda x, w, i: grpo_kernels.linear_cross_entropy(x * float("nan"), w, i),
+        _make(HIDDEN, WEIGHT, torch.full_like(IDS, -100)),
+        (1,),
+        autocast=(0, 1),
+    ),
+    Call(
+        "cross_entropy_empty",
+        lambda x, w, i: grpo_kernels.linear_cross_entropy(x, w, i),
+        _make(HIDDEN[:0], WEIGHT, IDS[:0]),
+        (0, 1),
+        autocast=(0, 1),
+    ),
+    _loss_call("loss_of_sequences", GRPOLossConfig.preset("gspo", kl_coef=0.3, entropy_coef=0.1)),
+    _loss_call("loss_per_token", GRPOLossConfig(reduction="none", kl_coef=0.3, entropy_coef=0.1)),
+    _loss_call("loss_packed", GRPOLossConfig.preset("grpo", kl_coef=0.3), packed=True),
+    Call(
+        "loss_everything",
+        lambda x, w, i, bias, m, t, a, b, old, advantages: grpo_kernels.linear_grpo_loss(
+            x,
+            w,
+            i,
+            old,
+            advantages,
+            m,
+            GRPOLossConfig(kl_coef=0.3, entropy_coef=0.1),
+            bias=bias,
+            temperature=t,
+            logit_scale=1.3,
+            softcap=5.0,
+            lora=LoRAFactors(a, b, 0.5),
+            ref_log_probs=old.flip(0),
+            token_weights=t,
+            sampler_log_probs=old + 0.1,
         ),
-        bad("lora_b", ValueError, "lora.b must have shape [V, r] = [37, 2], got [2, 37]", lora=LoRAFactors(A, B.T)),
-        bad("lora_scale", ValueError, "lora.scale must be finite, got nan", lora=LoRAFactors(A, B, float("nan"))),
-        bad(
-            "accumulator_shape",
-            ValueError,
-            "weight_grad_accumulator must have shape [V, H] = [37, 9], got [36, 9]",
-            weight=needs_grad,
-            weight_grad_accumulator=accumulator[1:],
-        ),
-        bad(
-            "accumulator_dtype",
-            TypeError,
-            "weight_grad_accumulator must have dtype float32, got bfloat16",
-            weight=needs_grad,
-            weight_grad_accumulator=accumulator.bfloat16(),
-        ),
-        bad(
-            "accumulator_strides",
-            ValueError,
-            "weight_grad_accumulator must have a dense last axis",
-            weight=needs_grad,
-            weight_grad_accumulator=torch.zeros(WIDTH, VOCAB).T,
-        ),
-        bad(
-            "accumulator_frozen",
-            ValueError,
-            "weight_grad_accumulator is for the gradient of weight, which does not require one",
-            weight_grad_accumulator=accumulator,
-        ),
-        bad("logit_scale", ValueError, "logit_scale must not be 0", logit_scale=0.0),
-        bad("softcap", ValueError, "softcap must be finite and > 0, got 0", softcap=0.0),
-    ]
-
-
-def _log_probs(hidden: Any = HIDDEN, weight: Any = WEIGHT, token_ids: Any = IDS, **options: Any) -> Any:
-    return grpo_kernels.linear_token_log_probs(hidden, weight, token_ids, **options)
-
-
-def _bad(name: str, error: type[Exception], *says: str, **arguments: Any) -> BadCall:
-    op = "linear_token_log_probs"
-    return BadCall(f"{op}_{name}", lambda: _log_probs(**arguments), error, (f"{op}: ", *says))
-
-
-BAD_CALLS = [
-    *_head_mistakes("linear_token_log_probs", _log_probs),
-    _bad("id_shape", ValueError, "token_ids must have shape [...] = [2, 3], got [3, 2]", token_ids=IDS.T),
-    _bad("id_dtype", TypeError, "token_ids must have dtype int64, int32, got float32", token_ids=IDS.float()),
-    _bad("id_range", ValueError, "token_ids", "must be < V = 20", "got 36", weight=WEIGHT[:20]),
-    _bad("mask", ValueError, "mask must have shape [...] = [2, 3], got [3]", mask=MASK[0]),
-    _bad("temperature", ValueError, "temperature must be finite and > 0, got 0", temperature=0),
-    _bad("temperature_shape", ValueError, "temperature must have shape [...] = [2, 3]", temperature=torch.ones(2)),
-    _bad("outputs", ValueError, "outputs must be one of 'entropy'", "'top2'", outputs=("top2",)),
+        _make(FLAT, WEIGHT, POLICY_IDS, BIAS, MASK, TEMPERATURES, A, B, OLD, ADVANTAGES),
+        (0, 1, 3, 6, 7),
+        autocast=(0, 1, 3, 6, 7),
+    ),
+    Call(
+        "loss_on_policy_bf16",
+        lambda x, w, i, advantages: grpo_kernels.linear_grpo_loss(x, w, i, None, advantages, None),
+        _make(*HALF_HEAD, LIVE_IDS, ADVANTAGES),
+        (0, 1),
+        autocast=(0, 1),
+        rounds=torch.bfloat16,
+    ),
+    Call(
+        "loss_nothing_counts",
+        lambda x, w, i, old, advantages, m: grpo_kernels.linear_grpo_loss(x * float("nan"), w, i, old, advantages, m),
+        _make(HIDDEN, WEIGHT, IDS, OLD, ADVANTAGES, torch.zeros_like(MASK)),
+        (1,),
+        autocast=(0, 1),
+    ),
+    Call(
+        "loss_empty",
+        lambda x, w, i, old, advantages: grpo_kernels.linear_grpo_loss(x, w, i, old, advantages, None),
+        _make(HIDDEN[:0], WEIGHT, IDS[:0], OLD[:0], ADVANTAGES[:0]),
+        (0, 1),
+        autocast=(0, 1),
+    ),
 ]
