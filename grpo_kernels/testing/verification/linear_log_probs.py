@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
+from grpo_kernels.testing.verification import linear_losses
 from grpo_kernels.testing.verification.case import EVERY_DTYPE, FLOAT32, Case, Inputs, Outputs, gradients
 from grpo_kernels.testing.verification.linear_head import (
     EXACT,
@@ -174,4 +175,4 @@ _LOG_PROBS = [
 ]
 
 
-CASES = _LOG_PROBS
+CASES = [*_LOG_PROBS, *linear_losses.CASES]
