@@ -20,27 +20,33 @@ pytestmark = pytest.mark.usefixtures("native_cpu")
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("shape", [(1024, 32000), (512, 151936), (4096, 32000), (16384, 151936), (3, 50), (70, 300000)])
-def test_chunks_on_the_cpu_take_a_share_of_all_logits(shape: tuple[int, int]) -> None:
-    rows, vocab = shape
-    limit = chunk_rows(rows, vocab, "cpu")
+@pytest.mark.parametrize("rows", [3, 500, 1024, 4096, 16384])
+@pytest.mark.parametrize("width", [256, 4096])
+@pytest.mark.parametrize("vocab", [50, 32000, 151936])
+def test_chunks_on_the_cpu_take_an_eighth_of_the_memory_of_eager(rows: int, width: int, vocab: int) -> None:
+    limit = chunk_rows(rows, width, vocab, "cpu")
     assert 64 <= limit <= most_rows(vocab, "cpu")
-    if limit > 64:
-        assert limit * vocab * 4 <= max(16 * MIB, min(128 * MIB, rows * vocab * 4 / 7 + vocab * 4))
+    eighth = (3 * rows - width) * vocab * 4 / 8
+    assert limit == 64 or limit * vocab * 4 <= max(16 * MIB, min(128 * MIB, eighth))
 
 
 def test_chunks_on_a_gpu_do_not_depend_on_the_rows() -> None:
-    assert chunk_rows(10, 128256, "cuda") == chunk_rows(10**6, 128256, "cuda") == most_rows(128256, "cuda") == 2048
+    assert (
+        chunk_rows(10, 4096, 128256, "cuda")
+        == chunk_rows(10**6, 4096, 128256, "cuda")
+        == most_rows(128256, "cuda")
+        == 2048
+    )
 
 
 @pytest.mark.parametrize("unit", [1, 4])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("compact", [False, True])
 def test_chunks_hold_every_row_once(unit: int, share: float, compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, vocab, device_type: 10)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, width, vocab, device_type: 10)
     live = torch.rand(16 * 4) < share
     rows: list[int] = []
-    for chunk in chunks._chunks(live, 7, unit, compact):
+    for chunk in chunks._chunks(live, 7, 5, unit, compact):
         assert chunk.start % unit == chunk.end % unit == 0 or (compact and unit == 1)
         held = torch.arange(len(live))[chunk.rows]
         assert len(held) <= 10
@@ -51,7 +57,9 @@ def test_chunks_hold_every_row_once(unit: int, share: float, compact: bool, monk
 
 
 def test_chunks_have_about_equal_sizes() -> None:
-    sizes = [chunk.end - chunk.start for chunk in chunks._chunks(torch.ones(1000, dtype=torch.bool), 32000, 1, False)]
+    sizes = [
+        chunk.end - chunk.start for chunk in chunks._chunks(torch.ones(1000, dtype=torch.bool), 32000, 64, 1, False)
+    ]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -64,7 +72,7 @@ LORA_SCALE, LOGIT_SCALE, SOFTCAP, Z_LOSS, FACTOR = 0.5, 1.2, 4.0, 0.02, 0.1
 @pytest.fixture
 def device_op(monkeypatch: pytest.MonkeyPatch) -> Any:
     """linear_cross_entropy as it runs on a GPU, on the CPU's row kernels."""
-    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, vocab, device_type: 8)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, width, vocab, device_type: 8)
 
     def on_cpu(name: str) -> Any:
         return lambda *arguments: getattr(row_ops, name)(*arguments[:-1], "native")

@@ -34,7 +34,7 @@ Leaves = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, vocab, device_type: 5)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, width, vocab, device_type: 5)
 
 
 @pytest.fixture(params=["one_pass", "two_passes", "reference"])

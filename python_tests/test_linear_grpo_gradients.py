@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("native_cpu")
 @pytest.fixture(autouse=True)
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks that end inside sequences."""
-    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, vocab, device_type: 5)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, width, vocab, device_type: 5)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

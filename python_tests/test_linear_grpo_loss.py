@@ -34,7 +34,7 @@ NAN = math.nan
 @pytest.fixture(autouse=True)
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks that end inside sequences."""
-    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, vocab, device_type: 5)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, width, vocab, device_type: 5)
 
 
 # --- against the definition in float64 -------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_masked_rows_may_hold_anything(variant: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 7, 13, 1000])
 def test_chunks_may_end_anywhere(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, vocab, device_type: size)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda rows, width, vocab, device_type: size)
     for variant in ("ppo", "gspo"):
         for mask in (False, True):
             p, _ = problem(variant)

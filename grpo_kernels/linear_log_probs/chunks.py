@@ -21,7 +21,6 @@ from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL
 
 _SMALLEST = 64  # rows; products of fewer wait for the weight to arrive from memory
 _CPU_BYTES = (16 << 20, 128 << 20)  # least and most for the logits of a chunk
-_CPU_SHARE = 7
 _CUDA_BYTES = 1 << 30
 
 
@@ -100,13 +99,16 @@ def most_rows(vocab: int, device_type: str) -> int:
     return max(_SMALLEST, limit // (4 * vocab * _SMALLEST) * _SMALLEST)
 
 
-def chunk_rows(rows: int, vocab: int, device_type: str) -> int:
-    """Rows of a chunk: on a GPU as many as keep its products bound by arithmetic; on the CPU a share of all that takes
-    an eighth of eager PyTorch's memory, which has three times the logits of all rows."""
+def chunk_rows(rows: int, width: int, vocab: int, device_type: str) -> int:
+    """Rows of a chunk: on a GPU as many as keep its products bound by arithmetic.
+
+    On the CPU it is memory that counts. Eager PyTorch takes 3 N V - V H numbers above its inputs and gradients; a
+    chunk's logits take a little less than an eighth of that.
+    """
     most = most_rows(vocab, device_type)
     if device_type != "cpu":
         return most
-    return min(most, max(_SMALLEST, _CPU_BYTES[0] // (4 * vocab), -(-rows // _CPU_SHARE)))
+    return min(most, max(_SMALLEST, _CPU_BYTES[0] // (4 * vocab), (3 * rows - width) * 15 // 128))
 
 
 def one_pass(
@@ -138,7 +140,7 @@ def one_pass(
     compact = backend == "native"
     live = live_rows(targets.token_ids, targets.mask)
     targets = targets._replace(mask=None if compact else live)
-    chunks = list(_chunks(live, len(head.weight), max(sequence_length, 1), compact))
+    chunks = list(_chunks(live, *head.weight.shape, max(sequence_length, 1), compact))
     exact = accumulation_dtype(hidden.dtype)
     values = Values(*(hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3)))
     sums = Sums(hidden, head, live, needs, gradients, len(chunks), compact)
@@ -160,11 +162,11 @@ def one_pass(
     return values
 
 
-def _chunks(live: Tensor, vocab: int, unit: int, compact: bool) -> Iterator[_Chunk]:
+def _chunks(live: Tensor, vocab: int, width: int, unit: int, compact: bool) -> Iterator[_Chunk]:
     """All rows, or the live ones alone, in chunks that hold whole units."""
     count = len(live)
     living = int(live.sum()) if compact else count
-    limit = chunk_rows(living, vocab, live.device.type)
+    limit = chunk_rows(living, width, vocab, live.device.type)
     if living == 0:
         return
     if living < count:
