@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -64,7 +65,11 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     shutil.copytree(PACKAGE, folder / "grpo_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ALONE, str(folder)], cwd=folder, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", ALONE, str(folder)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # two threads on a busy core would wait for each other
+        capture_output=True,
+        text=True,
     )
     results = folder / "results.json"
     return Run(

@@ -71,6 +71,21 @@ def forgets_nan(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, ..
     return tuple(output.nan_to_num() if output.is_floating_point() else output for output in outputs)
 
 
+def forgets_the_last_column(call: int, arguments: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    grads[1][-1] = 0
+    return grads
+
+
+def rounds_logits(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs[0].bfloat16().float(), *outputs[1:])
+
+
+def forgets_a_row(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In the gradient of the hidden states, the row where it is largest."""
+    outputs[2][outputs[2].abs().amax(1).argmax()] = 0
+    return outputs
+
+
 def wrong_flag(call: int, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
     output[3] = ~output[3]
     return output
@@ -100,6 +115,16 @@ FAULTS = [
     ("informative_groups", "informative_groups", wrong_flag, "default", "informative: differs"),
     ("grpo_loss", "grpo_loss", leaks_the_mask, "gspo, token_mean", "gradient of log_probs: NaN, infinity"),
     ("grpo_loss", "grpo_loss", one_gradient_off, "gspo, token_mean", "gradient of log_probs: error 1."),
+    (
+        "linear_token_log_probs",
+        "linear_token_log_probs_backward",
+        forgets_the_last_column,
+        "log-probs alone",
+        "gradient of weight: error ",
+    ),
+    ("linear_token_log_probs", "linear_token_log_probs", rounds_logits, "log-probs alone", "log_probs: error "),
+    ("linear_cross_entropy", "linear_cross_entropy", off, "plain, mean", "loss: error "),
+    ("linear_grpo_loss", "linear_grpo_loss", forgets_a_row, "preset dapo", "gradient of hidden: error "),
 ]
 
 
@@ -137,7 +162,7 @@ def test_a_planted_fault_is_found(
     path = tmp_path / "results.json"
     options = ("--op", op, "--dtype", "float32", "--case", case, "--json", str(path))
     assert call(capsys, *options)[0] == 0
-    plant("group_advantages" if op == "informative_groups" else op, function, fault)
+    plant(_dispatch.registered_ops()[function].rpartition(".")[2], function, fault)
     status, out, _ = call(capsys, *options)
     assert status == 1
     assert out.splitlines()[-1].startswith("FAILED: ")
