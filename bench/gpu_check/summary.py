@@ -11,24 +11,29 @@ LINES = 30
 WIDTH = 132
 
 
+_LIMITS = {"percent_of_copy": "copy bandwidth", "percent_of_matmul": "the matmul rate"}
+
+
 def _rates(bench: dict[str, Any]) -> list[str]:
-    """For every op, what its best provider reaches: of the copy bandwidth, and against eager PyTorch."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    """For every op, what its best provider reaches: of the machine's limit, and against eager PyTorch."""
+    found: dict[str, dict[str, list[float]]] = {}
     for case in bench["cases"]:
         ours = [row for row in case.get("rows", {}).values() if row.get("kind") == "ours" and "median_us" in row]
         if not ours:
             continue
-        percents, ratios = found.setdefault(case["op"], ([], []))
+        values = found.setdefault(case["op"], {})
         best = min(ours, key=lambda row: float(row["median_us"]))
-        if "percent_of_copy" in best:
-            percents.append(best["percent_of_copy"])
-        if "speedup" in best:
-            ratios.append(best["speedup"])
+        for key in (*_LIMITS, "speedup"):
+            if key in best:
+                values.setdefault(key, []).append(best[key])
     lines = []
-    for op, (percents, ratios) in found.items():
-        copy = f"{min(percents):.0f} to {max(percents):.0f} % of copy bandwidth" if percents else "no bandwidth"
+    for op, values in found.items():
+        shares = [
+            f"{min(values[k]):.0f} to {max(values[k]):.0f} % of {name}" for k, name in _LIMITS.items() if k in values
+        ]
+        ratios = values.get("speedup", [])
         eager = f", median {statistics.median(ratios):.1f}x eager" if ratios else ""
-        lines.append(f"    {op}: {copy}{eager}, {len(ratios)} cases")
+        lines.append(f"    {op}: {', '.join(shares) or 'no bandwidth'}{eager}, {len(ratios)} cases")
     return lines
 
 
