@@ -140,11 +140,12 @@ def one_pass(
     compact = backend == "native"
     live = live_rows(targets.token_ids, targets.mask)
     targets = targets._replace(mask=None if compact else live)
-    chunks = list(_chunks(live, *head.weight.shape, max(sequence_length, 1), compact))
+    vocab, width = head.weight.shape
+    chunks = list(_chunks(live, vocab, width, max(sequence_length, 1), compact))
     exact = accumulation_dtype(hidden.dtype)
     values = Values(*(hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3)))
     sums = Sums(hidden, head, live, needs, gradients, len(chunks), compact)
-    buffer = hidden.new_empty(max(map(_size, chunks), default=0), len(head.weight), dtype=exact)
+    buffer = hidden.new_empty(max(map(_size, chunks), default=0), vocab, dtype=exact)
     for chunk in chunks:
         rows = chunk.rows
         x = wide(hidden[rows]) if compact else torch.where(live[rows, None], hidden[rows], 0)
