@@ -15,12 +15,13 @@ from torch import Tensor
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, wide, without_autocast
 from grpo_kernels.linear_log_probs.head import Head, live_rows, part_ids, slices
 from grpo_kernels.linear_log_probs.losses import implementations
-from grpo_kernels.linear_log_probs.ops import empty_gradients, empty_outputs
+from grpo_kernels.linear_log_probs.ops import empty_gradients
 from grpo_kernels.token_log_probs import ops as rows
 from grpo_kernels.token_log_probs.arguments import raise_if_outside
 from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, finish, merge
 
 _BACKEND = "native"
+_TOP1, _STATISTICS = 3, 4  # places of outputs
 
 linear_cross_entropy, linear_grpo_loss = implementations(_BACKEND)
 
@@ -87,31 +88,27 @@ def linear_token_log_probs(
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     raise_if_outside("linear_token_log_probs", token_ids, mask, len(weight))
-    outputs = empty_outputs(hidden, entropy, sum_squared_probs, top1_ids, statistics)
+    wanted = (True, entropy, sum_squared_probs, top1_ids, statistics)
     head = Head(weight, bias, lora_a, lora_b, lora_scale)
     live = _Rows.select(live_rows(token_ids, mask), hidden, token_ids, temperature_tensor)
-    if live.places is not None:
-        for output, masked in zip(outputs, (0, 0, 0, -1, 0), strict=True):
-            output.fill_(masked)
-        if statistics:
-            outputs[4][1] = 1.0
     merged: tuple[Tensor, Tensor | None, Tensor | None] | None = None
     for part in live.slices(head, head.project(live.hidden)):
+        whole = part.end - part.start == len(weight)
+        ids = live.token_ids if whole else part_ids(live.token_ids, part.start, part.end, 0)
         *results, values = rows.token_log_probs(
-            part.logits, part_ids(live.token_ids, part.start, part.end, 0), None, live.temperatures, temperature,
-            logit_scale, softcap, entropy, sum_squared_probs, top1_ids, True, _BACKEND,
+            part.logits, ids, None, live.temperatures, temperature, logit_scale, softcap, entropy, sum_squared_probs,
+            top1_ids, statistics or not whole, _BACKEND,
         )  # fmt: skip
-        if part.end - part.start == len(weight):  # the whole vocabulary in one slice
-            _place(outputs, (*results, values), live.places)
-            return outputs
+        if whole:
+            return _spread((*results, values), wanted, live, len(hidden))
         found = _part_statistics(part, live.token_ids, values, results[1:], (sum_squared_probs, top1_ids))
         merged = found if merged is None else _merge_two(merged, found)
-    if merged is not None:
-        values, squared, top1 = merged
-        everywhere = torch.ones(values.shape[1], dtype=torch.bool)
-        finished = finish(values, squared, top1, everywhere, entropy)
-        _place(outputs, (*finished, values), live.places)
-    return outputs
+    if merged is None:
+        raise RuntimeError("linear_token_log_probs: a vocabulary without tokens")
+    values, squared, top1 = merged
+    everywhere = torch.ones(values.shape[1], dtype=torch.bool)
+    finished = finish(values, squared, top1, everywhere, entropy)
+    return _spread((*finished, values), wanted, live, len(hidden))
 
 
 def _part_statistics(
@@ -140,15 +137,27 @@ def _merge_two(
     return merge(values, squared, top1)
 
 
-def _place(outputs: tuple[Tensor, ...], results: tuple[Tensor | None, ...], index: Tensor | None) -> None:
-    """Writes the results of the rows that count into the outputs that are wanted."""
-    for output, result in zip(outputs, results, strict=True):
-        if output.numel() == 0 or result is None:
-            continue
-        if index is None:
-            output.copy_(result)
+def _spread(
+    results: tuple[Tensor | None, ...], wanted: tuple[bool, ...], live: _Rows, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of all rows from the results of those that count; absent ones are empty."""
+    exact = accumulation_dtype(live.hidden.dtype)
+    outputs = []
+    for place, (result, want) in enumerate(zip(results, wanted, strict=True)):
+        dtype = torch.int64 if place == _TOP1 else exact
+        if result is None or not want:
+            outputs.append(live.hidden.new_empty(0, dtype=dtype))
+        elif live.places is None:
+            outputs.append(result.to(dtype))
         else:
-            output[..., index] = result.to(output.dtype)
+            masked = -1 if place == _TOP1 else 0
+            output = live.hidden.new_full((*result.shape[:-1], count), masked, dtype=dtype)
+            if place == _STATISTICS:
+                output[1] = 1.0
+            output[..., live.places] = result.to(dtype)
+            outputs.append(output)
+    log_probs, entropy, squared, top1, statistics = outputs
+    return log_probs, entropy, squared, top1, statistics
 
 
 @without_autocast
@@ -190,14 +199,15 @@ def linear_token_log_probs_backward(
     projected = head.project(live.hidden)
     sums = live.hidden.new_zeros(live.hidden.shape) if need_hidden else None
     through = None if lora_a is None or projected is None else torch.zeros_like(projected)
-    first = live.of(grad_log_probs)
-    first = statistics.new_zeros(len(live.hidden)) if first is None else first
+    first = statistics.new_zeros(len(hidden)) if grad_log_probs is None else grad_log_probs
+    given = [live.of(values) for values in (statistics, first, grad_entropy, grad_log_sum_exp)]
     for part in live.slices(head, projected):
+        ids = live.token_ids
+        if part.end - part.start < len(weight):
+            ids = part_ids(ids, part.start, part.end, part.end - part.start)
         rows.token_log_probs_backward_(
-            part.logits, part_ids(live.token_ids, part.start, part.end, part.end - part.start), None,
-            live.temperatures, temperature, logit_scale, softcap, live.of(statistics), first,
-            live.of(grad_entropy), live.of(grad_log_sum_exp), _BACKEND,
-        )  # fmt: skip
+            part.logits, ids, None, live.temperatures, temperature, logit_scale, softcap, *given, _BACKEND
+        )
         grad = part.logits
         if sums is not None:
             multiply(sums, grad, part.head.weight, add=True)
