@@ -9,17 +9,16 @@ from torch import Tensor
 
 from grpo_kernels import _dispatch
 from grpo_kernels.distributed import VocabShard
-from grpo_kernels.linear_log_probs import reference
 from grpo_kernels.linear_log_probs.arguments import check_head
-from grpo_kernels.linear_log_probs.function import Options, Wanted, gemm_dtype, linear_rows
+from grpo_kernels.linear_log_probs.function import Options, Wanted, gemm_dtype
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
-from grpo_kernels.linear_log_probs.head import Head, LoRAFactors
+from grpo_kernels.linear_log_probs.head import LoRAFactors
+from grpo_kernels.linear_log_probs.two_pass import rows_of_head
 from grpo_kernels.token_log_probs import TokenLogProbsOutput
 from grpo_kernels.token_log_probs.arguments import (
     check_outputs,
     check_rows,
     check_transform,
-    raise_if_outside,
     split_temperature,
 )
 
@@ -108,26 +107,7 @@ def linear_token_log_probs(
         _OP, dtype, head.lora_scale, number, float(logit_scale), 0.0 if softcap is None else float(softcap), wanted,
         vocab_shard, backend,
     )  # fmt: skip
-    if backend == "reference":
-        if vocab_shard is not None or weight_grad_accumulator is not None:
-            raise _dispatch.BackendUnavailable(f"{_OP}: vocab_shard and weight_grad_accumulator need kernels")
-        raise_if_outside(_OP, token_ids, mask, arguments.vocab)
-        results = _reference(options, arguments.hidden, head, token_ids, mask, temperatures)
-    else:
-        rows = linear_rows(options, arguments.hidden, head, token_ids, mask, temperatures, weight_grad_accumulator)
-        results = rows[:4]
-    log_probs, *others = results
+    rows = rows_of_head(options, arguments.hidden, head, token_ids, mask, temperatures, weight_grad_accumulator)
+    log_probs, *others = rows[:4]
     optional = (None if other is None else other.view(leading) for other in others)
     return TokenLogProbsOutput(log_probs.view(leading), *optional)
-
-
-def _reference(
-    options: Options, hidden: Tensor, head: Head, token_ids: Tensor, mask: Tensor | None, temperatures: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    hidden = hidden.to(options.gemm_dtype)
-    head = head.to(options.gemm_dtype)
-    divisor = options.temperature if temperatures is None else temperatures
-    with torch.autocast(hidden.device.type, enabled=False):
-        return reference.linear_token_log_probs(
-            hidden, head, token_ids, mask, divisor, options.logit_scale, options.softcap, options.wanted[:3]
-        )
