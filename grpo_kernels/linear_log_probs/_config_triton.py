@@ -12,6 +12,7 @@ L2_BYTES = 16 << 20
 """Of hidden states that a group of row blocks may have, to stay in the L2 cache while the weight streams past."""
 COLUMNS = 256
 """The workspace is a multiple of this wide: whole tiles of every configuration."""
+_TENSOR_MEMORY = (100, 101, 103, 110)
 
 
 class LaunchConfig(NamedTuple):
@@ -24,6 +25,7 @@ class LaunchConfig(NamedTuple):
     pieces: int  # panels of a tile that are reduced one after another
     num_warps: int
     num_stages: int
+    max_registers: int | None  # of a thread; None: the compiler may give up some for a second program
     splits: int
     tiles_per_split: int
     group: int  # row blocks that share their panels of the weight
@@ -46,24 +48,18 @@ def launch_config(
         block_n, block_k, pieces, stages = 64, 32 if loads == "tma" else 16, 2, 3
     elif loads == "scalar":
         block_n, block_k, pieces, stages = 64, 32, 2, 3
-    elif architecture in (90, 100, 101, 103, 110) and loads == "tma":
+    elif rank and architecture in _TENSOR_MEMORY and loads == "tma":  # the sum moves out of it for the second product
+        block_n, block_k, pieces, stages = 64, 64, 4, 4
+    elif architecture in (90, *_TENSOR_MEMORY) and loads == "tma":
         block_n, block_k, pieces, stages = 128 if rank else 256, 64, 8, 4
     else:  # 100 or 164 KiB of shared memory
         block_n, block_k, pieces, stages = 128, 64, 8, 3
     tiles = -(-vocab // block_n)
     tiles_per_split = -(-tiles // MAX_SPLITS)
-    return LaunchConfig(
-        128,
-        block_n,
-        block_k,
-        16 if rank <= 16 else 32,
-        pieces,
-        8,
-        stages,
-        -(-tiles // tiles_per_split),
-        tiles_per_split,
-        max(1, L2_BYTES // (128 * width * element_size)),
-    )
+    group = max(1, L2_BYTES // (128 * width * element_size))
+    splits = -(-tiles // tiles_per_split)
+    registers = 255 if rank and architecture in _TENSOR_MEMORY else None
+    return LaunchConfig(128, block_n, block_k, 16, pieces, 8, stages, registers, splits, tiles_per_split, group)
 
 
 def slice_width(rows: int, vocab: int, element_size: int) -> int:

@@ -193,8 +193,8 @@ def merge_kernel(
     ROWS: tl.constexpr,
 ):
     # One program owns ROWS rows and holds their partial results of all splits at once, at most 20 bytes a row and split.
-    # Reads each once, in sectors of 32 bytes, and writes at most 40 bytes a row. Rows that do not count, or whose id is
-    # outside, have no partial results: they are not read.
+    # Reads each once and writes at most 40 bytes a row. Few rows, so that many programs hide each other's loads. Rows
+    # that do not count, or whose id is outside, have no partial results: they are not read.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     written = row < rows
     token_id, live = is_live(token_ids, mask, row, rows, HAS_MASK)

@@ -22,7 +22,7 @@ from grpo_kernels.linear_log_probs.ops import empty_gradients, empty_outputs
 
 linear_cross_entropy, linear_grpo_loss = implementations("triton")
 
-_ROWS_OF_MERGE = 8
+_ROWS_OF_MERGE = 4
 _ROWS_AT_A_TIME = 4096  # that are widened to float32 for the gradient of the LoRA factor
 
 
@@ -157,6 +157,8 @@ def _operands(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    if config.max_registers is not None:
+        constants["maxnreg"] = config.max_registers
     return _Operands(arguments, constants, config)
 
 
