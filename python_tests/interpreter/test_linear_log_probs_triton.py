@@ -484,3 +484,21 @@ def test_nothing_outside_the_tensors_is_touched(call: Call) -> None:
     with guarded_allocations(), poisoned_allocations():
         actual = run_call(call, [guard_input(i) if isinstance(i, Tensor) else i for i in inputs])
     assert_identical(actual, expected)
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [1, 255, 32003, 129280, 151936])
+@pytest.mark.parametrize(("size", "architecture", "loads"), [(2, 90, "tma"), (2, 80, "vector"), (4, 100, "scalar")])
+def test_splits_hold_the_vocabulary(vocab: int, size: int, architecture: int, loads: str) -> None:
+    from grpo_kernels.linear_log_probs._config_triton import COLUMNS, MAX_SPLITS, launch_config, slice_width
+
+    config = launch_config(vocab, 4096, size, architecture, loads)
+    columns = config.tiles_per_split * config.block_n
+    assert (config.splits - 1) * columns < vocab <= config.splits * columns
+    assert config.splits <= MAX_SPLITS
+    for rows in (1, 8192, 10**7):
+        width = slice_width(rows, vocab, size)
+        assert width % COLUMNS == width % config.block_n == 0
+        assert width == COLUMNS or rows * width * size <= 256 << 20
