@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, wide, without_autocast
+from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide, without_autocast
 from grpo_kernels.linear_log_probs.head import Head, live_rows, part_ids, slices
 from grpo_kernels.linear_log_probs.losses import implementations
 from grpo_kernels.linear_log_probs.ops import empty_gradients
+from grpo_kernels.linear_log_probs.partial import Part, Products
 from grpo_kernels.token_log_probs import ops as rows
 from grpo_kernels.token_log_probs.arguments import raise_if_outside
-from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, finish, merge
+from grpo_kernels.token_log_probs.statistics import finish
 
 _BACKEND = "native"
 _TOP1, _STATISTICS = 3, 4  # places of outputs
@@ -91,7 +92,7 @@ def linear_token_log_probs(
     wanted = (True, entropy, sum_squared_probs, top1_ids, statistics)
     head = Head(weight, bias, lora_a, lora_b, lora_scale)
     live = _Rows.select(live_rows(token_ids, mask), hidden, token_ids, temperature_tensor)
-    merged: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+    merged: Part | None = None
     for part in live.slices(head, head.project(live.hidden)):
         whole = part.end - part.start == len(weight)
         ids = live.token_ids if whole else part_ids(live.token_ids, part.start, part.end, 0)
@@ -101,40 +102,15 @@ def linear_token_log_probs(
         )  # fmt: skip
         if whole:
             return _spread((*results, values), wanted, live, len(hidden))
-        found = _part_statistics(part, live.token_ids, values, results[1:], (sum_squared_probs, top1_ids))
-        merged = found if merged is None else _merge_two(merged, found)
+        optional = (result if want else None for result, want in zip(results[2:], wanted[2:4], strict=True))
+        found = Part.of(part.start, part.end, live.token_ids, values, *optional)
+        merged = found if merged is None else merged.merged_with(found)
     if merged is None:
         raise RuntimeError("linear_token_log_probs: a vocabulary without tokens")
     values, squared, top1 = merged
     everywhere = torch.ones(values.shape[1], dtype=torch.bool)
     finished = finish(values, squared, top1, everywhere, entropy)
     return _spread((*finished, values), wanted, live, len(hidden))
-
-
-def _part_statistics(
-    part: _Slice, token_ids: Tensor, values: Tensor, results: list[Tensor], wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What `merge` takes of a slice; in float64, so that hundreds of slices add nothing to the rounding of one."""
-    values = values.double()
-    outside = (token_ids < part.start) | (token_ids >= part.end)
-    values[TARGET].masked_fill_(outside, ABSENT)
-    squared = top1 = None
-    if wanted[0]:
-        total = values[1]
-        squared = torch.where(total == 0, 0.0, results[1].double() * total * total)
-    if wanted[1]:
-        top1 = torch.where(results[2] < 0, results[2], results[2] + part.start)
-    return values, squared, top1
-
-
-def _merge_two(
-    a: tuple[Tensor, Tensor | None, Tensor | None], b: tuple[Tensor, Tensor | None, Tensor | None]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    pairs = [None if x is None or y is None else torch.stack([x, y]) for x, y in zip(a, b, strict=True)]
-    values, squared, top1 = pairs
-    if values is None:
-        raise RuntimeError("a slice without statistics")
-    return merge(values, squared, top1)
 
 
 def _spread(
@@ -197,8 +173,17 @@ def linear_token_log_probs_backward(
     keep = keep & (torch.stack(upstream) != 0).any(0) if upstream else torch.zeros_like(keep)
     live = _Rows.select(keep, hidden, token_ids, temperature_tensor)
     projected = head.project(live.hidden)
-    sums = live.hidden.new_zeros(live.hidden.shape) if need_hidden else None
-    through = None if lora_a is None or projected is None else torch.zeros_like(projected)
+    products = Products(
+        live.hidden,
+        projected,
+        lora_scale,
+        need_hidden=need_hidden,
+        weight=(grad_weight if weight_grad_accumulator is None else weight_grad_accumulator) if need_weight else None,
+        bias=grad_bias if need_bias else None,
+        lora_a=grad_a if need_lora else None,
+        lora_b=grad_b if need_lora else None,
+        accumulate=weight_grad_accumulator is not None,
+    )
     first = statistics.new_zeros(len(hidden)) if grad_log_probs is None else grad_log_probs
     given = [live.of(values) for values in (statistics, first, grad_entropy, grad_log_sum_exp)]
     for part in live.slices(head, projected):
@@ -208,24 +193,8 @@ def linear_token_log_probs_backward(
         rows.token_log_probs_backward_(
             part.logits, ids, None, live.temperatures, temperature, logit_scale, softcap, *given, _BACKEND
         )
-        grad = part.logits
-        if sums is not None:
-            multiply(sums, grad, part.head.weight, add=True)
-        if need_weight:
-            accumulate = weight_grad_accumulator is not None
-            target = grad_weight if weight_grad_accumulator is None else weight_grad_accumulator
-            multiply(target[part.start : part.end], grad.t(), live.hidden, add=accumulate)
-        if need_bias:
-            torch.sum(grad, 0, out=grad_bias[part.start : part.end])
-        if through is not None and part.head.lora_b is not None:
-            multiply(through, grad, part.head.lora_b, add=True, alpha=lora_scale)
-        if need_lora and projected is not None:
-            multiply(grad_b[part.start : part.end], grad.t(), projected, alpha=lora_scale)
-    if through is not None and lora_a is not None:
-        if need_lora:
-            multiply(grad_a, through.t(), live.hidden)
-        if sums is not None:
-            multiply(sums, through, wide(lora_a), add=True)
+        products.add(part.start, part.end, part.head, part.logits)
+    sums = products.finish(lora_a)
     if sums is not None:
         _scatter(grad_hidden, sums, live.places)
     return outputs

@@ -15,53 +15,15 @@ from torch import Tensor
 
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide
 from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs, Sums, parts
+from grpo_kernels.linear_log_probs.whole import fits, one_pass_within
 from grpo_kernels.token_log_probs import ops as row_ops
 from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL
 
 _SMALLEST = 64  # rows; products of fewer wait for the weight to arrive from memory
 _CPU_BYTES = (16 << 20, 128 << 20)  # least and most for the logits of a chunk
 _CUDA_BYTES = 1 << 30
-
-
-class Targets(NamedTuple):
-    """What the row kernels take beside the logits."""
-
-    token_ids: Tensor
-    mask: Tensor | None
-    temperatures: Tensor | None
-    temperature: float
-    logit_scale: float
-    softcap: float
-
-    def at(self, rows: slice | Tensor) -> Targets:
-        """Those of some of the rows."""
-        temperatures = self.temperatures
-        if temperatures is not None and temperatures.ndim > 0:
-            temperatures = temperatures[rows]
-        mask = None if self.mask is None else self.mask[rows]
-        return self._replace(token_ids=self.token_ids[rows], mask=mask, temperatures=temperatures)
-
-
-class Values(NamedTuple):
-    """Per row, [N]; 0 where masked. While a chunk is in work, those of later chunks are not yet written."""
-
-    log_probs: Tensor
-    entropy: Tensor
-    log_sum_exp: Tensor
-
-
-class Slopes(NamedTuple):
-    """Derivatives of the loss by the values of some rows; None is 0."""
-
-    log_probs: Tensor
-    entropy: Tensor | None = None
-    log_sum_exp: Tensor | None = None
-
-    def at(self, rows: slice | Tensor) -> Slopes:
-        """Those of some of the rows."""
-        entropy, log_sum_exp = (None if slope is None else slope[rows] for slope in self[1:])
-        return Slopes(self.log_probs[rows], entropy, log_sum_exp)
 
 
 class _Chunk(NamedTuple):
@@ -140,6 +102,8 @@ def one_pass(
     compact = backend == "native"
     live = live_rows(targets.token_ids, targets.mask)
     targets = targets._replace(mask=None if compact else live)
+    if compact and fits(int(live.sum()), head, needs, gradients):
+        return one_pass_within(hidden, head, targets, live, slopes, needs, gradients)
     vocab, width = head.weight.shape
     chunks = list(_chunks(live, vocab, width, max(sequence_length, 1), compact))
     exact = accumulation_dtype(hidden.dtype)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.grpo_loss import ops as loss_ops
-from grpo_kernels.linear_log_probs.chunks import Slopes, Targets, Values, one_pass
+from grpo_kernels.linear_log_probs.chunks import one_pass
 from grpo_kernels.linear_log_probs.gemm import without_autocast
 from grpo_kernels.linear_log_probs.head import Head, live_rows
 from grpo_kernels.linear_log_probs.ops import empty_gradients
+from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.token_log_probs.arguments import raise_if_outside
 
