@@ -82,7 +82,7 @@ def test_gradients_only_where_they_are_wanted(frozen: int, taken: list[int]) -> 
 
 def _masked_gradients(head: list[Tensor], target: Tensor, keep: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Of the cross-entropy of some rows, by eager PyTorch."""
-    leaves = [tensor.to(dtype).requires_grad_() for tensor in head]
+    leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in head]
     x, weight, bias, a, b = leaves
     z = SOFTCAP * torch.tanh((x @ weight.T + bias + LORA_SCALE * (x @ a.T) @ b.T) * LOGIT_SCALE / SOFTCAP)
     log_probs = torch.log_softmax(z, -1).gather(-1, target[:, None])[:, 0]
