@@ -32,7 +32,7 @@ class LaunchConfig(NamedTuple):
 
 
 def launch_config(
-    vocab: int, width: int, element_size: int, architecture: int, loads: str, rank: int = 0
+    vocab: int, width: int, element_size: int, architecture: int, loads: str, rank: int = 0, capped: bool = False
 ) -> LaunchConfig:
     """The configuration that compiles without spills and keeps the tensor cores fed as far as the arithmetic says.
 
@@ -43,6 +43,7 @@ def launch_config(
         architecture: 10 * major + minor of the compute capability.
         loads: "tma"; "vector", 16 bytes a thread; "scalar", an element a thread.
         rank: of the LoRA factors, 0 without.
+        capped: with a softcap.
     """
     if element_size == 4:  # three products of tf32 each, whose halves are formed in registers
         block_n, block_k, pieces, stages = 64, 32 if loads == "tma" else 16, 2, 3
@@ -51,9 +52,10 @@ def launch_config(
     elif rank and architecture in _TENSOR_MEMORY and loads == "tma":  # the sum moves out of it for the second product
         block_n, block_k, pieces, stages = 64, 64, 4, 4
     elif architecture in (90, *_TENSOR_MEMORY) and loads == "tma":
-        block_n, block_k, pieces, stages = 128 if rank else 256, 64, 8, 4
+        heavy = rank or (capped and architecture == 90)  # the tanh needs registers of its own
+        block_n, block_k, pieces, stages = 128 if heavy else 256, 64, 8, 4
     else:  # 100 or 164 KiB of shared memory
-        block_n, block_k, pieces, stages = 128, 64, 8, 3
+        block_n, block_k, pieces, stages = 64 if capped else 128, 32, 2, 4
     tiles = -(-vocab // block_n)
     tiles_per_split = -(-tiles // MAX_SPLITS)
     group = max(1, L2_BYTES // (128 * width * element_size))

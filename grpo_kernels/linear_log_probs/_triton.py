@@ -120,7 +120,7 @@ def _operands(
     loads = _loads(architecture, width, x, w)
     lora_b, lora_stride = (None, 0) if head.lora_b is None else _matrix(head.lora_b)
     rank = 0 if parts is None else parts.shape[2]
-    config = launch_config(vocab, width, hidden.element_size(), architecture, loads, rank)
+    config = launch_config(vocab, width, hidden.element_size(), architecture, loads, rank, softcap > 0.0)
     in_factor, in_low, out_factor, kind = host_factors(temperature_tensor, temperature, logit_scale, softcap)
     arguments = {
         "hidden": hidden,
