@@ -197,6 +197,8 @@ def linear_token_log_probs_backward(
     sums = products.finish(lora_a)
     if sums is not None:
         _scatter(grad_hidden, sums, live.places)
+    if weight_grad_accumulator is not None:
+        torch.autograd.graph.increment_version(weight_grad_accumulator)
     return outputs
 
 
