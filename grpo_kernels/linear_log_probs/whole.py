@@ -22,7 +22,7 @@ from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.token_log_probs import ops as row_ops
 from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL, finish
 
-_SLICE_BYTES = 8 << 20
+_SLICE_BYTES = 16 << 20
 """Of the gradient of a slice's weight, which is formed beside the logits that it replaces."""
 _BACKEND = "native"
 
