@@ -62,7 +62,6 @@ class Products:
         lora_a: [r, H]. Likewise.
         lora_b: [V, r]. Likewise.
         accumulate: add to `weight`, not overwrite it.
-        shares_memory: the gradient of a slice's logits lies where the weight's of that slice goes.
     """
 
     def __init__(
@@ -77,21 +76,16 @@ class Products:
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         accumulate: bool = False,
-        shares_memory: bool = False,
     ) -> None:
         self._hidden, self._projected, self._scale = hidden, projected, scale
         self._weight, self._bias, self._lora_a, self._lora_b = weight, bias, lora_a, lora_b
-        self._accumulate, self._shares_memory = accumulate, shares_memory
+        self._accumulate = accumulate
         self._sums = torch.zeros_like(hidden) if need_hidden else None
         wanted = need_hidden or lora_a is not None
         self._through = torch.zeros_like(projected) if projected is not None and wanted else None
 
     def add(self, start: int, end: int, head: Head, grad: Tensor) -> None:
-        """Adds those of the slice [start, end) of the vocabulary, which `head` is of.
-
-        Args:
-            grad: [n, end - start]. Overwritten at the end if it shares its memory.
-        """
+        """Adds those of the slice [start, end) of the vocabulary, which `head` is of. grad: [n, end - start]."""
         if self._sums is not None:
             multiply(self._sums, grad, head.weight, add=True)
         if self._bias is not None:
@@ -100,13 +94,8 @@ class Products:
             multiply(self._through, grad, head.lora_b, add=True, alpha=self._scale)
         if self._lora_b is not None and self._projected is not None:
             multiply(self._lora_b[start:end], grad.t(), self._projected, alpha=self._scale)
-        if self._weight is None:
-            return
-        target = self._weight[start:end]
-        if self._shares_memory:
-            target.copy_(torch.mm(grad.t(), self._hidden))
-        else:
-            multiply(target, grad.t(), self._hidden, add=self._accumulate)
+        if self._weight is not None:
+            multiply(self._weight[start:end], grad.t(), self._hidden, add=self._accumulate)
 
     def finish(self, lora_a: Tensor | None) -> Tensor | None:
         """[n, H] gradient of the hidden states, if wanted. Writes what takes all slices; `lora_a` is the factor."""

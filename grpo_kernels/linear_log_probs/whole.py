@@ -1,9 +1,9 @@
 """One pass on the CPU without chunks: the logits lie where the weight's gradient will.
 
-That gradient has V H numbers. While it is not yet known, its memory holds the logits of as many as H rows: those of a
-slice of the vocabulary, [n, S], lie where the slice's gradient, [S, H], will lie. Once the slice's products are formed,
-they take the place of what they came from. So the products are as large as eager PyTorch's, and almost no memory is
-needed above the results.
+That gradient has V H numbers. While it is not yet known, its memory holds the logits of as many as H rows, in slices of
+the vocabulary: those of slice i, [n, S], lie where the gradient of slice i - 1, [S, H], will lie; only the first have
+memory of their own. From the last slice to the first, each gradient then goes where the logits that lay there have been
+used. So the products are as large as eager PyTorch's, and almost no memory is needed above the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grpo_kernels.token_log_probs import ops as row_ops
 from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL, finish
 
 _SLICE_BYTES = 16 << 20
-"""Of the gradient of a slice's weight, which is formed beside the logits that it replaces."""
+"""Of the logits of a slice."""
 _BACKEND = "native"
 
 
@@ -56,7 +56,8 @@ def one_pass_within(
     rows: slice | Tensor = slice(0, len(hidden)) if bool(live.all()) else live.nonzero()[:, 0]
     x, targets = wide(hidden[rows]), targets.at(rows)
     projected = head.project(x)
-    statistics = _statistics(head, x, projected, targets, gradients.weight)
+    memory = _Memory(head, len(x), gradients.weight)
+    statistics = _statistics(memory, x, projected, targets)
     values = Values(*(hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3)))
     everywhere = torch.ones(len(x), dtype=torch.bool)
     log_probs, entropy, _, _ = finish(statistics, None, None, everywhere, True)
@@ -67,7 +68,7 @@ def one_pass_within(
     found = slopes(values, 0, len(hidden)).at(rows)
     keep = torch.stack([slope != 0 for slope in found if slope is not None]).any(0)
     chosen = None if bool(keep.all()) else keep.nonzero()[:, 0]  # rows without a derivative take no product
-    grad_hidden = _products(head, x, projected, targets, statistics.to(exact), found, chosen, needs, gradients)
+    grad_hidden = _products(memory, x, projected, targets, statistics.to(exact), found, chosen, needs, gradients)
     if grad_hidden is not None:
         if chosen is not None:
             rows = live.nonzero()[chosen, 0]
@@ -77,10 +78,10 @@ def one_pass_within(
     return values
 
 
-def _statistics(head: Head, hidden: Tensor, projected: Tensor | None, targets: Targets, weight_grad: Tensor) -> Tensor:
-    """[4, n] float64 statistics of the rows. Leaves their logits in the memory of `weight_grad`."""
+def _statistics(memory: _Memory, hidden: Tensor, projected: Tensor | None, targets: Targets) -> Tensor:
+    """[4, n] float64 statistics of the rows. Leaves their logits in the memory."""
     merged: Part | None = None
-    for part in _slices(head, len(hidden), weight_grad):
+    for part in memory.slices(backward=False):
         part.head.logits(part.logits, hidden, projected)
         own = targets._replace(token_ids=part_ids(targets.token_ids, part.start, part.end, 0))
         *_, statistics = row_ops.token_log_probs(part.logits, *own, True, False, False, True, _BACKEND)
@@ -92,7 +93,7 @@ def _statistics(head: Head, hidden: Tensor, projected: Tensor | None, targets: T
 
 
 def _products(
-    head: Head,
+    memory: _Memory,
     hidden: Tensor,
     projected: Tensor | None,
     targets: Targets,
@@ -103,7 +104,7 @@ def _products(
     gradients: Gradients,
 ) -> Tensor | None:
     """Turns the logits into all gradients but that of the hidden states, which it returns, of the `chosen` rows."""
-    count = len(hidden)
+    head = memory.head
     if chosen is not None:
         hidden, targets, slopes = hidden[chosen], targets.at(chosen), slopes.at(chosen)
         statistics, projected = statistics[:, chosen], None if projected is None else projected[chosen]
@@ -116,9 +117,8 @@ def _products(
         bias=gradients.bias if needs.bias else None,
         lora_a=gradients.lora_a if needs.lora else None,
         lora_b=gradients.lora_b if needs.lora else None,
-        shares_memory=chosen is None,
     )
-    for part in _slices(head, count, gradients.weight):
+    for part in memory.slices(backward=True):
         grad = part.logits if chosen is None else part.logits[chosen]
         own = targets._replace(token_ids=part_ids(targets.token_ids, part.start, part.end, part.end - part.start))
         row_ops.token_log_probs_backward_(grad, *own, statistics, *slopes, _BACKEND)
@@ -126,14 +126,27 @@ def _products(
     return products.finish(head.lora_a)
 
 
-def _slices(head: Head, rows: int, weight_grad: Tensor) -> Iterator[_Slice]:
-    """Slices of the vocabulary, and the memory of their logits. What the memory holds stays there between walks."""
-    vocab, width = head.weight.shape
-    exact = accumulation_dtype(head.weight.dtype)
-    flat = weight_grad.view(-1)
-    step = max(256, _SLICE_BYTES // (width * exact.itemsize) // 64 * 64)
-    for start in range(0, vocab, step):
-        end = min(start + step, vocab)
-        begin, size = start * width, rows * (end - start) * exact.itemsize // flat.element_size()
-        logits = flat[begin : begin + size].view(exact).view(rows, end - start)
-        yield _Slice(start, end, head.part(start, end), logits)
+class _Memory:
+    """Where the logits of the slices are."""
+
+    def __init__(self, head: Head, rows: int, weight_grad: Tensor) -> None:
+        vocab, self.width = head.weight.shape
+        self.head, self.rows = head, rows
+        self.exact = accumulation_dtype(head.weight.dtype)
+        self.weight_grad = weight_grad.view(-1)
+        step = max(256, _SLICE_BYTES // max(rows * self.exact.itemsize, 1) // 64 * 64)
+        self.parts = [(start, min(start + step, vocab)) for start in range(0, vocab, step)]
+        self.first = weight_grad.new_empty(rows * min(step, vocab), dtype=self.exact)
+
+    def slices(self, *, backward: bool) -> Iterator[_Slice]:
+        """All slices. What their memory holds stays there between walks."""
+        order = range(len(self.parts))
+        for index in reversed(order) if backward else order:
+            start, end = self.parts[index]
+            size = self.rows * (end - start)
+            memory = self.first
+            if index > 0:
+                begin = self.parts[index - 1][0] * self.width
+                memory = self.weight_grad[begin : begin + size * self.exact.itemsize // self.weight_grad.element_size()]
+            logits = memory.view(self.exact)[:size].view(self.rows, end - start)
+            yield _Slice(start, end, self.head.part(start, end), logits)
