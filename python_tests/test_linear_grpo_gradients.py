@@ -141,6 +141,36 @@ def test_float16_takes_two_passes() -> None:
           [definition(cast(p, torch.float32), config, torch.float32)])  # fmt: skip
 
 
+@pytest.mark.parametrize("half", ["hidden", "weight"])
+def test_gradients_of_float16_leaves_of_a_float32_head_are_rounded_after_the_loss_is_scaled(half: str) -> None:
+    """Unscaled ones would vanish: they go as one over the number of tokens."""
+    config = config_of("ppo", "token_mean")
+    tiny = {"num_items": 1e6}
+    actual, exact, eager = [], [], []
+    for seed in range(8):
+        p = cast(problem(seed=seed)[0], torch.float32)
+        p[half] = p[half].half()
+        actual.append(run(p, config, upstream=1e4, **tiny))
+        exact.append(definition(cast(p, torch.float64), config, torch.float64, upstream=1e4, **tiny))
+        eager.append(definition(cast(p, torch.float32), config, torch.float32, upstream=1e4, **tiny))
+        assert actual[-1][0].metrics.passes == 1
+        assert actual[-1][1][half].dtype == torch.float16
+    judge(actual, exact, eager)
+
+
+def test_log_probs_of_inference_mode() -> None:
+    """As they come from a rollout; autograd itself would not save them."""
+    p, _ = problem("kl_k3")
+    config = config_of("kl_k3", "token_mean")
+    expected = run(p, config)
+    with torch.inference_mode():
+        stored = {name: p[name].clone() for name in ("old_log_probs", "ref_log_probs", "advantages")}
+    assert stored["old_log_probs"].is_inference()
+    actual = run({**p, **stored}, config)
+    assert actual[0].metrics.passes == 1
+    assert_close(actual, expected)
+
+
 def test_autocast_casts_the_products_and_keeps_the_parameters() -> None:
     p = cast(problem()[0], torch.float32)
     config = config_of("ppo", "token_mean")

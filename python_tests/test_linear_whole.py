@@ -29,7 +29,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(len(hidden))
         return whole.one_pass_within(hidden, *arguments)
 
-    monkeypatch.setattr(whole, "_SLICE_BYTES", 1)
+    monkeypatch.setattr(whole, "_SLICE_BYTES", (1, 1))
     monkeypatch.setattr(chunks, "one_pass_within", watched)
     return rows
 

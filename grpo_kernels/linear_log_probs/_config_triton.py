@@ -10,6 +10,8 @@ WORKSPACE_BYTES = 256 << 20
 """Most bytes of gradients of logits that exist at a time, unless there are too many rows for slices of 256 columns."""
 L2_BYTES = 16 << 20
 """Of hidden states that a group of row blocks may have, to stay in the L2 cache while the weight streams past."""
+TILE_ROWS = 256
+"""Most rows of a tile of either operand."""
 COLUMNS = 256
 """The workspace is a multiple of this wide: whole tiles of every configuration."""
 _TENSOR_MEMORY = (100, 101, 103, 110)
@@ -58,7 +60,7 @@ def launch_config(
         block_n, block_k, pieces, stages = 64 if capped else 128, 32, 2, 4
     tiles = -(-vocab // block_n)
     tiles_per_split = -(-tiles // MAX_SPLITS)
-    group = max(1, L2_BYTES // (128 * width * element_size))
+    group = min(1024, max(1, L2_BYTES // (128 * width * element_size)))
     splits = -(-tiles // tiles_per_split)
     registers = 255 if rank and architecture in _TENSOR_MEMORY else None
     return LaunchConfig(128, block_n, block_k, 16, pieces, 8, stages, registers, splits, tiles_per_split, group)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_kernels._extension import pointer
 from grpo_kernels._math_triton import host_factors
-from grpo_kernels.linear_log_probs._config_triton import MAX_SPLITS, LaunchConfig, launch_config, slice_width
+from grpo_kernels.linear_log_probs._config_triton import MAX_SPLITS, TILE_ROWS, LaunchConfig, launch_config, slice_width
 from grpo_kernels.linear_log_probs._kernels_triton import dlogits_kernel, forward_kernel, merge_kernel
 from grpo_kernels.linear_log_probs.gemm import multiply, without_autocast
 from grpo_kernels.linear_log_probs.head import Head, live_rows
@@ -48,7 +48,7 @@ def _architecture(tensor: Tensor) -> int:
 def _precision(dtype: torch.dtype) -> str:
     if triton.knobs.runtime.interpret:
         return "interpreted"
-    return "tf32x3" if dtype == torch.float32 else "ieee"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def _programs(tensor: Tensor, items: int) -> int:
@@ -73,9 +73,11 @@ def _launch(tensor: Tensor, launch: Callable[[], None]) -> None:
 
 
 def _matrix(tensor: Tensor) -> tuple[Tensor, int]:
-    """A matrix whose rows are dense and do not overlap, and the stride of its rows."""
+    """A matrix whose rows are dense and do not overlap, and the stride of its rows. Kernels count in 32 bits within a
+    tile."""
     rows, width = tensor.shape
-    if (width > 1 and tensor.stride(1) != 1) or (rows > 1 and tensor.stride(0) < width):
+    sparse = rows > 1 and not width <= tensor.stride(0) < 2**31 // TILE_ROWS
+    if (width > 1 and tensor.stride(1) != 1) or sparse:
         tensor = tensor.contiguous()
     return tensor, tensor.stride(0) if rows > 1 else width
 
@@ -98,8 +100,11 @@ def _parts(values: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return values[None]
     parts = []
+    limit = torch.finfo(dtype).max
     for _ in range(3):
-        parts.append(values.to(dtype))
+        parts.append(
+            values.clamp(-limit, limit).to(dtype)
+        )  # float16: what is too large for one part is left to the next
         values = values - parts[-1]
     return torch.stack(parts)
 
@@ -310,7 +315,8 @@ def linear_token_log_probs_backward(
     if need_weight or need_lora:
         hidden = torch.where(active[:, None], hidden, 0)
     parts = _projected(hidden, head)
-    sums = grad_hidden if hidden_dtype == torch.float32 else torch.empty_like(hidden, dtype=torch.float32)
+    direct = hidden_dtype == torch.float32 or not need_hidden
+    sums = grad_hidden if direct else torch.empty_like(hidden, dtype=torch.float32)
     through = None if parts is None or not (need_hidden or need_lora) else parts.new_empty(
         parts.shape[1:], dtype=torch.float32
     )  # fmt: skip

@@ -34,9 +34,12 @@ def may_form_gradients(options: Options) -> bool:
 
 
 def requests(leaves: Leaves, accumulator: Tensor | None) -> tuple[Any, ...]:
-    """Which gradients an op forms, and in which dtypes those of hidden states and weight."""
+    """Which gradients an op forms, and in which dtypes those of hidden states and weight.
+
+    Those of float16 leaves are formed in float32, since the loss is scaled later.
+    """
     hidden, weight, bias, lora_a, lora_b = (leaf is not None and leaf.requires_grad for leaf in leaves)
-    dtypes = [leaf.dtype for leaf in leaves[:2] if leaf is not None]
+    dtypes = [torch.promote_types(leaf.dtype, torch.bfloat16) for leaf in leaves[:2] if leaf is not None]
     if accumulator is not None:
         dtypes[1] = accumulator.dtype
     return hidden, weight, bias, lora_a or lora_b, *dtypes
@@ -67,6 +70,8 @@ def attach(
         again: computes the gradients.
         accumulator: takes the weight's gradient, in the backward, instead of the weight.
     """
+    if not torch.compiler.is_compiling():  # autograd saves no tensor of inference mode, as old log-probs often are
+        others = tuple(t.clone() if t is not None and t.is_inference() else t for t in others)
     result: Tensor = _Attached.apply(again, accumulator, loss, *gradients, *leaves, *others)  # type: ignore[no-untyped-call]
     return result
 

@@ -73,12 +73,19 @@ class Head(NamedTuple):
             multiply(out, projected, self.lora_b.t().to(projected.dtype), add=True, alpha=self.lora_scale)
 
 
-def slices(rows: int, vocab: int, element_size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of slices of the vocabulary, of about equal width, whose logits fill at most `WORKSPACE_BYTES`."""
-    width = max(256, WORKSPACE_BYTES // max(rows * element_size, 1))
+def slices(rows: int, vocab: int, element_size: int, workspace: int | None = None) -> Iterator[tuple[int, int]]:
+    """(start, end) of slices of the vocabulary, of about equal width, whose logits fill at most `workspace` bytes.
+
+    The default is `WORKSPACE_BYTES`. All but the last have the same width. It is no multiple of 1024, where rows of
+    logits would compete for the same places of the cache: products then take twice as long.
+    """
+    most = WORKSPACE_BYTES if workspace is None else workspace
+    width = max(256, most // max(rows * element_size, 1))
     count = -(-vocab // width)
     width = -(-vocab // count)
     width = -(-width // 64) * 64
+    if width % 1024 == 0 and width < vocab:
+        width += 64
     for start in range(0, vocab, width):
         yield start, min(start + width, vocab)
 

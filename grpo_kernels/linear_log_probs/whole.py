@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide
-from grpo_kernels.linear_log_probs.head import Head, part_ids
+from grpo_kernels.linear_log_probs.head import Head, part_ids, slices
 from grpo_kernels.linear_log_probs.partial import Part, Products
 from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.token_log_probs import ops as row_ops
 from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL, finish
 
-_SLICE_BYTES = 16 << 20
-"""Of the logits of a slice."""
+_SLICE_BYTES = (16 << 20, 64 << 20)
+"""Least and most for the logits of a slice; between them an eighth of all."""
 _BACKEND = "native"
 
 
@@ -134,9 +134,10 @@ class _Memory:
         self.head, self.rows = head, rows
         self.exact = accumulation_dtype(head.weight.dtype)
         self.weight_grad = weight_grad.view(-1)
-        step = max(256, _SLICE_BYTES // max(rows * self.exact.itemsize, 1) // 64 * 64)
-        self.parts = [(start, min(start + step, vocab)) for start in range(0, vocab, step)]
-        self.first = weight_grad.new_empty(rows * min(step, vocab), dtype=self.exact)
+        least, most = _SLICE_BYTES
+        workspace = min(most, max(least, rows * vocab * self.exact.itemsize // 8))
+        self.parts = list(slices(rows, vocab, self.exact.itemsize, workspace))
+        self.first = weight_grad.new_empty(rows * self.parts[0][1], dtype=self.exact)
 
     def slices(self, *, backward: bool) -> Iterator[_Slice]:
         """All slices. What their memory holds stays there between walks."""

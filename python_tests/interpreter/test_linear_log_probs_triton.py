@@ -502,3 +502,21 @@ def test_splits_hold_the_vocabulary(vocab: int, size: int, architecture: int, lo
         width = slice_width(rows, vocab, size)
         assert width % COLUMNS == width % config.block_n == 0
         assert width == COLUMNS or rows * width * size <= 256 << 20
+
+
+def test_rows_far_apart_are_gathered() -> None:
+    """Within a tile the kernels count in 32 bits: 128 rows of the last token of long sequences lie further apart."""
+    far = torch.empty(300, 2**25, device="meta")[:, :64]
+    near = torch.empty(300, 4096, device="meta")[:, :64]
+    from grpo_kernels.linear_log_probs import _triton as launchers
+
+    assert launchers._matrix(far)[1] == 64
+    assert launchers._matrix(near)[1] == 4096
+
+
+def test_parts_of_large_numbers_stay_finite() -> None:
+    from grpo_kernels.linear_log_probs import _triton as launchers
+
+    values = torch.tensor([1.5e5, -1.0e5, 1e-3, 3.14159])
+    assert torch.equal(launchers._parts(values, torch.bfloat16).float().sum(0), values)
+    assert torch.equal(launchers._parts(values[:2], torch.float16).float().sum(0), values[:2])
