@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from grpo_kernels import _checks
-from grpo_kernels.token_log_probs.layout import position
+from grpo_kernels.token_log_probs.layout import part_ids, position
 from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, finish, merge
 
 
@@ -130,17 +130,12 @@ def check(op: str, shard: VocabShard, columns: int) -> None:
 
 def forward_ids(shard: VocabShard, token_ids: Tensor) -> Tensor:
     """The ids relative to the shard; 0 for those of other ranks, whose target statistic is then ignored."""
-    return _relative(shard, token_ids, 0)
+    return part_ids(token_ids, shard.start, shard.end, 0)
 
 
 def backward_ids(shard: VocabShard, token_ids: Tensor) -> Tensor:
     """The ids relative to the shard; for those of other ranks one past its end: their rows have no target here."""
-    return _relative(shard, token_ids, shard.end - shard.start)
-
-
-def _relative(shard: VocabShard, token_ids: Tensor, absent: int) -> Tensor:
-    inside = (token_ids >= shard.start) & (token_ids < shard.end)
-    return torch.where(token_ids < 0, token_ids, torch.where(inside, token_ids - shard.start, absent))
+    return part_ids(token_ids, shard.start, shard.end, shard.end - shard.start)
 
 
 def of_no_columns(token_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -13,27 +13,19 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide, without_autocast
-from grpo_kernels.linear_log_probs.head import Head, live_rows, part_ids, slices
+from grpo_kernels.linear_log_probs.head import Head, live_rows, slices
 from grpo_kernels.linear_log_probs.losses import implementations
 from grpo_kernels.linear_log_probs.ops import empty_gradients
-from grpo_kernels.linear_log_probs.partial import Part, Products
+from grpo_kernels.linear_log_probs.partial import Part, Products, Slice
 from grpo_kernels.token_log_probs import ops as rows
 from grpo_kernels.token_log_probs.arguments import raise_if_outside
+from grpo_kernels.token_log_probs.layout import part_ids
 from grpo_kernels.token_log_probs.statistics import finish
 
 _BACKEND = "native"
 _TOP1, _STATISTICS = 3, 4  # places of outputs
 
 linear_cross_entropy, linear_grpo_loss = implementations(_BACKEND)
-
-
-class _Slice(NamedTuple):
-    """Logits of all rows for a part of the vocabulary."""
-
-    start: int
-    end: int
-    head: Head  # of this part
-    logits: Tensor  # [n, end - start]
 
 
 class _Rows(NamedTuple):
@@ -57,7 +49,7 @@ class _Rows(NamedTuple):
         """These rows of [..., N] values."""
         return values if values is None or self.places is None else values[..., self.places]
 
-    def slices(self, head: Head, projected: Tensor | None) -> Iterator[_Slice]:
+    def slices(self, head: Head, projected: Tensor | None) -> Iterator[Slice]:
         """One after another, in one buffer."""
         count, dtype = len(self.hidden), accumulation_dtype(head.weight.dtype)
         parts = list(slices(count, len(head.weight), dtype.itemsize))
@@ -66,7 +58,7 @@ class _Rows(NamedTuple):
             part = head.part(start, end)
             logits = buffer[: count * (end - start)].view(count, end - start)
             part.logits(logits, self.hidden, projected)
-            yield _Slice(start, end, part, logits)
+            yield Slice(start, end, part, logits)
 
 
 @without_autocast

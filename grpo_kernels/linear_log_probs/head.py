@@ -93,9 +93,3 @@ def slices(rows: int, vocab: int, element_size: int, workspace: int | None = Non
 def live_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:
     """[N] bool. The rows that count."""
     return token_ids >= 0 if mask is None else (token_ids >= 0) & mask
-
-
-def part_ids(token_ids: Tensor, start: int, end: int, absent: int) -> Tensor:
-    """The ids relative to a slice of the vocabulary; `absent` for live rows whose id lies outside."""
-    inside = (token_ids >= start) & (token_ids < end)
-    return torch.where(token_ids < 0, token_ids, torch.where(inside, token_ids - start, absent))

@@ -12,6 +12,15 @@ from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, TOTAL, merge
 
 
+class Slice(NamedTuple):
+    """Logits of rows for a part of the vocabulary."""
+
+    start: int
+    end: int
+    head: Head  # of this part
+    logits: Tensor  # [n, end - start]
+
+
 class Part(NamedTuple):
     """What `merge` takes of a slice of the vocabulary; in float64, so that hundreds of slices add nothing to the
     rounding of one."""

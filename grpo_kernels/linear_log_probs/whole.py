@@ -9,17 +9,17 @@ used. So the products are as large as eager PyTorch's, and almost no memory is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide
-from grpo_kernels.linear_log_probs.head import Head, part_ids, slices
-from grpo_kernels.linear_log_probs.partial import Part, Products
+from grpo_kernels.linear_log_probs.head import Head, slices
+from grpo_kernels.linear_log_probs.partial import Part, Products, Slice
 from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.token_log_probs import ops as row_ops
+from grpo_kernels.token_log_probs.layout import part_ids
 from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL, finish
 
 _SLICE_BYTES = (16 << 20, 64 << 20)
@@ -33,13 +33,6 @@ def fits(rows: int, head: Head, needs: Needs, gradients: Gradients) -> bool:
         return False
     exact = accumulation_dtype(head.weight.dtype)
     return rows * exact.itemsize <= head.weight.shape[1] * gradients.weight.element_size()
-
-
-class _Slice(NamedTuple):
-    start: int
-    end: int
-    head: Head
-    logits: Tensor  # [n, end - start]
 
 
 def one_pass_within(
@@ -139,7 +132,7 @@ class _Memory:
         self.parts = list(slices(rows, vocab, self.exact.itemsize, workspace))
         self.first = weight_grad.new_empty(rows * self.parts[0][1], dtype=self.exact)
 
-    def slices(self, *, backward: bool) -> Iterator[_Slice]:
+    def slices(self, *, backward: bool) -> Iterator[Slice]:
         """All slices. What their memory holds stays there between walks."""
         order = range(len(self.parts))
         for index in reversed(order) if backward else order:
@@ -150,4 +143,4 @@ class _Memory:
                 begin = self.parts[index - 1][0] * self.width
                 memory = self.weight_grad[begin : begin + size * self.exact.itemsize // self.weight_grad.element_size()]
             logits = memory.view(self.exact)[:size].view(self.rows, end - start)
-            yield _Slice(start, end, self.head.part(start, end), logits)
+            yield Slice(start, end, self.head.part(start, end), logits)

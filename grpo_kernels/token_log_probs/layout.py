@@ -65,6 +65,12 @@ def overwritable(logits: Tensor) -> bool:
     return True
 
 
+def part_ids(token_ids: Tensor, start: int, end: int, absent: int) -> Tensor:
+    """The ids relative to the part [start, end) of a vocabulary; `absent` for those outside. Negative ones stay."""
+    inside = (token_ids >= start) & (token_ids < end)
+    return torch.where(token_ids < 0, token_ids, torch.where(inside, token_ids - start, absent))
+
+
 def position(name: str, shape: torch.Size, row: int) -> str:
     """How messages name one element of a tensor, by its place in the flattened tensor."""
     index: list[int] = []
