@@ -30,28 +30,20 @@ def linear_token_log_probs(
     logit_scale: float,
     softcap: float,
     outputs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Log-prob, entropy, sum of squared probabilities and top-1 id of every row.
+    log_sum_exp: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Log-prob, entropy, sum of squared probabilities, top-1 id and log-sum-exp (differentiable) of every row.
 
     Args:
         hidden: [N, H], of one dtype with the head.
         outputs: whether entropy, sum_squared_probs and top1_ids are wanted.
+        log_sum_exp: whether the log of the sum of e^z is wanted; it is 0 for masked rows.
     """
-    logits = linear_logits(hidden, head, live_rows(token_ids, mask))
-    return rows.token_log_probs(logits, token_ids, mask, temperature, logit_scale, softcap, outputs)
-
-
-def log_sum_exp(
-    hidden: Tensor,
-    head: Head,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | float,
-    logit_scale: float,
-    softcap: float,
-) -> Tensor:
-    """[N] log of the sum of e^z over the vocabulary, differentiable; 0 for masked rows."""
     live = live_rows(token_ids, mask)
-    z = rows.transformed(linear_logits(hidden, head, live), temperature, logit_scale, softcap)
+    logits = linear_logits(hidden, head, live)
+    results = rows.token_log_probs(logits, token_ids, mask, temperature, logit_scale, softcap, outputs)
+    if not log_sum_exp:
+        return (*results, None)
+    z = rows.transformed(logits, temperature, logit_scale, softcap)
     top = z.detach().amax(dim=-1, keepdim=True)
-    return torch.where(live, top.squeeze(-1) + (z - top).exp().sum(-1).log(), 0.0)
+    return (*results, torch.where(live, top.squeeze(-1) + (z - top).exp().sum(-1).log(), 0.0))

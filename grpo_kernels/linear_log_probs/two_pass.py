@@ -28,11 +28,9 @@ def rows_of_head(
         raise _dispatch.BackendUnavailable(f"{options.op}: vocab_shard and weight_grad_accumulator need kernels")
     raise_if_outside(options.op, token_ids, mask, len(head.weight))
     divisor = options.temperature if temperatures is None else temperatures
-    arguments = (
-        hidden.to(options.gemm_dtype), head.to(options.gemm_dtype), token_ids, mask, divisor, options.logit_scale,
-        options.softcap,
-    )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
-        results = reference.linear_token_log_probs(*arguments, options.wanted[:3])
-        log_sum_exp = reference.log_sum_exp(*arguments) if options.wanted.log_sum_exp else None
-    return LinearRows(*results, log_sum_exp)
+        results = reference.linear_token_log_probs(
+            hidden.to(options.gemm_dtype), head.to(options.gemm_dtype), token_ids, mask, divisor, options.logit_scale,
+            options.softcap, options.wanted[:3], options.wanted.log_sum_exp,
+        )  # fmt: skip
+    return LinearRows(*results)
