@@ -148,7 +148,7 @@ def test_sdist_and_its_wheel_build_in_isolation(sources: Path, python: Path, tmp
     (sdist,) = (sources / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"CMakeLists.txt", "cmake/cuda.cmake", "csrc/bindings.cpp", "setup.py", "LICENSE"} <= names
+    assert {"CMakeLists.txt", "cmake/cuda.cmake", "csrc/bindings/module.cpp", "setup.py", "LICENSE"} <= names
     assert {f"csrc/{path.relative_to(sources / 'csrc')}" for path in (sources / "csrc").rglob("*.*")} <= names
     (wheel,) = (sources / "dist").glob("*.whl")
     assert re.search(r"group_advantages +native", install_and_use(python, wheel, tmp_path))

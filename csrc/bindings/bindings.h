@@ -1,0 +1,81 @@
+// From Python's addresses and numbers to argument structures, launchers and exceptions: what every op's binding needs.
+//
+// Every kernel function ends with (device, stream_or_threads): device -1 is the CPU, with its number of threads; otherwise a
+// CUDA ordinal, with the handle of the current stream. Tensors were checked, and outputs allocated, in Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/cpu_isa.h"
+
+#if defined(GK_CUDA)
+#include <cuda_runtime.h>
+#endif
+
+namespace grpo_kernels {
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+#if defined(GK_CUDA)
+inline void check_cuda(const char* op, int status) {
+  if (status == cudaSuccess) return;
+  const auto error = static_cast<cudaError_t>(status);
+  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+// The caller's current device stays current; the extension has its own copy of the CUDA runtime, but contexts belong to the
+// driver.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda("cudaGetDevice", cudaGetDevice(&previous_));
+    if (previous_ != device) check_cuda("cudaSetDevice", cudaSetDevice(device));
+    changed_ = previous_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+#define GK_LAUNCH_CUDA(name, args, device, stream)               \
+  do {                                                           \
+    DeviceGuard guard(device);                                   \
+    check_cuda(#name, name##_cuda(args, pointer<void>(stream))); \
+    return int64_t(-1);                                          \
+  } while (false)
+#else
+#define GK_LAUNCH_CUDA(name, args, device, stream) \
+  throw std::runtime_error(#name ": this build of grpo_kernels has no CUDA kernels")
+#endif
+
+// Runs an op with the GIL released. Returns -1, or the first row with a fault that only the data shows.
+#define GK_LAUNCH(name, args, device, stream_or_threads)                    \
+  do {                                                                      \
+    py::gil_scoped_release release;                                         \
+    if (device >= 0) GK_LAUNCH_CUDA(name, args, device, stream_or_threads); \
+    return GK_CALL_CPU(name, args, int(stream_or_threads));                 \
+  } while (false)
+
+// One function per op, each in its own file.
+void bind_group_advantages(py::module_& module);
+void bind_grpo_loss(py::module_& module);
+void bind_token_log_probs(py::module_& module);
+
+}  // namespace grpo_kernels
