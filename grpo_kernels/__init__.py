@@ -13,6 +13,7 @@ from grpo_kernels.group_advantages import (
     group_advantages,
     informative_groups,
 )
+from grpo_kernels.grouped_gemm import grouped_gemm
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics, grpo_loss
 from grpo_kernels.linear_log_probs import (
     FusedLMHead,
@@ -21,6 +22,8 @@ from grpo_kernels.linear_log_probs import (
     linear_grpo_loss,
     linear_token_log_probs,
 )
+from grpo_kernels.moe_experts import moe_experts
+from grpo_kernels.moe_permute import Permutation, build_permutation, moe_permute, moe_unpermute
 from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
 __all__ = [
@@ -32,15 +35,19 @@ __all__ = [
     "GRPOMetrics",
     "GroupAdvantagesOutput",
     "LoRAFactors",
+    "Permutation",
     "TokenLogProbsOutput",
     "__version__",
     "backend",
     "best_of_group",
+    "build_permutation",
     "group_advantages",
+    "grouped_gemm",
     "grpo_loss",
     "informative_groups",
     "linear_cross_entropy",
     "linear_grpo_loss",
     "linear_token_log_probs",
+    "moe_experts",
     "token_log_probs",
 ]
