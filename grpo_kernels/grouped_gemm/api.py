@@ -1,0 +1,115 @@
+"""Public function of the package: argument checks, then the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import _checks, _dispatch
+from grpo_kernels.grouped_gemm import reference
+from grpo_kernels.grouped_gemm.arguments import segment_ends
+from grpo_kernels.grouped_gemm.function import Options, grouped_linear
+from grpo_kernels.linear_log_probs.function import gemm_dtype
+
+_OP = "grouped_gemm"
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    weight_grad_accumulator: Tensor | None = None,
+) -> Tensor:
+    """A linear layer for every expert: its rows of x by its own weight, in one call.
+
+    out[r] = x[r] @ weight[e].T + bias[e] for the rows r of expert e, offsets[e - 1] <= r < offsets[e].
+
+    Args:
+        x: [R, K] float. Rows, one expert's after the other's.
+        weight: [E, N, K] float. As `nn.Linear`, one for each expert. One of the last two axes should be dense, whatever
+            the other strides: `parameter.transpose(1, 2)` of a parameter [E, K, N] is not copied.
+        offsets: [E] int32 or int64. The row behind the last one of each expert, not decreasing, at most R, as
+            `build_permutation` and `torch.nn.functional.grouped_mm` have them. An expert whose offset equals the one
+            before it has no rows.
+        bias: [E, N] float. Added before the result is rounded.
+        out_dtype: dtype of the result; that of the product's operands by default.
+        weight_grad_accumulator: [E, N, K] float32 (float64 for a float64 weight), one of the last two axes dense. The
+            backward adds the weight's gradient there, and `weight.grad` stays as it is: the main gradient of a trainer.
+            Not on the reference backend.
+
+    Returns:
+        [R, N]. Rows behind the last offset are 0, and so is their gradient; what they hold in x and in the upstream
+        gradient, NaN included, has no part in any result.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; on the CPU also where
+            offsets decrease, are negative or exceed R. On other devices such offsets are clamped: a segment that would
+            begin before the last one ends is cut off there, and rows >= R do not exist.
+        BackendUnavailable: weight_grad_accumulator needs kernels, and there are none for this device and dtype.
+
+    Numerics:
+        Operands have autocast's dtype, else the wider of those of x and weight, as with `F.linear`. Products
+        accumulate in fp32 and are rounded once; the gradients of weight and bias likewise, over an expert's rows in a
+        fixed order, and are exactly 0 for an expert without rows. An input that needs no gradient costs no product. No
+        atomics, no host synchronisation on a GPU: equal calls give equal bits.
+
+    Source:
+        The grouped products of MegaBlocks (arXiv 2211.15841), and `torch.nn.functional.grouped_mm`, whose rows behind
+        the last offset are uninitialised instead, in the value and in the gradient.
+    """
+    _check(x, weight, offsets, bias, weight_grad_accumulator)
+    dtype = gemm_dtype(x, weight)
+    out_dtype = dtype if out_dtype is None else out_dtype
+    if out_dtype not in _checks.FLOATING or (out_dtype == torch.float64) > (dtype == torch.float64):
+        allowed = "float32, bfloat16 or float16 (float64 for float64 operands)"
+        raise TypeError(f"{_OP}: out_dtype must be {allowed}, got {out_dtype}")
+    backend = _dispatch.resolve(_OP, weight if weight.dtype == torch.float64 else x)
+    if backend != "reference":
+        return grouped_linear(Options(dtype, out_dtype, backend), x, weight, offsets, bias, weight_grad_accumulator)
+    if weight_grad_accumulator is not None:
+        raise _dispatch.BackendUnavailable(f"{_OP}: weight_grad_accumulator needs kernels")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        segment_ends(_OP, offsets, x.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        cast_bias = None if bias is None else bias.to(dtype)
+        return reference.grouped_gemm(x.to(dtype), weight.to(dtype), offsets, cast_bias, out_dtype)
+
+
+def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accumulator: Tensor | None) -> None:
+    for name, value in (("x", x), ("weight", weight)):
+        _checks.check_tensor(_OP, name, value)
+        _checks.check_dtype(_OP, name, value)
+    _checks.check_ndim(_OP, "x", x, "[R, K]")
+    _checks.check_ndim(_OP, "weight", weight, "[E, N, K]")
+    experts, columns, width = weight.shape
+    if width != x.shape[1] or 0 in (experts, columns, width):
+        wanted = f"[E, N, K] = [E, N, {x.shape[1]}] with E, N, K >= 1"
+        raise ValueError(f"{_OP}: weight must have shape {wanted}, got {list(weight.shape)}")
+    _checks.check_same_device(_OP, "weight", weight, "x", x)
+    _checks.check_tensor(_OP, "offsets", offsets)
+    _checks.check_dtype(_OP, "offsets", offsets, _checks.INTEGER)
+    _checks.check_shape(_OP, "offsets", offsets, ("[E]", (experts,)))
+    _checks.check_same_device(_OP, "offsets", offsets, "x", x)
+    if bias is not None:
+        _checks.check_tensor(_OP, "bias", bias)
+        _checks.check_dtype(_OP, "bias", bias)
+        _checks.check_shape(_OP, "bias", bias, ("[E, N]", (experts, columns)))
+        _checks.check_same_device(_OP, "bias", bias, "x", x)
+    if accumulator is not None:
+        _check_accumulator(accumulator, weight)
+
+
+def _check_accumulator(accumulator: Tensor, weight: Tensor) -> None:
+    name = "weight_grad_accumulator"
+    _checks.check_tensor(_OP, name, accumulator)
+    wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    _checks.check_dtype(_OP, name, accumulator, (wanted,))
+    _checks.check_shape(_OP, name, accumulator, ("[E, N, K]", tuple(weight.shape)))
+    _checks.check_same_device(_OP, name, accumulator, "weight", weight)
+    if 1 not in accumulator.stride()[1:] or accumulator.requires_grad:
+        raise ValueError(f"{_OP}: {name} must have one of the last two axes dense and not require a gradient itself")
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(f"{_OP}: {name} is for the gradient of weight, which does not require one")

@@ -1,0 +1,57 @@
+"""Schemas of the grouped products. Imports torch alone, so that they exist before anything is traced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import _dispatch
+from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
+
+_PACKAGE = "grpo_kernels.grouped_gemm"
+
+_dispatch.register_backends("grouped_gemm", cpu=("native",), cuda=("triton",), interpretable=True)
+
+
+def empty_output(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """[R, N], not yet written."""
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=out_dtype)
+
+
+def empty_weight_gradient(
+    x: Tensor, grad: Tensor, offsets: Tensor, accumulator: Tensor | None, weight_dtype: torch.dtype
+) -> Tensor:
+    """[E, N, K], not yet written; empty with an accumulator, which takes its place."""
+    if accumulator is not None:
+        return x.new_empty(0, dtype=weight_dtype)
+    return x.new_empty((offsets.shape[0], grad.shape[1], x.shape[1]), dtype=weight_dtype)
+
+
+def empty_row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
+    """[E, N], not yet written."""
+    return grad.new_empty((offsets.shape[0], grad.shape[1]), dtype=accumulation_dtype(grad.dtype))
+
+
+grouped_gemm = _dispatch.define(
+    "grouped_gemm(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, ScalarType out_dtype, str backend) -> Tensor",
+    package=_PACKAGE,
+    fake=lambda x, weight, offsets, bias, out_dtype: empty_output(x, weight, out_dtype),
+)
+"""[R, N]: x[rows of e] @ weight[e].T + bias[e], and 0 in rows of no expert. x [R, K], weight [E, N, K] and bias [E, N]
+are of one dtype. The gradient of x is the same product of the rows' gradients and weight.transpose(1, 2)."""
+
+grouped_gemm_wgrad = _dispatch.define(
+    "grouped_gemm_wgrad(Tensor x, Tensor grad, Tensor offsets, Tensor(a!)? accumulator, ScalarType weight_dtype, "
+    "str backend) -> Tensor",
+    package=_PACKAGE,
+    fake=empty_weight_gradient,
+)
+"""[E, N, K]: grad[rows of e].T @ x[rows of e], 0 without rows. x [R, K] and grad [R, N] are of one dtype. With an
+accumulator [E, N, K] of float32 (float64 for float64) it is added to that, and the result is empty."""
+
+grouped_row_sum = _dispatch.define(
+    "grouped_row_sum(Tensor grad, Tensor offsets, str backend) -> Tensor",
+    package=_PACKAGE,
+    fake=empty_row_sum,
+)
+"""[E, N] float32 (float64 for float64): the sum of the rows of each expert, the gradient of a bias."""
