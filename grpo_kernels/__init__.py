@@ -49,5 +49,7 @@ __all__ = [
     "linear_grpo_loss",
     "linear_token_log_probs",
     "moe_experts",
+    "moe_permute",
+    "moe_unpermute",
     "token_log_probs",
 ]
