@@ -24,6 +24,7 @@ from grpo_kernels.linear_log_probs import (
 )
 from grpo_kernels.moe_experts import moe_experts
 from grpo_kernels.moe_permute import Permutation, build_permutation, moe_permute, moe_unpermute
+from grpo_kernels.moe_router import RouterOutput, moe_router
 from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "GroupAdvantagesOutput",
     "LoRAFactors",
     "Permutation",
+    "RouterOutput",
     "TokenLogProbsOutput",
     "__version__",
     "backend",
@@ -50,6 +52,7 @@ __all__ = [
     "linear_token_log_probs",
     "moe_experts",
     "moe_permute",
+    "moe_router",
     "moe_unpermute",
     "token_log_probs",
 ]
