@@ -23,8 +23,11 @@ from grpo_kernels.linear_log_probs import (
     linear_token_log_probs,
 )
 from grpo_kernels.moe_experts import moe_experts
+from grpo_kernels.moe_experts.module import MoE, MoEOutput
 from grpo_kernels.moe_permute import Permutation, build_permutation, moe_permute, moe_unpermute
 from grpo_kernels.moe_router import RouterOutput, moe_router
+from grpo_kernels.moe_router.balance import update_expert_bias
+from grpo_kernels.moe_router.replay import RouterReplay
 from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
 __all__ = [
@@ -36,8 +39,11 @@ __all__ = [
     "GRPOMetrics",
     "GroupAdvantagesOutput",
     "LoRAFactors",
+    "MoE",
+    "MoEOutput",
     "Permutation",
     "RouterOutput",
+    "RouterReplay",
     "TokenLogProbsOutput",
     "__version__",
     "backend",
@@ -55,4 +61,5 @@ __all__ = [
     "moe_router",
     "moe_unpermute",
     "token_log_probs",
+    "update_expert_bias",
 ]

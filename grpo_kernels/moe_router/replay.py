@@ -258,8 +258,8 @@ class RouterReplay:
     def _check_pass(self, layer_id: int, routes: Tensor, shape: Sequence[int], device: torch.device) -> None:
         if tuple(routes.shape) != tuple(shape):
             raise ValueError(
-                f"{_NAME}: layer {layer_id} has routes of {routes.shape[0]} tokens with {routes.shape[1]} experts each, the "
-                f"pass has {shape[0]} and {shape[1]}: one object serves one micro-batch"
+                f"{_NAME}: layer {layer_id} has routes of {routes.shape[0]} tokens with {routes.shape[1]} experts, "
+                f"the pass has {shape[0]} and {shape[1]}: one object serves one micro-batch"
             )
         if routes.device != device:
             raise ValueError(
@@ -286,8 +286,7 @@ def _check_routes(packed: Tensor, num_experts: int, layer_ids: Sequence[int]) ->
             token, layer = faults.nonzero()[0].tolist()
             raise ValueError(
                 f"{_NAME}: packed has {fault} at token {token}, layer {layer_ids[layer]}: "
-                f"{packed[token, layer].tolist()} ({int(faults.sum())} such rows). Unknown routes must be -1; zeros are "
-                "expert 0"
+                f"{packed[token, layer].tolist()} ({int(faults.sum())} such rows). Unknown routes must be -1, not 0"
             )
 
 
