@@ -76,6 +76,7 @@ class DeviceGuard {
 // One function per op, each in its own file.
 void bind_group_advantages(py::module_& module);
 void bind_grpo_loss(py::module_& module);
+void bind_moe_experts(py::module_& module);
 void bind_token_log_probs(py::module_& module);
 
 }  // namespace grpo_kernels

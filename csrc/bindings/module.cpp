@@ -60,5 +60,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_problem", &cuda_device_problem);
   bind_group_advantages(m);
   bind_grpo_loss(m);
+  bind_moe_experts(m);
   bind_token_log_probs(m);
 }
