@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
-from grpo_kernels.moe_experts import ops as ops
 from grpo_kernels.moe_experts import reference
 from grpo_kernels.moe_experts.arguments import (
     OP,
@@ -21,6 +20,8 @@ from grpo_kernels.moe_experts.arguments import (
     check_routes,
     raise_if_no_expert,
 )
+from grpo_kernels.moe_experts.function import Options, routed_experts
+from grpo_kernels.moe_experts.stages import Parts
 
 
 def moe_experts(
@@ -105,9 +106,14 @@ def moe_experts(
     accumulators = check_accumulators(experts, weight_grad_accumulators)
     dtype = experts.product_dtype()
     weights = weights.to(reference.exact_dtype(dtype))
-    _dispatch.resolve(OP, experts.of_dtype(dtype))
+    stand_in = experts.of_dtype(dtype)
+    backend = _dispatch.resolve(OP, stand_in)
+    raise_if_no_expert(ids, total)
+    if backend != "reference":
+        parts, own = Parts.of(backend, stand_in), (first, first + gate_up.shape[0])
+        options = Options(backend, parts, dtype, kind, save == "preact", own, total, alignment or 1)
+        return routed_experts(options, accumulators, experts, weights, ids)
     if accumulators != (None, None):
         raise _dispatch.BackendUnavailable(f"{OP}: weight_grad_accumulators need kernels")
-    raise_if_no_expert(ids, total)
     with torch.autocast(x.device.type, enabled=False):
         return reference.moe_experts(*experts.to(dtype), weights, ids, kind, first)

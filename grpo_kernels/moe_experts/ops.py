@@ -9,7 +9,7 @@ from grpo_kernels import _dispatch
 
 _PACKAGE = "grpo_kernels.moe_experts"
 
-_dispatch.register_backends("moe_experts", cpu=(), cuda=())
+_dispatch.register_backends("moe_experts", cpu=("native",), cuda=("triton",), interpretable=True)
 
 _ACTIVATION = "bool clamped, float alpha, float limit, bool interleaved"
 

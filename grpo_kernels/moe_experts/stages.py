@@ -1,0 +1,82 @@
+"""The ops that routed experts are made of, each on its own best backend; none of them is differentiated here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import _dispatch
+from grpo_kernels.grouped_gemm import function as grouped
+from grpo_kernels.grouped_gemm import ops as gemm_ops
+from grpo_kernels.moe_permute import ops as permute_ops
+from grpo_kernels.moe_permute import reference as permute_reference
+
+
+class Maps(NamedTuple):
+    """Where the rows of the experts are: three tensors of a `Permutation`."""
+
+    row_id_map: Tensor
+    inv_map: Tensor
+    offsets: Tensor
+
+
+class Parts(NamedTuple):
+    """The backends of the moves and of the products."""
+
+    moves: str
+    products: str
+
+    @classmethod
+    def of(cls, backend: str, tensor: Tensor) -> Parts:
+        """Those that data like `tensor` takes where the experts themselves run on `backend`."""
+        return cls(
+            _dispatch.resolve_part("moe_permute", tensor, backend),
+            _dispatch.resolve_part("grouped_gemm", tensor, backend),
+        )
+
+    def permute(self, x: Tensor, maps: Maps, weights: Tensor | None = None) -> Tensor:
+        """[R, H] the rows of the experts, each times its slot's weight; 0 in padding."""
+        if self.moves == "reference":
+            rows = permute_reference.moe_permute(x, maps.row_id_map, maps.inv_map)
+            if weights is None or weights.numel() == 0:
+                return rows
+            factors = weights.reshape(-1)[maps.inv_map.clamp(min=0)]
+            return (rows * torch.where(maps.inv_map >= 0, factors, 0.0)[:, None]).to(x.dtype)
+        moved: Tensor = permute_ops.moe_permute(x, maps.row_id_map, maps.inv_map, weights, self.moves)
+        return moved
+
+    def unpermute(self, rows: Tensor, maps: Maps, weights: Tensor | None = None) -> Tensor:
+        """[T, H] the sum of each token's rows, weighted."""
+        if self.moves == "reference":
+            return permute_reference.moe_unpermute(rows, maps.row_id_map, weights)
+        moved: Tensor = permute_ops.moe_unpermute(rows, maps.row_id_map, weights, self.moves)
+        return moved
+
+    def product(
+        self, rows: Tensor, weight: Tensor, maps: Maps, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[R, N] rows of each expert times its weight [N, K], transposed."""
+        result: Tensor = gemm_ops.grouped_gemm(rows, weight, maps.offsets, bias, dtype or rows.dtype, self.products)
+        return result
+
+    def weight_gradient(
+        self, rows: Tensor, grad: Tensor, maps: Maps, weight: Tensor, accumulator: Tensor | None
+    ) -> Tensor | None:
+        """[E, N, K] like `weight`; None with an accumulator, which takes it."""
+        return grouped.weight_gradient(rows, grad, maps.offsets, weight, accumulator, self.products)
+
+    def row_sum(self, rows: Tensor, maps: Maps) -> Tensor:
+        """[E, N] the sum of each expert's rows."""
+        result: Tensor = gemm_ops.grouped_row_sum(rows, maps.offsets, self.products)
+        return result
+
+
+def build_maps(topk_ids: Tensor, num_experts: int, expert_range: tuple[int, int], alignment: int, backend: str) -> Maps:
+    """The maps of the experts of a range."""
+    chosen = _dispatch.resolve_part("build_permutation", topk_ids, backend)
+    arguments = (topk_ids, num_experts, *expert_range, alignment)
+    if chosen == "reference":
+        return Maps(*permute_reference.build_permutation(*arguments)[:3])
+    return Maps(*permute_ops.build_permutation(*arguments, chosen)[:3])
