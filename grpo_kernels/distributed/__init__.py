@@ -1,5 +1,7 @@
-"""Ops over several ranks: the vocabulary in parts."""
+"""Ops over several ranks: the vocabulary in parts, experts in parts."""
 
+from grpo_kernels.distributed.exchange import Dispatched, ExpertExchange
+from grpo_kernels.distributed.experts import ExpertParallel
 from grpo_kernels.distributed.vocab import VocabShard
 
-__all__ = ["VocabShard"]
+__all__ = ["Dispatched", "ExpertExchange", "ExpertParallel", "VocabShard"]
