@@ -61,5 +61,6 @@ PYBIND11_MODULE(_C, m) {
   bind_group_advantages(m);
   bind_grpo_loss(m);
   bind_moe_experts(m);
+  bind_moe_permute(m);
   bind_token_log_probs(m);
 }

@@ -10,9 +10,9 @@ from grpo_kernels.moe_permute.reference import row_bound
 
 _PACKAGE = "grpo_kernels.moe_permute"
 
-_dispatch.register_backends("build_permutation", cpu=(), cuda=())
+_dispatch.register_backends("build_permutation", cpu=("native",), cuda=("native",))
 for _name in ("moe_permute", "moe_unpermute"):
-    _dispatch.register_backends(_name, cpu=(), cuda=(), interpretable=True)
+    _dispatch.register_backends(_name, cpu=("native",), cuda=("triton",), interpretable=True)
 
 
 def accumulation_dtype(values: Tensor) -> torch.dtype:

@@ -1,0 +1,287 @@
+// The map is a counting sort over parts of the slots, each counted and then placed by one thread; it is stable because
+// the parts' counts are summed in order. The moves go token by token: what a token's rows share is read once and stays in
+// the caches. Padding rows are zeroed on their own.
+
+#include "common/parallel.h"
+#include "moe_permute/cpu_copy.h"
+#include "moe_permute/formula.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+namespace {
+
+constexpr int64_t kBlock = 1024;               // elements of a row that are worked on at a time, in the first-level cache
+constexpr int64_t kLanes = 64;                 // partial sums of a product of rows
+constexpr int64_t kElementsPerChunk = 131072;  // per task
+constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
+constexpr int64_t kRowsPerChunk = 16384;       // whose maps are looked through for padding
+
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+
+// Calls body(begin, end) for ranges of tokens whose rows hold about kElementsPerChunk elements.
+template <typename Body>
+void for_tokens(int64_t tokens, int64_t hidden, int top_k, int threads, const Body& body) {
+  const int64_t elements = hidden * top_k < 1 ? 1 : hidden * top_k;
+  const int64_t grain = kElementsPerChunk / elements < 1 ? 1 : kElementsPerChunk / elements;
+  parallel_rows(tokens, tokens * elements < kElementsPerThread ? 1 : threads, grain, body);
+}
+
+// Zeroes the rows that are padding.
+void zero_padding(const int32_t* inv_map, int64_t rows, void* out, int64_t row_bytes, int threads) {
+  parallel_rows(rows, rows * row_bytes < 4 * kElementsPerThread ? 1 : threads, kRowsPerChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (inv_map[row] < 0) memset(static_cast<char*>(out) + row * row_bytes, 0, size_t(row_bytes));
+    }
+  });
+}
+
+template <typename A>
+A weight_of(const void* topk_weights, int64_t slot) {
+  return topk_weights == nullptr ? A(1) : static_cast<const A*>(topk_weights)[slot];
+}
+
+void copy_rows(const MoePermuteArgs& a, int64_t element_bytes, int threads) {
+  const int64_t bytes = a.hidden * element_bytes;
+  const bool streamed = a.rows * bytes >= kStreamedBytes;
+  for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const char* x = static_cast<const char*>(a.x) + token * a.x_stride * element_bytes;
+      for (int k = 0; k < a.top_k; ++k) {
+        const int64_t row = a.row_id_map[token * a.top_k + k];
+        if (row >= 0) copy_bytes(static_cast<char*>(a.out) + row * bytes, x, bytes, streamed);
+      }
+    }
+    if (streamed) stream_end();
+  });
+  zero_padding(a.inv_map, a.rows, a.out, bytes, threads);
+}
+
+template <typename T>
+void scale_rows(const MoePermuteArgs& a, int threads) {
+  using A = typename Arithmetic<T>::type;
+  const bool streamed = a.rows * a.hidden * int64_t(sizeof(T)) >= kStreamedBytes;
+  for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
+    alignas(kLine) T scaled[kBlock];
+    for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) {
+      const int64_t row = a.row_id_map[slot];
+      if (row < 0) continue;
+      const T* x = static_cast<const T*>(a.x) + slot / a.top_k * a.x_stride;
+      T* out = static_cast<T*>(a.out) + row * a.hidden;
+      const A weight = weight_of<A>(a.topk_weights, slot);
+      for (int64_t start = 0; start < a.hidden; start += kBlock) {
+        const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) from_arithmetic(to_arithmetic(x[start + i]) * weight, scaled[i]);
+        copy_bytes(out + start, scaled, count * int64_t(sizeof(T)), streamed);
+      }
+    }
+    if (streamed) stream_end();
+  });
+  zero_padding(a.inv_map, a.rows, a.out, a.hidden * int64_t(sizeof(T)), threads);
+}
+
+template <typename T>
+void sum_rows(const MoeUnpermuteArgs& a, int threads) {
+  using A = typename Arithmetic<T>::type;
+  const T* y = static_cast<const T*>(a.y);
+  for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
+    alignas(kLine) A sums[kBlock];
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t start = 0; start < a.hidden; start += kBlock) {
+        const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
+        memset(sums, 0, size_t(count) * sizeof(A));
+        for (int64_t slot = token * a.top_k; slot < (token + 1) * a.top_k; ++slot) {
+          const int64_t row = a.row_id_map[slot];
+          if (row < 0) continue;
+          const A weight = weight_of<A>(a.topk_weights, slot);
+          const T* source = y + row * a.y_stride + start;
+#pragma omp simd
+          for (int64_t i = 0; i < count; ++i) sums[i] += to_arithmetic(source[i]) * weight;
+        }
+        T* out = static_cast<T*>(a.out) + token * a.hidden + start;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) from_arithmetic(sums[i], out[i]);
+      }
+    }
+  });
+}
+
+// <grad, y> over a block, in lanes of their own, and weight * grad. Blocks are added in double.
+template <typename T, typename A>
+double backward_block(const T* grad, const T* y, int64_t count, A weight, T* grad_y) {
+  A lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const A g = to_arithmetic(grad[i + lane]);
+      lanes[lane] += g * to_arithmetic(y[i + lane]);
+      from_arithmetic(g * weight, grad_y[i + lane]);
+    }
+  }
+  for (int64_t lane = 0; i < count; ++i, ++lane) {
+    const A g = to_arithmetic(grad[i]);
+    lanes[lane] += g * to_arithmetic(y[i]);
+    from_arithmetic(g * weight, grad_y[i]);
+  }
+  double sum = 0.0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += double(lanes[lane]);
+  return sum;
+}
+
+template <typename T>
+void backward_rows(const MoeUnpermuteBackwardArgs& a, int threads) {
+  using A = typename Arithmetic<T>::type;
+  const bool streamed = a.rows * a.hidden * int64_t(sizeof(T)) >= kStreamedBytes;
+  for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
+    alignas(kLine) T grad_y[kBlock];
+    for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) {
+      const int64_t row = a.row_id_map[slot];
+      double product = 0.0;
+      for (int64_t start = 0; start < a.hidden && row >= 0; start += kBlock) {
+        const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
+        const T* grad = static_cast<const T*>(a.grad) + slot / a.top_k * a.grad_stride + start;
+        const T* y = static_cast<const T*>(a.y) + row * a.y_stride + start;
+        product += backward_block(grad, y, count, weight_of<A>(a.topk_weights, slot), grad_y);
+        copy_bytes(static_cast<T*>(a.grad_y) + row * a.hidden + start, grad_y, count * int64_t(sizeof(T)), streamed);
+      }
+      static_cast<A*>(a.grad_weights)[slot] = A(product);
+    }
+    if (streamed) stream_end();
+  });
+  zero_padding(a.inv_map, a.rows, a.grad_y, a.hidden * int64_t(sizeof(T)), threads);
+}
+
+// Counts the experts of a tile. Returns its first slot with an id out of range, -1 if there is none.
+int64_t count_tile(const BuildPermutationArgs& a, int64_t begin, int64_t end, int32_t* counts) {
+  memset(counts, 0, size_t(a.last - a.first) * sizeof(int32_t));
+  int64_t fault = -1;
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const int64_t id = load_id(a, slot);
+    const int expert = local_expert(a, id);
+    if (expert >= 0) ++counts[expert];
+    if (id >= a.num_experts && fault < 0) fault = slot;
+  }
+  return fault;
+}
+
+// Turns the tiles' counts into each tile's first row of each expert, and marks the padding.
+void lay_out(const BuildPermutationArgs& a) {
+  const int experts = a.last - a.first;
+  int64_t begin = 0;
+  for (int expert = 0; expert < experts; ++expert) {
+    int64_t row = begin;
+    for (int tile = 0; tile < a.tiles; ++tile) {
+      int32_t& count = a.workspace[int64_t(tile) * experts + expert];
+      const int64_t next = row + count;
+      count = int32_t(row);
+      row = next;
+    }
+    const int64_t end = begin + segment_rows(row - begin, a.alignment);
+    a.tokens_per_expert[expert] = int32_t(row - begin);
+    a.offsets[expert] = int32_t(end);
+    for (; row < end; ++row) a.inv_map[row] = -1;
+    begin = end;
+  }
+  for (; begin < a.rows; ++begin) a.inv_map[begin] = -1;
+}
+
+void place_tile(const BuildPermutationArgs& a, int64_t begin, int64_t end, int32_t* next) {
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const int expert = local_expert(a, load_id(a, slot));
+    int32_t row = -1;
+    if (expert >= 0) {
+      row = next[expert]++;
+      a.inv_map[row] = int32_t(slot);
+    }
+    a.row_id_map[slot] = row;
+  }
+}
+
+// Calls body(tile, begin, end) for every tile's slots.
+template <typename Body>
+void for_tiles(const BuildPermutationArgs& a, int threads, const Body& body) {
+  const int64_t size = tile_slots(a);
+  parallel_rows(a.tiles, threads, 1, [&](int64_t tile, int64_t) {
+    const int64_t begin = tile * size < a.slots ? tile * size : a.slots;
+    body(tile, begin, begin + size < a.slots ? begin + size : a.slots);
+  });
+}
+
+}  // namespace
+
+int64_t build_permutation_cpu(const BuildPermutationArgs& a, int threads) {
+  const int64_t experts = a.last - a.first;
+  int64_t fault = a.slots;
+  for_tiles(a, threads, [&](int64_t tile, int64_t begin, int64_t end) {
+    const int64_t slot = count_tile(a, begin, end, a.workspace + tile * experts);
+    if (slot < 0) return;
+#pragma omp critical(build_permutation_fault)
+    fault = slot < fault ? slot : fault;
+  });
+  if (fault < a.slots) return fault;
+  lay_out(a);
+  for_tiles(a, threads,
+            [&](int64_t tile, int64_t begin, int64_t end) { place_tile(a, begin, end, a.workspace + tile * experts); });
+  return -1;
+}
+
+int64_t moe_permute_cpu(const MoePermuteArgs& a, int threads) {
+  switch (a.dtype) {
+    case kFloat64:
+      a.topk_weights == nullptr ? copy_rows(a, 8, threads) : scale_rows<double>(a, threads);
+      break;
+    case kBFloat16:
+      a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<bfloat16>(a, threads);
+      break;
+    case kFloat16:
+      a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<float16>(a, threads);
+      break;
+    default:
+      a.topk_weights == nullptr ? copy_rows(a, 4, threads) : scale_rows<float>(a, threads);
+  }
+  return -1;
+}
+
+int64_t moe_unpermute_cpu(const MoeUnpermuteArgs& a, int threads) {
+  switch (a.dtype) {
+    case kFloat64:
+      sum_rows<double>(a, threads);
+      break;
+    case kBFloat16:
+      sum_rows<bfloat16>(a, threads);
+      break;
+    case kFloat16:
+      sum_rows<float16>(a, threads);
+      break;
+    default:
+      sum_rows<float>(a, threads);
+  }
+  return -1;
+}
+
+int64_t moe_unpermute_backward_cpu(const MoeUnpermuteBackwardArgs& a, int threads) {
+  switch (a.dtype) {
+    case kFloat64:
+      backward_rows<double>(a, threads);
+      break;
+    case kBFloat16:
+      backward_rows<bfloat16>(a, threads);
+      break;
+    case kFloat16:
+      backward_rows<float16>(a, threads);
+      break;
+    default:
+      backward_rows<float>(a, threads);
+  }
+  return -1;
+}
+
+}  // namespace GK_ISA
+}  // namespace grpo_kernels
