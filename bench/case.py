@@ -60,7 +60,7 @@ class Case:
     """One row group of the table.
 
     Attributes:
-        op: the public function. The first floating input decides its backend.
+        op: the public function. The first floating input, or else the first, decides its backend.
         name: shape, dtype and variant; unique within the op.
         make: inputs for a device and a size ("smoke": tiny, only to see that everything runs).
         providers: who competes; exactly one is of kind "eager".

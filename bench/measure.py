@@ -90,7 +90,8 @@ def _runners(
 def _measure_into(record: Record, case: Case, device: str, effort: Effort, progress: Progress) -> None:
     rows = record["rows"]
     pristine = make_inputs(case, device, "full")
-    backend = _dispatch.resolve(case.op, next(t for t in pristine.values() if t.is_floating_point()))
+    deciding = [t for t in pristine.values() if t.is_floating_point()] or list(pristine.values())
+    backend = _dispatch.resolve(case.op, deciding[0])
     for row in rows.values():
         if row["kind"] == "ours":
             row["backend"] = backend

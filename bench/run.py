@@ -16,7 +16,16 @@ from .limits import Limits
 from .measure import Effort, measure
 from .progress import Progress
 
-MODULES = ("group_advantages", "token_log_probs", "grpo_loss", "linear_log_probs")
+MODULES = (
+    "group_advantages",
+    "token_log_probs",
+    "grpo_loss",
+    "linear_log_probs",
+    "moe_router",
+    "moe_permute",
+    "grouped_gemm",
+    "moe_experts",
+)
 
 FULL = Effort()
 QUICK = Effort(seconds=1.5, minimum_rounds=3, memory=False)

@@ -1,0 +1,177 @@
+"""A whole layer, router and experts, forward and backward, against eager PyTorch, which takes the experts in turn, and
+other people's layers.
+
+Rates count 6 T K H I operations forward and 18 with the backward, the products of a layer that keeps what its backward
+needs; who computes some twice does more. "the bare GEMMs" are these products alone, of equal segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import grpo_kernels
+
+from . import moe_definitions as definitions
+from . import moe_peers as peers
+from .bench_moe_router import routed
+from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN, Model, Values
+
+_GPU_TOKENS, _CPU_TOKENS = 8192, 1024
+_MARGIN = 0.02  # no route hangs on how exactly the router's logits are computed, not even in bf16
+
+Forward = Callable[[Inputs], Values]
+
+
+def _normal(dtype: torch.dtype, device: str, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device) * scale).to(dtype)
+
+
+def _make(model: Model, tokens: int, dtype: torch.dtype, backward: bool, device: str, size: str) -> Inputs:
+    model, tokens = (model, tokens) if size == "full" else (definitions.tiny(model), 24)
+    normal = partial(_normal, dtype, device)
+    made = {"router": normal(model.experts, model.hidden, scale=2.0 * model.hidden**-0.5)}
+    if model.clamped:
+        made["router_bias"] = normal(model.experts, scale=0.5)
+    parameters = {"gate_up": (model.hidden, 2 * model.width), "down": (model.width, model.hidden)}
+    for name, (into, out) in parameters.items():
+        shape = (into, out) if model.clamped else (out, into)
+        made[name] = normal(model.experts, *shape, scale=into**-0.5)
+        if model.clamped:
+            made[f"{name}_bias"] = normal(model.experts, out, scale=0.3)
+    candidates = {"x": normal(4 * tokens, model.hidden)}
+    bias = torch.randn(model.experts, device=device) * 0.05 + 0.3 if model.biased else None
+    good = definitions.settled(definitions.router_logits(made | candidates), model, bias, _margin(model))
+    made = {"x": definitions.settle(candidates["x"], good, tokens)} | made
+    for value in made.values():
+        value.requires_grad_(backward)
+    if backward:
+        made["upstream"] = normal(tokens, model.hidden)
+    return made if bias is None else made | {"correction": bias}
+
+
+def _margin(model: Model) -> float:
+    """Sigmoid scores lie closer together than logits."""
+    return _MARGIN / 20 if model.biased else _MARGIN
+
+
+def _ours(model: Model, save: str, inputs: Inputs) -> Values:
+    x, up, down = inputs["x"], inputs["gate_up"], inputs["down"]
+    routes = routed(definitions.router_logits(inputs), model, inputs)
+    if not model.clamped:
+        return (grpo_kernels.moe_experts(x, up, down, routes, save=save),)
+    result = grpo_kernels.moe_experts(
+        x,
+        up.transpose(1, 2),
+        down.transpose(1, 2),
+        routes,
+        gate_up_bias=inputs["gate_up_bias"],
+        down_bias=inputs["down_bias"],
+        activation="clamped_swiglu",
+        swiglu_alpha=definitions.ALPHA,
+        swiglu_limit=definitions.LIMIT,
+        interleaved=True,
+        save=save,
+    )
+    return (result,)
+
+
+def _bare(model: Model, backward: bool, inputs: Inputs) -> Values:
+    """Every expert gets as many rows, without a gather: E / K experts at a time take all tokens once."""
+    x, up, down = (inputs[name].detach() for name in ("x", "gate_up", "down"))
+    if not model.clamped:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    share = len(up) // model.top_k
+    rows = x.view(share, -1, x.shape[1])
+    upstream = inputs["upstream"].view_as(rows) if backward else rows
+    found: Values = ()
+    for w1, w2 in zip(up.split(share), down.split(share), strict=True):
+        preact = torch.bmm(rows, w1)
+        activated = preact[..., : w2.shape[1]]
+        found = (torch.bmm(activated, w2),)
+        if backward:
+            found = (torch.bmm(upstream, w2.transpose(1, 2)), torch.bmm(activated.transpose(1, 2), upstream))
+            found += (torch.bmm(preact, w1.transpose(1, 2)), torch.bmm(rows.transpose(1, 2), preact))
+    return found
+
+
+def _others(model: Model, device: str, backward: bool) -> dict[str, Forward | None]:
+    """Peers by name; None stands for what is not installed. Behind the loop of transformers' "eager", autograd writes
+    the gradient of all experts once for each of them: on a CPU that alone would take minutes.
+    """
+    at_once = partial(definitions.layer, definitions.experts_at_once, model)
+    found: dict[str, Forward | None] = {"F.grouped_mm": at_once if hasattr(F, "grouped_mm") else None}
+    if device == "cuda":
+        found["transformers"] = peers.transformers_block(model, "eager")
+        if not model.clamped:
+            found["Liger"] = peers.liger_experts(model, device)
+            found["ScatterMoE"] = peers.scattermoe_experts(model, device)
+    elif not backward:
+        found["transformers"] = peers.transformers_block(model, "eager")
+    return found | {"transformers, grouped_mm": peers.transformers_block(model, "grouped_mm")}
+
+
+def _providers(model: Model, device: str, backward: bool, others: dict[str, Forward | None]) -> tuple[Provider, ...]:
+    def run(forward: Forward) -> Forward:
+        if not backward:
+            return forward
+        return lambda inputs: definitions.with_gradients(forward(inputs), inputs, ("upstream",))
+
+    at_once = partial(definitions.layer, definitions.experts_at_once, model)
+    found = [Provider("ours", run(partial(_ours, model, "preact")), "ours")]
+    if backward:
+        found.append(Provider("ours, save=input", run(partial(_ours, model, "input")), "ours"))
+    found.append(Provider("eager", run(_eager(model)), "eager"))
+    if device == "cuda":  # PyTorch does not compile its grouped product for CPUs
+        found.append(Provider("torch.compile", run(compiled(at_once)), "compile"))
+    found += [Provider(name, run(forward), "peer") for name, forward in others.items() if forward]
+    return (*found, Provider("the bare GEMMs", partial(_bare, model, backward), "part"))
+
+
+def _eager(model: Model) -> Forward:
+    return partial(definitions.layer, definitions.experts_in_turn, model)
+
+
+def _speedup(rows: Rows) -> float | None:
+    return rows["ours"].get("speedup")
+
+
+def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = True) -> Case:
+    tokens = _GPU_TOKENS if device == "cuda" else _CPU_TOKENS
+    others = _others(model, device, backward)
+    providers = _providers(model, device, backward, others)
+    eager = next(provider for provider in providers if provider.kind == "eager")
+    rows = tokens * model.top_k
+    shape = f"T={tokens} E={model.experts} K={model.top_k} H={model.hidden} I={model.width}"
+    parts = "fwd+bwd" if backward else "fwd"
+    return Case(
+        op="moe_experts",
+        name=f"{model.name} layer {shape} {str(dtype).removeprefix('torch.')} {parts}",
+        make=partial(_make, model, tokens, dtype, backward),
+        providers=providers,
+        operations=(18 if backward else 6) * rows * model.hidden * model.width,
+        matmul_dtype=dtype,
+        targets=(Target(">= 1x eager", 1.0, _speedup),),
+        definition=lambda inputs: definitions.sample(eager.run(inputs)),
+        sample_outputs=definitions.sample,
+        quick=model.name.startswith("Qwen"),
+        memory=rows * model.hidden * torch.empty((), dtype=dtype).element_size() if backward else None,
+        results_are_extra=False,
+        absent=tuple(name for name, forward in others.items() if forward is None),
+    )
+
+
+def cases(device: str) -> list[Case]:
+    """One rank's experts of DeepSeek-V3 and those of the others on a GPU, thinner ones on a CPU."""
+    if device == "cuda":
+        models, dtypes = (DEEPSEEK.fewer(8), QWEN, GPT_OSS_SMALL), (torch.bfloat16,) * 3
+    else:
+        models = (DEEPSEEK.thinner(16), QWEN.thinner(4), GPT_OSS_SMALL.thinner(8))
+        dtypes = (torch.float32, torch.float32, torch.bfloat16)
+    found = [_case(device, model, dtype) for model, dtype in zip(models, dtypes, strict=True)]
+    return [_case(device, models[0], dtypes[0], backward=False), *found]
