@@ -110,7 +110,7 @@ class RouterReplay:
                 f"{_NAME}: layer {layer_id} has no routes, only {_names(self._routes)} have. A layer that was not "
                 "recorded, such as one of multi-token prediction, must not be passed the object"
             )
-        if routes.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and routes.is_inference() and not torch.is_inference_mode_enabled():
             routes = self._routes[layer_id] = routes.clone()  # autograd may keep it
         return routes
 
@@ -270,14 +270,18 @@ class RouterReplay:
 def _compact(ids: Tensor, num_experts: int) -> Tensor:
     """The same ids in the smallest signed integers that hold them. One that no expert has stays one."""
     dtype = torch.int8 if num_experts <= 128 else torch.int16 if num_experts <= 32768 else torch.int32
-    if ids.dtype == torch.uint8:
-        ids = ids.to(torch.int16)
+    ids = _wide(ids)
     return ids.masked_fill((ids < MISSING) | (ids >= num_experts), _INVALID).to(dtype)
+
+
+def _wide(ids: Tensor) -> Tensor:
+    """The ids as integers that hold any number of experts: int8 compared with 128 compares with -128."""
+    return ids if ids.dtype == torch.int64 else ids.to(torch.int32)
 
 
 def _check_routes(packed: Tensor, num_experts: int, layer_ids: Sequence[int]) -> None:
     """Raises for an expert that does not exist and for one that a token has twice."""
-    wide = packed.to(torch.int16) if packed.dtype == torch.uint8 else packed
+    wide = _wide(packed)
     ordered = wide.sort(dim=-1).values
     outside = ((wide < MISSING) | (wide >= num_experts)).any(dim=-1)
     twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != MISSING)).any(dim=-1)
