@@ -62,5 +62,6 @@ PYBIND11_MODULE(_C, m) {
   bind_grpo_loss(m);
   bind_moe_experts(m);
   bind_moe_permute(m);
+  bind_moe_router(m);
   bind_token_log_probs(m);
 }

@@ -1,0 +1,151 @@
+// Selection of the best experts on the CPU.
+//
+// No sort: the K-th largest of some lane maxima is a bound that K experts or more reach, and few more do. They are collected
+// and put in order by counting who is ahead of whom.
+#pragma once
+
+#include "moe_router/formula.h"
+
+namespace grpo_kernels {
+namespace GK_ISA {
+namespace router_kernels {
+
+constexpr int kBlock = 32;  // buffers are padded to a multiple of it
+constexpr int kMaxLanes = 128;
+constexpr int kFew = 64;  // candidates that are ordered by counting
+
+inline int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+// ahead[i] = how many of values[0, count) are larger than values[i]; count is a multiple of kBlock.
+template <typename R>
+inline void count_larger(const R* values, int count, int32_t* ahead) {
+  for (int block = 0; block < count; block += kBlock) {
+    R own[kBlock];
+    R larger[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      own[i] = values[block + i];
+      larger[i] = 0;
+    }
+    for (int j = 0; j < count; ++j) {
+      const R value = values[j];
+#pragma omp simd
+      for (int i = 0; i < kBlock; ++i) larger[i] += value > own[i];
+    }
+    for (int i = 0; i < kBlock; ++i) ahead[block + i] = int32_t(larger[i]);
+  }
+}
+
+// A bound that at least `top_k` of the ranks reach. `ranks` has room for a multiple of kMaxLanes and is padded here.
+template <typename A>
+inline typename Order<A>::Rank reached_by(typename Order<A>::Rank* ranks, int experts, int top_k) {
+  using R = typename Order<A>::Rank;
+  const int wanted = top_k <= 8 ? 32 : (top_k <= 16 ? 64 : kMaxLanes);
+  const int lanes = padded(experts, kBlock) < wanted ? padded(experts, kBlock) : wanted;
+  const int end = padded(experts, lanes);
+  for (int i = experts; i < end; ++i) ranks[i] = Order<A>::kLost;
+  alignas(64) R largest[kMaxLanes];
+  for (int i = 0; i < lanes; ++i) largest[i] = ranks[i];
+  for (int base = lanes; base < end; base += lanes) {
+#pragma omp simd
+    for (int i = 0; i < lanes; ++i) largest[i] = ranks[base + i] > largest[i] ? ranks[base + i] : largest[i];
+  }
+  alignas(64) int32_t ahead[kMaxLanes];
+  count_larger(largest, lanes, ahead);
+  R bound = ~Order<A>::kLost;  // the highest rank
+  for (int i = 0; i < lanes; ++i) bound = ahead[i] < top_k && largest[i] < bound ? largest[i] : bound;
+  return bound;
+}
+
+// The experts whose ranks reach the bound, in ascending order. Returns how many.
+template <typename R>
+inline int collect(const R* ranks, int experts, R bound, int32_t* found) {
+  int count = 0;
+  for (int base = 0; base < experts; base += 64) {
+    const int width = experts - base < 64 ? experts - base : 64;
+    alignas(64) uint8_t reached[64] = {};
+    for (int i = 0; i < width; ++i) reached[i] = ranks[base + i] >= bound;
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; ++i) {  // eight bytes of 0 or 1 to eight bits
+      uint64_t word;
+      memcpy(&word, reached + 8 * i, sizeof(word));
+      bits |= (word * 0x0102040810204080ull >> 56) << (8 * i);
+    }
+    for (; bits != 0; bits &= bits - 1) found[count++] = base + __builtin_ctzll(bits);
+  }
+  return count;
+}
+
+// The `top_k` best of many candidates, by insertion: for rows of ties.
+template <typename R>
+inline void insert_best(const R* ranks, const int32_t* found, int count, int top_k, int32_t* ids) {
+  int kept = 0;
+  for (int c = 0; c < count; ++c) {
+    const R rank = ranks[found[c]];
+    if (kept == top_k && rank <= ranks[ids[kept - 1]]) continue;  // an equal with a lower id is ahead
+    int place = kept < top_k ? kept++ : top_k - 1;
+    for (; place > 0 && ranks[ids[place - 1]] < rank; --place) ids[place] = ids[place - 1];
+    ids[place] = found[c];
+  }
+}
+
+// The `top_k` best experts, in descending order of their ranks; the lower id wins a tie.
+template <typename A>
+inline void best_experts(typename Order<A>::Rank* ranks, int experts, int top_k, int32_t* ids) {
+  using R = typename Order<A>::Rank;
+  int32_t found[router::kMaxExperts];
+  const int count = collect(ranks, experts, reached_by<A>(ranks, experts, top_k), found);
+  if (count > kFew) {
+    insert_best(ranks, found, count, top_k, ids);
+    return;
+  }
+  const int end = padded(count, kBlock);
+  alignas(64) R values[kFew];
+  for (int i = 0; i < count; ++i) values[i] = ranks[found[i]];
+  for (int i = count; i < end; ++i) values[i] = Order<A>::kLost;
+  alignas(64) int32_t ahead[kFew];
+  count_larger(values, end, ahead);
+  int32_t ordered[kFew];
+  for (int i = 0; i < count; ++i) ordered[i] = -1;
+  for (int i = 0; i < count; ++i) {
+    int place = ahead[i];
+    while (ordered[place] >= 0) ++place;  // equals come in ascending order of their ids
+    ordered[place] = found[i];
+  }
+  for (int k = 0; k < top_k; ++k) ids[k] = ordered[k];
+}
+
+// Marks the experts of all groups but the best; the lower group wins a tie.
+template <typename A>
+inline void drop_groups(const MoeRouterArgs& a, typename Order<A>::Rank* ranks) {
+  using R = typename Order<A>::Rank;
+  const int size = a.rows.experts / a.n_group;
+  const int groups = a.n_group;
+  R values[router::kMaxExperts];
+  for (int g = 0; g < groups; ++g) {
+    const R* own = ranks + g * size;
+    R first = Order<A>::kLost, second = Order<A>::kLost;
+#pragma omp simd reduction(max : first)
+    for (int i = 0; i < size; ++i) first = own[i] > first ? own[i] : first;
+    R equal = 0;
+#pragma omp simd reduction(max : second) reduction(+ : equal)
+    for (int i = 0; i < size; ++i) {
+      const R below = own[i] < first ? own[i] : Order<A>::kLost;
+      second = below > second ? below : second;
+      equal += own[i] == first;
+    }
+    second = equal > 1 ? first : second;
+    values[g] = Order<A>::rank(group_value(Order<A>::key(first), Order<A>::key(second), a.group_score, size));
+  }
+  for (int g = 0; g < groups; ++g) {
+    int ahead = 0;
+    for (int other = 0; other < groups; ++other) {
+      ahead += values[other] > values[g] || (values[other] == values[g] && other < g);
+    }
+    if (ahead < a.topk_group) continue;
+    for (int i = 0; i < size; ++i) ranks[g * size + i] = Order<A>::kLost;
+  }
+}
+
+}  // namespace router_kernels
+}  // namespace GK_ISA
+}  // namespace grpo_kernels
