@@ -1,0 +1,140 @@
+"""Gates of the Triton kernels of grouped_gemm."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bench.gates.gate import WIDE_LOADS, WIDE_STORES, Gate, Instructions
+from bench.gates.triton_kernels import Specialisation, TritonKernels
+
+_BOTH = frozenset({False, True})
+_OPERANDS = {
+    "LOADS": frozenset({"tma", "vector", "scalar"}),
+    "PRECISION": frozenset({"ieee", "tf32x3"}),
+    "PIECES": frozenset({1, 2, 4}),
+}
+
+
+class Case(NamedTuple):
+    """A layer of experts, what is asked of it, and what its code depends on."""
+
+    width: int = 4096  # K: 4104 is a multiple of 8, 4095 of nothing
+    columns: int = 1536
+    dtype: str = "bfloat16"
+    experts: int = 128
+    few: bool = False  # rows for every expert
+    bias: bool = False
+    out: str = ""  # dtype of the result; "": that of the operands
+    accumulate: bool = False
+    offsets: str = "int32"
+    library: bool = False  # also the kernels around that of PyTorch
+
+
+def _cases() -> Iterator[Case]:
+    yield Case(library=True)
+    yield Case(few=True, bias=True, offsets="int64")
+    yield Case(bias=True, out="float32", accumulate=True)
+    yield Case(4104, dtype="float16", experts=8)
+    yield Case(dtype="float32", bias=True)
+    yield Case(4095, 1537, bias=True, few=True)
+    yield Case(4095, 1537, "float32", accumulate=True)
+
+
+def _few() -> Iterator[Case]:
+    yield Case()
+    yield Case(4095, 1537, "float32", bias=True, accumulate=True)
+
+
+def _launch(case: Case) -> None:
+    import torch
+
+    from grpo_kernels.grouped_gemm import _library_triton as library
+    from grpo_kernels.grouped_gemm import _triton
+
+    dtype = getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    forward, wgrad = (inspect.unwrap(f) for f in (_triton.grouped_gemm, _triton.grouped_gemm_wgrad))
+    rows = case.experts * (64 if case.few else 1024)
+    x, weight = empty(rows, case.width), empty(case.experts, case.columns, case.width)
+    offsets = empty(case.experts, dtype=getattr(torch, case.offsets))
+    bias = empty(case.experts, case.columns) if case.bias else None
+    out = forward(x, weight, offsets, bias, getattr(torch, case.out or case.dtype))
+    grad = out.to(dtype)
+    forward(grad, weight.transpose(1, 2), offsets, None, dtype)
+    accumulator = empty(*weight.shape, dtype=torch.float32) if case.accumulate else None
+    wgrad(x, grad, offsets, accumulator, dtype)
+    if case.bias:
+        _triton.grouped_row_sum(out, offsets)
+    if case.library:
+        library.grouped_gemm(x, weight, offsets)
+        library.grouped_gemm_wgrad(x, grad, offsets)
+
+
+def launch(quick: bool) -> None:
+    for case in _few() if quick else _cases():
+        _launch(case)
+
+
+_ASYNCHRONOUS = (
+    Instructions("HGMMA or UTCMMA", r"(HGMMA|UTC\w*MMA)\b.*", at_least=1),
+    Instructions("UTMALDG", r"UTMALDG\b.*", at_least=1),
+)
+_OTHER = (Instructions("MMA", r"(HMMA|HGMMA|UTC\w*MMA)\b.*", at_least=1),)
+_WIDE_COPIES = Instructions("LDGSTS.128", r"LDGSTS\..*\b128\b.*", at_least=1)
+
+
+def gate(of: Specialisation) -> Gate:
+    """The products have as many registers as there are; what counts is that they keep their sums in them."""
+    if of.kernel == "ends_kernel":
+        return Gate(of.kernel, 64, of.warps * 32, 4096)
+    if of.kernel.startswith("clear_"):
+        return Gate(of.kernel, 64, of.warps * 32, 0, (WIDE_STORES,))
+    if of.kernel == "row_sum_kernel":
+        wide = of.aligned("stride")
+        return Gate(
+            of.kernel, 128, of.warps * 32, 16 * 1024, (WIDE_LOADS,) if wide else (), "" if wide else "narrow loads"
+        )
+    loads = of.constant("LOADS")
+    instructions = {"tma": _ASYNCHRONOUS, "vector": (*_OTHER, _WIDE_COPIES), "scalar": _OTHER}[loads]
+    wide = of.aligned("columns" if of.kernel == "grouped_kernel" else "stride_n")
+    variant = {"tma": "TMA", "vector": "16-byte loads", "scalar": "narrow loads"}[loads]
+    shared = 220 * 1024 if loads == "tma" else 100 * 1024
+    return Gate(of.kernel, 255, of.warps * 32, shared, (*instructions, WIDE_STORES) if wide else instructions, variant)
+
+
+TRITON = TritonKernels(
+    launch,
+    gate,
+    {
+        "grouped_kernel": {
+            **_OPERANDS,
+            "TURNED": _BOTH,
+            "HAS_BIAS": _BOTH,
+            "SEGMENTS": frozenset({16, 256}),
+            "BLOCK_M": frozenset({64, 128}),
+            "BLOCK_N": frozenset({64, 128, 256}),
+            "BLOCK_K": frozenset({16, 32, 64}),
+        },
+        "wgrad_kernel": {
+            **_OPERANDS,
+            "ACCUMULATE": _BOTH,
+            "SEGMENTS": frozenset({16, 256}),
+            "BLOCK_N": frozenset({128}),
+            "BLOCK_K": frozenset({64, 128, 256}),
+            "BLOCK_R": frozenset({16, 32, 64}),
+        },
+        "row_sum_kernel": {
+            "SEGMENTS": frozenset({256}),
+            "BLOCK_R": frozenset({32}),
+            "BLOCK_N": frozenset({64}),
+        },
+        "ends_kernel": {"SEGMENTS": frozenset({256})},
+        "clear_tail_kernel": {"BLOCK": frozenset({2048})},
+        "clear_empty_kernel": {"BLOCK": frozenset({2048})},
+    },
+)

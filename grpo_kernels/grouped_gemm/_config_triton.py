@@ -1,0 +1,93 @@
+"""How the Triton kernels of grouped_gemm cut their work: pure functions of what the host knows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+L2_BYTES = 16 << 20
+"""Of rows that a group of row blocks may have, to stay in the L2 cache while a weight streams past."""
+TILE = 256
+"""Longest side of a tile."""
+PANEL = 64
+"""Columns of a tile that are written at a time."""
+FEW_ROWS = 96
+"""Rows of an expert on average, up to which half a tile of rows is enough."""
+
+
+class LaunchConfig(NamedTuple):
+    """Tiles of the result, elements of the sum that are loaded at a time, and the options of a launch."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    on_each: int  # programs that share a multiprocessor
+    group: int  # row blocks that share their panels of a weight
+
+
+def launch_config(
+    rows: int, experts: int, width: int, element_size: int, architecture: int, loads: str
+) -> LaunchConfig:  # fmt: skip
+    """The forward's, and the gradient of x's. A row's sum has the same order in all: block_k depends on none of the sizes.
+
+    128 x 256 tiles keep the tensor cores of sm_90 fed from the L2 cache. Where experts have few rows, reading the weights
+    takes the time, and smaller programs, two on a multiprocessor, have more loads in flight.
+
+    Args:
+        architecture: 10 * major + minor of the compute capability.
+        loads: "tma"; "vector", 16 bytes a thread; "scalar", an element a thread.
+    """
+    few = rows <= FEW_ROWS * experts
+    block_m, warps = (64, 4) if few else (128, 8)
+    if element_size == 4:  # three products of tf32 each, whose halves are formed in registers
+        block_n, block_k, stages = 64, 32 if loads == "tma" else 16, 3
+    elif loads == "scalar":
+        block_n, block_k, stages = 64, 32, 3
+    elif loads == "tma":
+        block_n, block_k, stages = 128 if few else 256, 64, 4
+    else:  # 100 or 164 KiB of shared memory
+        block_n, block_k, stages = 128, 32, 4
+    group = min(1024, max(1, L2_BYTES // (block_m * width * element_size)))
+    return LaunchConfig(block_m, block_n, block_k, warps, stages, 2 if few else 1, group)
+
+
+def wgrad_config(rows: int, experts: int, element_size: int, loads: str) -> LaunchConfig:
+    """That of the weight's gradient: tiles of block_m of its columns N by block_n of its width K, block_k rows at a time."""
+    if element_size == 4:
+        return LaunchConfig(128, 64, 32 if loads == "tma" else 16, 8, 3, 1, 1)
+    if loads == "scalar":
+        return LaunchConfig(128, 64, 32, 8, 3, 1, 1)
+    if loads == "tma" and rows <= FEW_ROWS * experts:  # writing takes the time
+        return LaunchConfig(128, 128, 64, 4, 3, 2, 1)
+    if loads == "tma":
+        return LaunchConfig(128, 256, 64, 8, 4, 1, 1)
+    return LaunchConfig(128, 128, 32, 8, 4, 1, 1)
+
+
+def library_suits(
+    architecture: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    rows: int,
+    experts: int,
+    aligned: bool,
+) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` computes a product without a bias, right and fast.
+
+    It has a kernel of its own for bfloat16 on sm_90. Elsewhere it loops over the experts and reads the offsets on the
+    host; on sm_100 some of its products were wrong (pytorch issues 172439 and 186365). Where experts have few rows our
+    smaller tiles fit better.
+
+    Args:
+        aligned: every row of every operand begins at a multiple of 16 bytes, and one axis of each is dense.
+    """
+    many = rows > FEW_ROWS * experts
+    return architecture == 90 and dtype == out_dtype == torch.bfloat16 and many and aligned
+
+
+def segments(experts: int) -> int:
+    """Segments of rows that a program holds at once, those of no expert included: a power of two."""
+    return max(16, 1 << experts.bit_length())

@@ -1,0 +1,167 @@
+"""Segments of rows and tiles of products, as the kernels of grouped_gemm walk and form them."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def segment_ends(offsets, shift, experts, rows, SEGMENTS: tl.constexpr):
+    """[SEGMENTS] int32. End row of every expert's segment, `shift` places on; `rows` behind the last expert. Whatever the
+    offsets hold, ends lie within the rows and do not decrease: segments are in bounds and apart."""
+    index = tl.arange(0, SEGMENTS) - shift
+    given = tl.load(offsets + index, mask=(index >= 0) & (index < experts), other=0)
+    end = tl.where(index < experts, tl.minimum(tl.maximum(given, 0), rows), rows)
+    return tl.associative_scan(tl.where(index < 0, 0, end).to(tl.int32), 0, _larger)
+
+
+@triton.jit
+def segment(offsets, expert, experts, rows, SEGMENTS: tl.constexpr):
+    """(first row, end row) of an expert, by the same rule."""
+    index = tl.arange(0, SEGMENTS)
+    given = tl.load(offsets + index, mask=(index <= expert) & (index < experts), other=0)
+    end = tl.minimum(tl.maximum(given, 0), rows).to(tl.int32)
+    first = tl.max(tl.where(index < expert, end, 0), axis=0)
+    return first, tl.maximum(first, tl.max(tl.where(index == expert, end, 0), axis=0))
+
+
+@triton.jit
+def position(item, row_blocks, columns, group):
+    """(row block, column) of a work item. A group of row blocks, which stays in the L2 cache, goes through all columns
+    before the next group does; within it neighbours share their panel of the weight."""
+    first = item // (group * columns) * group
+    size = tl.minimum(row_blocks - first, group)
+    rest = item - first * columns
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. PRECISION "interpreted": the interpreter would multiply the bits of bfloat16 numbers."""
+    if PRECISION == "interpreted":
+        found = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        found = tl.dot(a, b, acc, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def nothing(start):
+    """0, which the compiler cannot know: addresses that are formed with it are not carried from tile to tile."""
+    return tl.where(start < 0, 1, 0)
+
+
+@triton.jit
+def rows_source(x, rows, width, stride, LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What rows are loaded from: a descriptor for the TMA unit, or the address."""
+    if LOADS == "tma":
+        found = tl.make_tensor_descriptor(x, [rows, width], [stride, 1], [BLOCK_M, BLOCK_K])
+    else:
+        found = x
+    return found
+
+
+@triton.jit
+def weight_source(
+    weight,
+    experts,
+    columns,
+    width,
+    stride_e,
+    stride_n,
+    stride_k,
+    LOADS: tl.constexpr,
+    TURNED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The same for the weights. TURNED: their second axis is the dense one."""
+    if LOADS == "tma":
+        if TURNED:
+            found = tl.make_tensor_descriptor(
+                weight, [experts, width, columns], [stride_e, stride_k, 1], [1, BLOCK_K, BLOCK_N]
+            )
+        else:
+            found = tl.make_tensor_descriptor(
+                weight, [experts, columns, width], [stride_e, stride_n, 1], [1, BLOCK_N, BLOCK_K]
+            )
+    else:
+        found = weight
+    return found
+
+
+@triton.jit
+def product(
+    x_source,
+    w_source,
+    row_start,
+    row_end,
+    expert,
+    column_start,
+    columns,
+    width,
+    depth,
+    x_stride,
+    stride_e,
+    stride_n,
+    stride_k,
+    LOADS: tl.constexpr,
+    TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] float32 of x weight^T over the first `depth` of `width` elements. What lies behind the last row
+    or column of the tile holds anything."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if LOADS == "tma":
+        for k in range(0, depth, BLOCK_K):
+            x = x_source.load([row_start, k])
+            if TURNED:
+                w = w_source.load([expert, k, column_start]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                w = w_source.load([expert, column_start, k]).reshape(BLOCK_N, BLOCK_K).T
+            acc = dot(x, w, acc, PRECISION)
+    else:
+        row = tl.arange(0, BLOCK_M)[:, None] + nothing(column_start)
+        column = tl.arange(0, BLOCK_N)[None, :] + nothing(column_start)
+        x_inner = tl.arange(0, BLOCK_K)[None, :]
+        w_inner = tl.arange(0, BLOCK_K)[:, None]
+        x_base = x_source + tl.cast(row_start, tl.int64) * x_stride
+        w_base = w_source + tl.cast(expert, tl.int64) * stride_e + tl.cast(column_start, tl.int64) * stride_n
+        x_offset = row * x_stride + x_inner  # within the tile 32 bits do
+        w_offset = column * stride_n + w_inner * stride_k
+        for k in range(0, depth, BLOCK_K):
+            x = tl.load(x_base + k + x_offset, mask=(row < row_end - row_start) & (x_inner < width - k), other=0.0)
+            w = tl.load(
+                w_base + tl.cast(k, tl.int64) * stride_k + w_offset,
+                mask=(column < columns - column_start) & (w_inner < width - k),
+                other=0.0,
+            )
+            acc = dot(x, w, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile. Both stay where they are, in the registers of their threads."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def pieces(tile, PIECES: tl.constexpr):
+    """A tile cut into 1, 2, 4 or 8 panels, left to right: what is done with one needs fewer registers at a time."""
+    if PIECES == 1:
+        panels = (tile,)
+    else:
+        left, right = halves(tile)
+        panels = pieces(left, PIECES // 2) + pieces(right, PIECES // 2)
+    return panels
