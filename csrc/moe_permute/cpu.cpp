@@ -11,6 +11,7 @@ namespace GK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;               // elements of a row that are worked on at a time, in the first-level cache
+constexpr int64_t kSumBlock = 2048;            // the same, where only sums must stay there
 constexpr int64_t kLanes = 64;                 // partial sums of a product of rows
 constexpr int64_t kElementsPerChunk = 131072;  // per task
 constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
@@ -87,23 +88,37 @@ void scale_rows(const MoePermuteArgs& a, int threads) {
   zero_padding(a.inv_map, a.rows, a.out, a.hidden * int64_t(sizeof(T)), threads);
 }
 
+// Adds weight * source, and fetches as much of the row that comes next: rows lie far apart, no processor foresees that.
+template <typename T, typename A>
+inline void add_block(const T* source, const T* next, int64_t count, A weight, A* sums) {
+  constexpr int64_t kPerLine = kLine / int64_t(sizeof(T));
+  constexpr int64_t kStrip = 4 * kPerLine;
+  int64_t i = 0;
+  for (; i + kStrip <= count; i += kStrip) {
+    for (int64_t line = 0; line < 4; ++line) __builtin_prefetch(next + i + line * kPerLine);
+#pragma omp simd
+    for (int64_t j = 0; j < kStrip; ++j) sums[i + j] += to_arithmetic(source[i + j]) * weight;
+  }
+  for (; i < count; ++i) sums[i] += to_arithmetic(source[i]) * weight;
+}
+
 template <typename T>
 void sum_rows(const MoeUnpermuteArgs& a, int threads) {
   using A = typename Arithmetic<T>::type;
   const T* y = static_cast<const T*>(a.y);
+  const int64_t slots = a.tokens * a.top_k;
   for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
-    alignas(kLine) A sums[kBlock];
+    alignas(kLine) A sums[kSumBlock];
     for (int64_t token = begin; token < end; ++token) {
-      for (int64_t start = 0; start < a.hidden; start += kBlock) {
-        const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
+      for (int64_t start = 0; start < a.hidden; start += kSumBlock) {
+        const int64_t count = a.hidden - start < kSumBlock ? a.hidden - start : kSumBlock;
         memset(sums, 0, size_t(count) * sizeof(A));
         for (int64_t slot = token * a.top_k; slot < (token + 1) * a.top_k; ++slot) {
           const int64_t row = a.row_id_map[slot];
           if (row < 0) continue;
+          const int64_t next = slot + 1 < slots && a.row_id_map[slot + 1] >= 0 ? a.row_id_map[slot + 1] : row;
           const A weight = weight_of<A>(a.topk_weights, slot);
-          const T* source = y + row * a.y_stride + start;
-#pragma omp simd
-          for (int64_t i = 0; i < count; ++i) sums[i] += to_arithmetic(source[i]) * weight;
+          add_block(y + row * a.y_stride + start, y + next * a.y_stride + start, count, weight, sums);
         }
         T* out = static_cast<T*>(a.out) + token * a.hidden + start;
 #pragma omp simd
