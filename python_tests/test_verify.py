@@ -25,6 +25,7 @@ from grpo_kernels.grpo_loss import presets
 from grpo_kernels.testing import verification
 from grpo_kernels.testing.accuracy import accuracy_error
 from grpo_kernels.testing.verification import grpo_loss as loss_cases
+from grpo_kernels.testing.verification import moe_router as router_cases
 from grpo_kernels.testing.verification.report import Report
 
 PACKAGE = Path(grpo_kernels.__file__).parent
@@ -161,6 +162,19 @@ def test_no_case_of_the_loss_stands_on_an_edge(case: verification.Case) -> None:
     for name, expected in results[0].items():
         if name.startswith("gradient") or name == "loss":
             assert accuracy_error(results[1][name], expected) < 1e-3, name
+
+
+@pytest.mark.parametrize("case", [c for c in router_cases.CASES if "ties" not in c.name], ids=lambda c: c.name)
+def test_no_case_of_the_router_stands_on_an_edge(case: verification.Case) -> None:
+    """Two experts that are nearly equal would be told apart by the rounding of the machine."""
+    chosen = []
+    for nudge in (0.0, 1e-5):
+        inputs = case.make(torch.Generator().manual_seed(0))
+        noise = torch.randn(inputs["logits"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        inputs["logits"] = inputs["logits"].double() + nudge * noise
+        with grpo_kernels.backend("reference"):
+            chosen.append(case.run(inputs)["topk_ids"])
+    assert torch.equal(*chosen)
 
 
 def test_an_op_without_cases_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

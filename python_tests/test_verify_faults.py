@@ -91,6 +91,39 @@ def wrong_flag(call: int, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
     return output
 
 
+def another_expert(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Two slots of a token in the wrong order, ids and weights alike."""
+    for output in outputs[:2]:
+        output[5, :2] = output[5, :2].flip(0)
+    return outputs
+
+
+def unstable_order(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Two neighbours of the last expert in the wrong order."""
+    outputs[1][-2:] = outputs[1][-2:].flip(0)
+    return outputs
+
+
+def padding_left_as_it_was(call: int, arguments: tuple[Any, ...], rows: Tensor) -> Tensor:
+    rows[arguments[2] < 0] = rows[0]
+    return rows
+
+
+def sums_in_bfloat16(call: int, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+    return out.bfloat16().float()
+
+
+def forgets_an_expert(call: int, arguments: tuple[Any, ...], grad: Tensor) -> Tensor:
+    """In the gradient of the weights, the last one."""
+    grad[-1] = 0
+    return grad
+
+
+def router_learns_less(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    outputs[2].mul_(1.00001)
+    return outputs
+
+
 FAULTS = [
     (
         "token_log_probs",
@@ -125,6 +158,12 @@ FAULTS = [
     ("linear_token_log_probs", "linear_token_log_probs", rounds_logits, "log-probs alone", "log_probs: error "),
     ("linear_cross_entropy", "linear_cross_entropy", off, "plain, mean", "loss: error "),
     ("linear_grpo_loss", "linear_grpo_loss", forgets_a_row, "preset dapo", "gradient of hidden: error "),
+    ("moe_router", "moe_router", another_expert, "Qwen3", "topk_ids: differs"),
+    ("build_permutation", "build_permutation", unstable_order, "uneven", "inv_map: differs"),
+    ("moe_permute", "moe_permute", padding_left_as_it_was, "aligned", "rows of x: error "),
+    ("moe_unpermute", "moe_unpermute", sums_in_bfloat16, "uneven", "rows of tokens: error "),
+    ("grouped_gemm", "grouped_gemm_wgrad", forgets_an_expert, "tiles", "gradient of weight: error "),
+    ("moe_experts", "moe_glu_backward", router_learns_less, "recomputed", "gradient of weights: error "),
 ]
 
 

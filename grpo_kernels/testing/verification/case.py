@@ -16,6 +16,8 @@ FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float
 EVERY_DTYPE = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
 GRADIENT = "gradient of "
 """How the names of gradients start: they have the dtype of the inputs, values have the op's."""
+ROWS = "rows of "
+"""How the names of values start that have the dtype of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Case:
             then `gradients`.
         dtypes: Those to test. Everywhere float64 is left out where a backend does not take it.
         seeds: How many batches are judged together. The error of a single number, such as a loss, would be luck.
+        rounds_between: Whether results of matrix products are rounded to a narrow dtype before others use them. The
+            definition's error in that dtype then sets the budget, instead of that in float32.
     """
 
     op: str
@@ -39,6 +43,7 @@ class Case:
     run: Callable[[Inputs], Outputs]
     dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
     seeds: int = 1
+    rounds_between: bool = False
 
 
 def leaf(value: Tensor) -> Tensor:

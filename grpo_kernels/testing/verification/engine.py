@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_kernels import _dispatch
 from grpo_kernels.testing.accuracy import accuracy_budget, accuracy_error
 from grpo_kernels.testing.poison import poisoned_allocations
-from grpo_kernels.testing.verification.case import GRADIENT, Case, Inputs, Outputs
+from grpo_kernels.testing.verification.case import GRADIENT, ROWS, Case, Inputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,14 @@ class _Oracle:
             self._known[key] = self._outputs(target, dtype)
         return self._known[key]
 
-    def _standard(self, target: Target) -> dict[str, float]:
+    def _standard(self, target: Target, dtype: torch.dtype) -> dict[str, float]:
         """The errors of eager float32 that set the target's budgets: those on the CPU for kernels.
 
         The definition is eager PyTorch itself, which adds in another order on each device. There float64 is the test.
         """
         on_cpu = target.backend != "reference" or target == self._definition
+        if self.case.rounds_between and dtype in (torch.bfloat16, torch.float16):
+            return self._errors_of(self._first(self._definition if on_cpu else target, dtype))
         return self._errors if on_cpu else self._errors_of(self._first(target, torch.float32))
 
     def _outputs(self, target: Target, dtype: torch.dtype) -> list[Outputs]:
@@ -140,7 +142,7 @@ class _Oracle:
 
     def judge(self, target: Target, dtype: torch.dtype) -> Outcome:
         """Compares values and gradients with float64; kernels must also repeat them, in poisoned memory, bit by bit."""
-        actual, standard = self._first(target, dtype), self._standard(target)
+        actual, standard = self._first(target, dtype), self._standard(target, dtype)
         problem = self._form(actual, dtype)
         worst, error, budget = "", 0.0, 0.0
         if not problem:
@@ -160,9 +162,9 @@ class _Oracle:
             if list(outputs) != list(expected):
                 return f"returned {', '.join(outputs)} where the definition returns {', '.join(expected)}"
             for name, value in outputs.items():
-                # Gradients have the dtype of the inputs; values float32, or float64 for float64 inputs.
+                # Gradients and rows have the dtype of the inputs; values float32, or float64 for float64 inputs.
                 like = expected if dtype == torch.float64 else eager
-                wanted = dtype if name.startswith(GRADIENT) else like[name].dtype
+                wanted = dtype if name.startswith((GRADIENT, ROWS)) else like[name].dtype
                 if value.shape != like[name].shape or value.dtype != wanted:
                     shape = list(like[name].shape)
                     return f"{name}: must be {wanted} {shape}, got {value.dtype} {list(value.shape)}"
