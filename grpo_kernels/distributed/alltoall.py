@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed
@@ -13,18 +14,23 @@ from grpo_kernels.distributed.exchange import Dispatched, all_to_all, check_rows
 from grpo_kernels.moe_permute import Permutation, build_permutation, moe_permute, moe_unpermute
 
 
-class Routes(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Routes:
     """Where a rank's tokens go: one row of a token for each rank that it goes to, whatever it finds there.
 
-    Fields:
+    No tuple: torch.compile would look into it, and compile again for other counts.
+
+    Args:
         rows: from tokens to rows, which lie rank by rank, and back. Its "experts" are ranks.
         send: rows to each rank.
         receive: rows from each rank.
+        weights: as dispatched.
     """
 
     rows: Permutation
     send: list[int]
     receive: list[int]
+    weights: Tensor | None = None
 
 
 class AllToAll:
@@ -42,12 +48,12 @@ class AllToAll:
     def dispatch(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         routes = self._routes(topk_ids)
         received, weights, ids = _Dispatch.apply(x, topk_weights, topk_ids, routes, self)  # type: ignore[no-untyped-call]
-        return Dispatched(received, weights, ids, (routes, weights))
+        return Dispatched(received, weights, ids, replace(routes, weights=weights))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def combine(self, y: Tensor, handle: tuple[Routes, Tensor]) -> Tensor:
-        check_rows(y, sum(handle[0].receive))
-        combined: Tensor = _Combine.apply(y, handle[1], handle[0], self.group)  # type: ignore[no-untyped-call]
+    def combine(self, y: Tensor, handle: Routes) -> Tensor:
+        check_rows(y, sum(handle.receive))
+        combined: Tensor = _Combine.apply(y, handle.weights, handle, self.group)  # type: ignore[no-untyped-call]
         return combined
 
     def _routes(self, topk_ids: Tensor) -> Routes:
