@@ -54,21 +54,40 @@ inline void rank_row(const MoeRouterArgs& a, const Row<A>& row, bool by_logit, t
   }
 }
 
+// The terms of the chosen experts' weights: of a softmax over them, or their scores.
+template <typename A>
+inline void chosen_terms(int scoring, int count, const A* z, A max, A* terms) {
+  if (is_softmax(scoring)) {
+#pragma omp simd
+    for (int k = 0; k < count; ++k) terms[k] = softmax_term(z[k], max);
+  } else if (scoring == router::kSigmoid) {
+#pragma omp simd
+    for (int k = 0; k < count; ++k) terms[k] = sigmoid(z[k]).score;
+  } else {
+#pragma omp simd
+    for (int k = 0; k < count; ++k) terms[k] = sqrt_softplus(z[k]).score;
+  }
+}
+
 // The weights of the chosen; NaN in a broken row. Returns whether the row is broken.
 template <typename A>
 inline bool weigh_row(const RouterOptions& o, const Row<A>& row, const int32_t* ids, int top_k, A* weights) {
-  A terms[router::kMaxTopK];
-  A max = A(-__builtin_inff()), sum = 0;
-  for (int k = 0; k < top_k; ++k) max = row.z[ids[k]] > max ? row.z[ids[k]] : max;
+  alignas(64) A z[router::kMaxTopK], terms[router::kMaxTopK];
   const bool all = o.scoring == router::kSoftmax && !o.normalize;
+  const int count = padded(top_k, 8);
+  A max = A(-__builtin_inff()), sum = 0;
   for (int k = 0; k < top_k; ++k) {
-    const A z = row.z[ids[k]];
-    terms[k] = all ? row.score[ids[k]] : (is_softmax(o.scoring) ? softmax_term(z, max) : scored(o.scoring, z).score);
-    sum += terms[k];
+    z[k] = row.z[ids[k]];
+    max = z[k] > max ? z[k] : max;
   }
+  for (int k = top_k; k < count; ++k) z[k] = max;
+  max = all ? row.max : max;
+  chosen_terms(o.scoring, count, z, max, terms);  // over all experts the same terms as row.score
+  for (int k = 0; k < top_k; ++k) sum += terms[k];
   sum = all ? row.sum : sum;
-  const bool broken = row.broken || (is_softmax(o.scoring) && (all ? row.max : max) == A(-__builtin_inff()));
-  for (int k = 0; k < top_k; ++k) weights[k] = broken ? A(__builtin_nanf("")) : weight(o, terms[k], sum);
+  const bool broken = row.broken || (is_softmax(o.scoring) && max == A(-__builtin_inff()));
+  const A poison = broken ? A(__builtin_nanf("")) : A(1);
+  for (int k = 0; k < top_k; ++k) weights[k] = weight(o, terms[k], sum) * poison;
   return broken;
 }
 

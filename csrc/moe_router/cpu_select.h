@@ -10,49 +10,55 @@ namespace grpo_kernels {
 namespace GK_ISA {
 namespace router_kernels {
 
-constexpr int kBlock = 32;  // buffers are padded to a multiple of it
-constexpr int kMaxLanes = 128;
-constexpr int kFew = 64;  // candidates that are ordered by counting
+constexpr int kBlock = 32;  // rows are padded to a multiple of it
+constexpr int kLanes = 64;  // ranks to a multiple of this; also the most candidates that are ordered by counting
 
 inline int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// ahead[i] = how many of values[0, count) are larger than values[i]; count is a multiple of kBlock.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// ahead[i] = how many of values[0, count) are larger than values[i]. Both have room for a multiple of kBlock, and all of it is
+// read and written.
 template <typename R>
-inline void count_larger(const R* values, int count, int32_t* ahead) {
-  for (int block = 0; block < count; block += kBlock) {
-    R own[kBlock];
-    R larger[kBlock];
-    for (int i = 0; i < kBlock; ++i) {
-      own[i] = values[block + i];
-      larger[i] = 0;
-    }
+inline void count_larger(const R* values, int count, R* ahead) {
+  typedef R Vector __attribute__((vector_size(kVectorBytes)));
+  constexpr int kWidth = int(sizeof(Vector) / sizeof(R));
+  constexpr int kVectors = kBlock / kWidth < 4 ? kBlock / kWidth : 4;  // as many as stay in registers
+  for (int block = 0; block < count; block += kVectors * kWidth) {
+    Vector own[kVectors], larger[kVectors] = {};
+    memcpy(own, values + block, sizeof(own));
     for (int j = 0; j < count; ++j) {
-      const R value = values[j];
-#pragma omp simd
-      for (int i = 0; i < kBlock; ++i) larger[i] += value > own[i];
+      for (int v = 0; v < kVectors; ++v) larger[v] -= own[v] < values[j];  // true is -1
     }
-    for (int i = 0; i < kBlock; ++i) ahead[block + i] = int32_t(larger[i]);
+    memcpy(ahead + block, larger, sizeof(larger));
   }
 }
 
-// A bound that at least `top_k` of the ranks reach. `ranks` has room for a multiple of kMaxLanes and is padded here.
+// A bound that at least `top_k` of the ranks reach. They are padded to a multiple of kLanes.
 template <typename A>
-inline typename Order<A>::Rank reached_by(typename Order<A>::Rank* ranks, int experts, int top_k) {
+inline typename Order<A>::Rank reached_by(const typename Order<A>::Rank* ranks, int experts, int top_k) {
   using R = typename Order<A>::Rank;
-  const int wanted = top_k <= 8 ? 32 : (top_k <= 16 ? 64 : kMaxLanes);
-  const int lanes = padded(experts, kBlock) < wanted ? padded(experts, kBlock) : wanted;
-  const int end = padded(experts, lanes);
-  for (int i = experts; i < end; ++i) ranks[i] = Order<A>::kLost;
-  alignas(64) R largest[kMaxLanes];
+  const int lanes = top_k <= 16 || experts <= 32 ? 32 : kLanes;
+  alignas(64) R largest[kLanes];
   for (int i = 0; i < lanes; ++i) largest[i] = ranks[i];
-  for (int base = lanes; base < end; base += lanes) {
+  for (int base = lanes; base < experts; base += lanes) {
 #pragma omp simd
     for (int i = 0; i < lanes; ++i) largest[i] = ranks[base + i] > largest[i] ? ranks[base + i] : largest[i];
   }
-  alignas(64) int32_t ahead[kMaxLanes];
+  alignas(64) R ahead[kLanes];
   count_larger(largest, lanes, ahead);
   R bound = ~Order<A>::kLost;  // the highest rank
-  for (int i = 0; i < lanes; ++i) bound = ahead[i] < top_k && largest[i] < bound ? largest[i] : bound;
+#pragma omp simd reduction(min : bound)
+  for (int i = 0; i < lanes; ++i) {
+    const R value = ahead[i] < R(top_k) ? largest[i] : ~Order<A>::kLost;
+    bound = value < bound ? value : bound;
+  }
   return bound;
 }
 
@@ -61,15 +67,15 @@ template <typename R>
 inline int collect(const R* ranks, int experts, R bound, int32_t* found) {
   int count = 0;
   for (int base = 0; base < experts; base += 64) {
-    const int width = experts - base < 64 ? experts - base : 64;
-    alignas(64) uint8_t reached[64] = {};
-    for (int i = 0; i < width; ++i) reached[i] = ranks[base + i] >= bound;
+    alignas(64) uint8_t reached[64];
+    for (int i = 0; i < 64; ++i) reached[i] = ranks[base + i] >= bound;
     uint64_t bits = 0;
     for (int i = 0; i < 8; ++i) {  // eight bytes of 0 or 1 to eight bits
       uint64_t word;
       memcpy(&word, reached + 8 * i, sizeof(word));
       bits |= (word * 0x0102040810204080ull >> 56) << (8 * i);
     }
+    if (experts - base < 64) bits &= (uint64_t(1) << (experts - base)) - 1;
     for (; bits != 0; bits &= bits - 1) found[count++] = base + __builtin_ctzll(bits);
   }
   return count;
@@ -92,22 +98,21 @@ inline void insert_best(const R* ranks, const int32_t* found, int count, int top
 template <typename A>
 inline void best_experts(typename Order<A>::Rank* ranks, int experts, int top_k, int32_t* ids) {
   using R = typename Order<A>::Rank;
+  for (int i = experts; i % kLanes != 0; ++i) ranks[i] = Order<A>::kLost;
   int32_t found[router::kMaxExperts];
   const int count = collect(ranks, experts, reached_by<A>(ranks, experts, top_k), found);
-  if (count > kFew) {
+  if (count > kLanes) {
     insert_best(ranks, found, count, top_k, ids);
     return;
   }
-  const int end = padded(count, kBlock);
-  alignas(64) R values[kFew];
+  alignas(64) R values[kLanes] = {};
+  alignas(64) R ahead[kLanes];
   for (int i = 0; i < count; ++i) values[i] = ranks[found[i]];
-  for (int i = count; i < end; ++i) values[i] = Order<A>::kLost;
-  alignas(64) int32_t ahead[kFew];
-  count_larger(values, end, ahead);
-  int32_t ordered[kFew];
+  count_larger(values, count, ahead);
+  int32_t ordered[kLanes];
   for (int i = 0; i < count; ++i) ordered[i] = -1;
   for (int i = 0; i < count; ++i) {
-    int place = ahead[i];
+    int place = int(ahead[i]);
     while (ordered[place] >= 0) ++place;  // equals come in ascending order of their ids
     ordered[place] = found[i];
   }
