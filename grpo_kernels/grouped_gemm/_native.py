@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,39 @@ from torch import Tensor
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm.arguments import segment_ends
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, without_autocast
+
+_FEW_ROWS = 64
+
+
+@functools.cache
+def _fast(dtype: torch.dtype, few: bool) -> bool:
+    """Whether this CPU multiplies operands of a half-width dtype, in float32 sums, faster than it widens and multiplies
+    them. Measured: with AMX or instructions for float16 always, with those for bfloat16 where rows are few."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.float16:
+        found: bool = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return found
+    wide = torch.cpu._is_avx512_bf16_supported() and few
+    return dtype == torch.bfloat16 and (torch.cpu._is_amx_tile_supported() or wide)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, rows: int) -> None:
+    """out = a @ b of the segment of an expert, rounded once."""
+    if out.dtype == a.dtype and _fast(a.dtype, rows <= _FEW_ROWS):
+        torch.mm(a, b, out=out)
+    else:
+        multiply(out, a, b)
+
+
+def _biased_product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> None:
+    """out = a @ b + bias, rounded once."""
+    dtype = accumulation_dtype(a.dtype)
+    exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    exact.copy_(bias)
+    multiply(exact, a, b, add=True)
+    if exact is not out:
+        out.copy_(exact)
 
 
 def _segments(op: str, offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
@@ -25,19 +59,15 @@ def grouped_gemm(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
     out = ops.empty_output(x, weight, out_dtype)
-    exact = accumulation_dtype(x.dtype)
     end = 0
     for expert, rows in _segments("grouped_gemm", offsets, len(x)):
         end = rows.stop
         if rows.start == end:
             continue
         if bias is None:
-            multiply(out[rows], x[rows], weight[expert].t())
+            _product(out[rows], x[rows], weight[expert].t(), end - rows.start)
         else:
-            product = x.new_empty((rows.stop - rows.start, out.shape[1]), dtype=exact)
-            product.copy_(bias[expert].expand_as(product))
-            multiply(product, x[rows], weight[expert].t(), add=True)
-            out[rows] = product
+            _biased_product(out[rows], x[rows], weight[expert].t(), bias[expert])
     out[end:].zero_()
     return out
 
@@ -49,9 +79,11 @@ def grouped_gemm_wgrad(
     result = ops.empty_weight_gradient(x, grad, offsets, accumulator, weight_dtype)
     target = result if accumulator is None else accumulator
     for expert, rows in _segments("grouped_gemm_wgrad", offsets, len(x)):
-        if rows.start < rows.stop:
-            multiply(target[expert], grad[rows].t(), x[rows], add=accumulator is not None)
-        elif accumulator is None:
+        if accumulator is not None:
+            multiply(target[expert], grad[rows].t(), x[rows], add=True)
+        elif rows.start < rows.stop:
+            _product(target[expert], grad[rows].t(), x[rows], rows.stop - rows.start)
+        else:
             target[expert].zero_()
     if accumulator is not None:
         torch.autograd.graph.increment_version(accumulator)

@@ -1,0 +1,121 @@
+"""Samples of grouped_gemm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grpo_kernels
+from python_tests.samples import BadCall, Call
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(9, 8, generator=GENERATOR)
+WEIGHT = torch.randn(4, 5, 8, generator=GENERATOR)
+BIAS = torch.randn(4, 5, generator=GENERATOR)
+GRAD = torch.randn(9, 5, generator=GENERATOR)
+OFFSETS = torch.tensor([2, 2, 6, 7])  # the second expert has no rows, the last two rows have no expert
+NARROW = OFFSETS.int()
+X[7:], GRAD[7:] = float("nan"), float("nan")
+TURNED = WEIGHT.transpose(1, 2).contiguous().transpose(1, 2)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+OPS = {
+    "grouped_gemm": [
+        (X, WEIGHT, OFFSETS, None, F32),
+        (X.bfloat16(), WEIGHT.bfloat16(), NARROW, BIAS.bfloat16(), BF16),
+        (X.half(), TURNED.half(), NARROW, None, F32),
+        (GRAD, WEIGHT.transpose(1, 2), OFFSETS, None, BF16),
+        (X[:0], WEIGHT, OFFSETS * 0, BIAS, F32),
+    ],
+    "grouped_gemm_wgrad": [
+        (X, GRAD, OFFSETS, None, F32),
+        (X.bfloat16(), GRAD.bfloat16(), NARROW, None, BF16),
+        (X.half(), GRAD.half(), NARROW, torch.ones(4, 5, 8), F16),
+        (X, GRAD, NARROW, torch.ones(4, 8, 5).transpose(1, 2), F32),
+        (X[:0], GRAD[:0], OFFSETS * 0, None, F32),
+    ],
+    "grouped_row_sum": [(GRAD, OFFSETS), (GRAD.bfloat16(), NARROW), (GRAD[:0], OFFSETS * 0)],
+}
+
+
+def _make(*tensors: Tensor) -> Any:
+    return lambda device: tuple(tensor.to(device) for tensor in tensors)
+
+
+CALLS = [
+    Call("plain", lambda x, w, o: grpo_kernels.grouped_gemm(x, w, o), _make(X, WEIGHT, OFFSETS), (0, 1), (0, 1)),
+    Call(
+        "everything",
+        lambda x, w, o, b: grpo_kernels.grouped_gemm(x, w.transpose(1, 2), o, bias=b, out_dtype=torch.float32),
+        _make(X.bfloat16(), WEIGHT.transpose(1, 2).contiguous().bfloat16(), NARROW, BIAS),
+        (0, 1, 3),
+        (0, 1, 3),
+        rounds=torch.bfloat16,
+    ),
+    Call(
+        "frozen_weight",
+        lambda x, w, o: grpo_kernels.grouped_gemm(x.T, w, o),
+        _make(X.T.contiguous(), WEIGHT, OFFSETS),
+        (0,),
+        (0, 1),
+    ),
+    Call(
+        "empty",
+        lambda x, w, o, b: grpo_kernels.grouped_gemm(x, w, o, bias=b),
+        _make(X[:0], WEIGHT, OFFSETS * 0, BIAS),
+        (0, 1, 3),
+        (0, 1, 3),
+    ),
+]
+
+
+def _bad(
+    name: str,
+    error: type[Exception],
+    *says: str,
+    x: Any = X,
+    weight: Any = WEIGHT,
+    offsets: Any = OFFSETS,
+    **options: Any,
+) -> BadCall:
+    return BadCall(
+        f"grouped_gemm_{name}", lambda: grpo_kernels.grouped_gemm(x, weight, offsets, **options), error, says
+    )
+
+
+def _trained(accumulator: Tensor) -> dict[str, Any]:
+    return {"weight": WEIGHT.clone().requires_grad_(), "weight_grad_accumulator": accumulator}
+
+
+BAD_CALLS = [
+    _bad("list", TypeError, "x must be a torch.Tensor, got list", x=[1.0]),
+    _bad("integer", TypeError, "x must have dtype float32", "int64", x=OFFSETS[:, None]),
+    _bad("rows", ValueError, "x must have shape [R, K], got [8]", x=X[0]),
+    _bad("matrix", ValueError, "weight must have shape [E, N, K], got [5, 8]", weight=WEIGHT[0]),
+    _bad("width", ValueError, "weight must have shape [E, N, K] = [E, N, 8]", "[4, 8, 5]", weight=WEIGHT.mT),
+    _bad("no_experts", ValueError, "E, N, K >= 1, got [0, 5, 8]", weight=WEIGHT[:0], offsets=OFFSETS[:0]),
+    _bad("device", ValueError, "weight must be on cpu like x, got meta", weight=WEIGHT.to("meta")),
+    _bad("offset_type", TypeError, "offsets must be a torch.Tensor, got list", offsets=[2, 2, 6, 7]),
+    _bad("offset_dtype", TypeError, "offsets must have dtype int64, int32, got float32", offsets=OFFSETS.float()),
+    _bad("offset_shape", ValueError, "offsets must have shape [E] = [4], got [3]", offsets=OFFSETS[:3]),
+    _bad("offset_order", ValueError, "offsets[1] must be >= 2", "got 1", offsets=torch.tensor([2, 1, 6, 7])),
+    _bad("offset_sign", ValueError, "offsets[0] must be >= 0", "got -1", offsets=torch.tensor([-1, 2, 6, 7])),
+    _bad(
+        "offset_range",
+        ValueError,
+        "offsets[3] must be >= 6",
+        "<= R = 9, got 10",
+        offsets=OFFSETS + torch.tensor([0, 0, 0, 3]),
+    ),
+    _bad("bias_shape", ValueError, "bias must have shape [E, N] = [4, 5], got [5]", bias=BIAS[0]),
+    _bad("bias_dtype", TypeError, "bias must have dtype float32", bias=BIAS.long()),
+    _bad("bias_device", ValueError, "bias must be on cpu like x", bias=BIAS.to("meta")),
+    _bad("out_dtype", TypeError, "out_dtype must be float32, bfloat16 or float16", "int32", out_dtype=torch.int32),
+    _bad("out_wide", TypeError, "float64 for float64 operands", out_dtype=torch.float64),
+    _bad("accumulator_dtype", TypeError, "weight_grad_accumulator must have dtype float32", **_trained(WEIGHT.half())),
+    _bad("accumulator_shape", ValueError, "must have shape [E, N, K] = [4, 5, 8]", **_trained(WEIGHT[0])),
+    _bad("accumulator_dense", ValueError, "one of the last two axes dense", **_trained(torch.ones(4, 5, 16)[..., ::2])),
+    _bad("accumulator_frozen", ValueError, "does not require one", weight_grad_accumulator=WEIGHT),
+]
