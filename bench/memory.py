@@ -59,6 +59,18 @@ def growth_cpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tenso
     return max(_status("VmHWM") - before, 0), results
 
 
+def held_cpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
+    """Growth of the resident set from before the second of two runs to after it, while its results and what autograd
+    keeps for them are alive; and the results. The process has to run under `RETURNING`.
+    """
+    run()
+    _give_back_free_memory()
+    before = _status("VmRSS")
+    results = run()
+    _give_back_free_memory()
+    return max(_status("VmRSS") - before, 0), results
+
+
 def _peak_cpu(case: Case, provider: str, size: str) -> int:
     inputs = case.make("cpu", size)
     run = case.provider(provider).run
