@@ -63,10 +63,10 @@ def test_eager_keeps_every_intermediate(dtype: str, bytes_of: dict[str, int]) ->
 
 @pytest.mark.parametrize("dtype", BYTES)
 def test_forward_and_backward_peak_below_eager(dtype: str, bytes_of: dict[str, int]) -> None:
-    """To compute pre-activations again costs no more memory than to keep them."""
+    """To compute pre-activations again takes no more memory than to keep them, and that three quarters of eager's."""
     peaks = {name: bytes_of[f"{name} {dtype}, peak"] for name in ("preact", "input", "eager")}
     assert peaks["input"] <= peaks["preact"] + SLACK
-    assert peaks["preact"] <= 0.6 * peaks["eager"]
+    assert peaks["preact"] <= peaks["eager"] * 3 / 4
 
 
 @pytest.mark.parametrize(
