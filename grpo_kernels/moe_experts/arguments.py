@@ -149,8 +149,8 @@ def check_accumulators(experts: Experts, accumulators: Any) -> tuple[Tensor | No
         _checks.check_dtype(OP, name, accumulator, (wanted,))
         _checks.check_shape(OP, name, accumulator, (shape, tuple(weight.shape)))
         _checks.check_same_device(OP, name, accumulator, "x", experts.x)
-        if not accumulator.is_contiguous() or accumulator.requires_grad:
-            raise ValueError(f"{OP}: {name} must be contiguous and not require a gradient itself")
+        if 1 not in accumulator.stride()[1:] or accumulator.requires_grad:
+            raise ValueError(f"{OP}: {name} must have one of the last two axes dense and not require a gradient itself")
         if torch.is_grad_enabled() and not weight.requires_grad:
             raise ValueError(f"{OP}: {name} is for the gradient of {owner}, which does not require one")
     return accumulators
