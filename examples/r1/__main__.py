@@ -11,7 +11,7 @@ from rich.console import Console
 
 from examples.r1.checkpoint import CheckpointMismatch
 from examples.r1.demo import run
-from examples.r1.settings import TASK_NAMES, Settings
+from examples.r1.settings import MODELS, REPLAYS, TASK_NAMES, Settings
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Settings:
@@ -37,6 +37,13 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     add("--width", type=int, default=default.width, help="of the model (default: %(default)s)")
     add("--layers", type=int, default=default.layers, help="of the model (default: %(default)s)")
     add("--heads", type=int, default=default.heads, help="of the model (default: %(default)s)")
+    add("--model", choices=MODELS, default=default.model, help="(default: %(default)s)")
+    add("--experts", type=int, default=default.experts, help="of a layer of the MoE model (default: %(default)s)")
+    add("--experts-per-token", type=int, default=default.experts_per_token, help="(default: %(default)s)")
+    add("--no-shared-expert", dest="shared_expert", action="store_false", help="the MoE model has none")
+    add("--replay", choices=REPLAYS, default=default.replay, help="whose routes training takes (default: %(default)s)")
+    add("--aux-loss-coef", type=float, default=default.aux_loss_coef, help="in the cold start (default: %(default)s)")
+    add("--bias-update-rate", type=float, default=default.bias_update_rate, help="likewise (default: %(default)s)")
     add("--evaluate-every", type=int, default=default.evaluate_every, help="steps (default: %(default)s)")
     add("--shuffle-rewards", action="store_true", help="control: rewards change places in their group")
     values = vars(parser.parse_args(arguments))

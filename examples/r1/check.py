@@ -14,7 +14,7 @@ from rich.table import Table
 from examples.r1.demo import run
 from examples.r1.pipeline import TaskResult, run_task
 from examples.r1.report import summarise
-from examples.r1.settings import Settings
+from examples.r1.settings import MODELS, Settings
 
 SORTING_ACCURACY = 0.9  # greedy, on held-out prompts, at the end
 SPELLING_RISE = 0.2  # greedy, on held-out prompts, from the end of the cold start to the end of GRPO
@@ -63,9 +63,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/r1-check"), help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default="dense", help="(default: %(default)s)")
     options = parser.parse_args()
     console, verdicts, start = Console(), Verdicts(), perf_counter()
-    settings = Settings(device=options.device)
+    settings = Settings(device=options.device, model=options.model)
     for seed in options.seeds:
         for result in run(replace(settings, seed=seed, output=options.output / f"seed-{seed}"), console):
             judge(result, f"seed {seed}", verdicts)

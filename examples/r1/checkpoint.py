@@ -68,10 +68,10 @@ class CheckpointFolder:
         if not self._state_file.exists():
             return None
         state = json.loads(self._state_file.read_text(encoding="utf-8"))
-        wanted, found = comparable_settings(settings), state["settings"]
-        changed = sorted(name for name in wanted if wanted[name] != found.get(name))
+        wanted, found = comparable_settings(settings), {**comparable_settings(Settings()), **state["settings"]}
+        changed = sorted(name for name in wanted if wanted[name] != found[name])
         if changed:
-            changes = ", ".join(f"{name} = {found.get(name)} (now {wanted[name]})" for name in changed)
+            changes = ", ".join(f"{name} = {found[name]} (now {wanted[name]})" for name in changed)
             raise CheckpointMismatch(f"the checkpoint in {self.folder} was made with {changes}")
         return Progress(**state["progress"])
 

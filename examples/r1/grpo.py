@@ -14,10 +14,11 @@ from examples.r1 import rewards
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer
 from examples.r1.rollout import Rollout, Sequences, python_rng, roll_out, torch_rng
+from examples.r1.routes import Routes
 from examples.r1.settings import Settings
 from examples.r1.stage import Record, Stage
 from examples.r1.tasks import Problem, Task
-from grpo_kernels import FusedLMHead, GRPOLossConfig, GRPOLossOutput, group_advantages, informative_groups
+from grpo_kernels import FusedLMHead, GRPOLossConfig, GRPOLossOutput, RouterReplay, group_advantages, informative_groups
 
 _LOGGED = ("kl", "entropy", "ratio_max", "clip_fraction")
 
@@ -29,13 +30,15 @@ class LossInputs(NamedTuple):
     old_log_probs: Tensor  # [B, C] float32
     ref_log_probs: Tensor  # [B, C] float32
     advantages: Tensor  # [B] float32
+    routes: Routes | None = None  # of an MoE model, for every pass over the rows
 
     def groups(self, start: int, end: int) -> LossInputs:
         """Groups start to end, whole."""
         size = len(self.advantages) // len(self.sequences.prompts)
         rows = slice(start * size, end * size)
         sequences = self.sequences.groups(start, end)
-        return LossInputs(sequences, self.old_log_probs[rows], self.ref_log_probs[rows], self.advantages[rows])
+        routes = None if self.routes is None else self.routes.groups(start, end, len(self.sequences.prompts))
+        return LossInputs(sequences, self.old_log_probs[rows], self.ref_log_probs[rows], self.advantages[rows], routes)
 
 
 class GRPOStage(Stage):
@@ -49,6 +52,7 @@ class GRPOStage(Stage):
             "grpo", clip_low=settings.clip, clip_high=settings.clip, kl_coef=settings.kl_coef
         )
         self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.experts = model.config.experts
         self.reward_weights = torch.tensor(rewards.WEIGHTS, device=self.device)
 
     @property
@@ -64,6 +68,8 @@ class GRPOStage(Stage):
         sampled = perf_counter()
         inputs = self.loss_inputs(rollout, index)
         record = self.update(inputs, index)
+        if inputs.routes is not None:
+            record["rollout_mismatch"] = inputs.routes.metrics(self.settings.experts_per_token)["route_mismatch"]
         done = perf_counter()
         informative = informative_groups(rollout.totals(), group_size=self.settings.group_size)
         return {
@@ -87,6 +93,7 @@ class GRPOStage(Stage):
             group_size=self.settings.group_size,
             temperature=self.settings.temperature,
             generator=torch_rng(self.device, *source),
+            record_routes=self.experts > 0 and self.settings.replay == "rollout",
         )
 
     def loss_inputs(self, rollout: Rollout, index: int) -> LossInputs:
@@ -97,9 +104,17 @@ class GRPOStage(Stage):
         advantages = group_advantages(
             scores.to(self.device), group_size=self.settings.group_size, reward_weights=self.reward_weights
         ).advantages
-        old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature)
-        ref = sequence_log_probs(self.reference, rollout.sequences, self.settings.temperature)
-        return LossInputs(rollout.sequences, old, ref, advantages)
+        routes = self._routes(rollout)
+        again = None if routes is None else routes.again()
+        old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature, routes)
+        ref = sequence_log_probs(self.reference, rollout.sequences, self.settings.temperature, again)
+        return LossInputs(rollout.sequences, old, ref, advantages, routes)
+
+    def _routes(self, rollout: Rollout) -> Routes | None:
+        """Those of the rollout, or objects that the pass of the old log-probs fills; None if every pass routes anew."""
+        if self.experts == 0 or self.settings.replay == "off":
+            return None
+        return rollout.routes or Routes(RouterReplay(self.experts), RouterReplay(self.experts))
 
     def update(self, inputs: LossInputs, index: int) -> Record:
         """The rollout's optimiser steps; metrics are those of the last one, where the ratios are furthest from 1."""
@@ -108,12 +123,15 @@ class GRPOStage(Stage):
         record: Record = {}
         for start in range(0, prompts, size):
             part = inputs.groups(start, start + size)
-            hidden = self.model.completion_hidden(part.sequences.prompts, part.sequences.completions)
+            routes = part.routes or Routes()
+            hidden = self.model.completion_hidden(part.sequences.prompts, part.sequences.completions, routes)
             output = self.loss(self.model.head, hidden, part)
             norm = self.descend(output.loss, index)
             metrics = output.metrics.to_dict()
             record = {name: metrics[name] for name in _LOGGED}
             record |= {"loss": float(output.loss.detach()), "grad_norm": norm}
+            if self.experts:
+                record |= routes.metrics(self.settings.experts_per_token)
         return record
 
     def loss(self, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> GRPOLossOutput:

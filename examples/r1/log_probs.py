@@ -7,12 +7,15 @@ from torch import Tensor
 
 from examples.r1.model import CharTransformer
 from examples.r1.rollout import Sequences
+from examples.r1.routes import Routes
 
 
 @torch.no_grad()
-def sequence_log_probs(model: CharTransformer, sequences: Sequences, temperature: float) -> Tensor:
+def sequence_log_probs(
+    model: CharTransformer, sequences: Sequences, temperature: float, routes: Routes | None = None
+) -> Tensor:
     """Per token [N * G, C], zero outside the completions."""
-    hidden = model.completion_hidden(sequences.prompts, sequences.completions)
+    hidden = model.completion_hidden(sequences.prompts, sequences.completions, routes)
     return model.head.token_log_probs(
         hidden, sequences.completions, temperature=temperature, mask=sequences.mask
     ).log_probs

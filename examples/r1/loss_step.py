@@ -78,7 +78,8 @@ def _with_gradients(loss: Tensor, head: FusedLMHead, hidden: Tensor) -> LossStep
 
 def in_float64(head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> tuple[FusedLMHead, Tensor, LossInputs]:
     """Arguments of a loss step in float64."""
-    double = LossInputs(inputs.sequences, *(tensor.double() for tensor in inputs[1:]))
+    numbers = ("old_log_probs", "ref_log_probs", "advantages")
+    double = inputs._replace(**{name: getattr(inputs, name).double() for name in numbers})
     return copy.deepcopy(head).double(), _leaf(hidden.double()), double
 
 
@@ -114,7 +115,7 @@ def compare(stage: GRPOStage, index: int, repeats: int = 20) -> LossStepComparis
     """Checks, then measures, the loss step on the samples of step `index`. The two take turns."""
     inputs = stage.loss_inputs(stage.sample(index), index)
     with torch.no_grad():
-        hidden = stage.model.completion_hidden(inputs.sequences.prompts, inputs.sequences.completions)
+        hidden = stage.model.completion_hidden(inputs.sequences.prompts, inputs.sequences.completions, inputs.routes)
     assert_same(stage, hidden, inputs)
     steps = (fused_step, eager_step)
     peaks = [_peak_bytes(step, stage, hidden, inputs) for step in steps]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.r1 import vocabulary
-from grpo_kernels import FusedLMHead
+from examples.r1.routes import Pass, Routes
+from grpo_kernels import FusedLMHead, MoE, RouterReplay
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class ModelConfig:
     layers: int = 2
     heads: int = 4
     vocabulary_size: int = vocabulary.SIZE
+    experts: int = 0  # of a layer; 0: a dense model
+    experts_per_token: int = 2
+    shared_expert: bool = True
+    aux_loss_coef: float = 0.0
 
 
 class KVCache:
@@ -90,21 +95,43 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.width)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width, bias=False),
-            nn.ReLU(),
-            nn.Linear(4 * config.width, config.width, bias=False),
-        )
+        self.mlp = _experts(config, layer) if config.experts else _feed_forward(config)
 
-    def forward(self, x: Tensor, layer: int, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, layer: int, cache: Cache, routing: Pass | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), layer, cache)
-        output: Tensor = x + self.mlp(self.mlp_norm(x))
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MoE) and routing is not None:
+            return x + routing.through(self.mlp, normed)
+        output: Tensor = x + self.mlp(normed)
         return output
+
+
+def _feed_forward(config: ModelConfig) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(config.width, 4 * config.width, bias=False),
+        nn.ReLU(),
+        nn.Linear(4 * config.width, config.width, bias=False),
+    )
+
+
+def _experts(config: ModelConfig, layer: int) -> MoE:
+    """A layer like DeepSeek-V3's. A token passes about as many weights as in the dense model."""
+    return MoE(
+        config.width,
+        config.width,
+        config.experts,
+        config.experts_per_token,
+        scoring_func="sigmoid",
+        e_score_correction_bias=True,
+        aux_loss_coef=config.aux_loss_coef,
+        shared_intermediate_size=config.width if config.shared_expert else 0,
+        layer_id=layer,
+    )
 
 
 class CharTransformer(nn.Module):
@@ -115,30 +142,42 @@ class CharTransformer(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(config.max_length, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.head = FusedLMHead(nn.Linear(config.width, config.vocabulary_size, bias=False))
         self.apply(_initialise)
 
-    def forward(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Final hidden states [B, T, width] of tokens [B, T] that continue what the cache holds."""
+    @property
+    def moe_layers(self) -> list[MoE]:
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+
+    def forward(
+        self, tokens: Tensor, cache: Cache, replay: RouterReplay | None = None, routes: Routes | None = None
+    ) -> Tensor:
+        """Final hidden states [B, T, width] of tokens [B, T] that continue what the cache holds.
+
+        The MoE model takes or records the routes of this pass in `replay`, and reports to `routes`.
+        """
+        reports = None if routes is None else routes.reports
+        routing = Pass(tokens != vocabulary.PAD, replay, reports) if self.config.experts else None
         positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache)
+            x = block(x, layer, cache, routing)
         cache.length += tokens.shape[1]
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def completion_hidden(self, prompts: Tensor, completions: Tensor) -> Tensor:
+    def completion_hidden(self, prompts: Tensor, completions: Tensor, routes: Routes | None = None) -> Tensor:
         """Final hidden states [N * G, C, width] for completions [N * G, C] to prompts [N, P].
 
-        Column t is what the head predicts completion token t from.
+        Column t is what the head predicts completion token t from. The MoE model takes or records `routes`.
         """
+        routes = Routes() if routes is None else routes
         group_size = len(completions) // len(prompts)
         prefix = SharedPrefix(group_size)
-        first = self(prompts, prefix)[:, -1:].repeat_interleave(group_size, dim=0)
-        rest = self(completions[:, :-1], prefix)
+        first = self(prompts, prefix, routes.prompts, routes)[:, -1:].repeat_interleave(group_size, dim=0)
+        rest = self(completions[:, :-1], prefix, routes.completions, routes)
         return torch.cat((first, rest), dim=1)
 
 
@@ -162,3 +201,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.05)
+    elif isinstance(module, MoE):
+        for weight in (module.gate.weight, module.experts.gate_up_proj, module.experts.down_proj):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)

@@ -44,6 +44,10 @@ def build_model(task: Task, settings: Settings) -> CharTransformer:
         width=settings.width,
         layers=settings.layers,
         heads=settings.heads,
+        experts=settings.experts if settings.model == "moe" else 0,
+        experts_per_token=settings.experts_per_token,
+        shared_expert=settings.shared_expert,
+        aux_loss_coef=settings.aux_loss_coef,
     )
     return CharTransformer(config).to(settings.device)
 

@@ -63,6 +63,7 @@ def table(results: Sequence[TaskResult]) -> Table:
             rows.append((f"{title}, {stage}", [f"{c['before'][key]:.3f} -> {c['after'][key]:.3f}" for c in changes]))
     rows.append(("tokens/s, sampling", [f"{s['sampled_tokens_per_second']:,.0f}" for s in summaries]))
     rows.append(("tokens/s, training", [f"{s['trained_tokens_per_second']:,.0f}" for s in summaries]))
+    rows += _routing_rows(results)
     steps = [result.loss_step for result in results]
     rows.append(("loss step, hidden states", [f"{s.rows} x {s.columns} x {s.width}" for s in steps]))
     rows.append(("  time, this package", [f"{s.seconds * 1e3:.2f} ms" for s in steps]))
@@ -77,6 +78,23 @@ def table(results: Sequence[TaskResult]) -> Table:
     for label, cells in rows:
         table.add_row(label, *cells)
     return table
+
+
+def _routing_rows(results: Sequence[TaskResult]) -> list[tuple[str, list[str]]]:
+    """How even the experts' loads were and how far routes moved, in the last ten GRPO steps of an MoE model."""
+    lasts = [result.progress.records["grpo"][-10:] for result in results]
+    if not lasts or not all(last and "expert_load" in last[0] for last in lasts):
+        return []
+
+    def means(name: str, form: str) -> list[str]:
+        values = [[record[name] for record in last if name in record] for last in lasts]
+        return [form.format(sum(found) / len(found)) if found else "-" for found in values]
+
+    return [
+        ("busiest expert / mean", means("expert_load", "{:.2f}")),
+        ("routes changed, old log-probs", means("rollout_mismatch", "{:.2%}")),
+        ("routes changed, second update", means("route_mismatch", "{:.2%}")),
+    ]
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:

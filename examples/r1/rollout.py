@@ -12,6 +12,7 @@ from torch import Tensor
 
 from examples.r1 import rewards, vocabulary
 from examples.r1.model import CharTransformer, KVCache
+from examples.r1.routes import Recorder, Routes
 from examples.r1.tasks import Problem, Task
 
 
@@ -64,14 +65,20 @@ def generate(
     group_size: int = 1,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Completions [N * group_size, C], END and then padding. Without a generator: greedy.
 
-    Every prompt is read once, whatever the group size.
+    Every prompt is read once, whatever the group size. A recorder sees the routes of an MoE model.
     """
+
+    def read(tokens: Tensor, cache: KVCache) -> Tensor:
+        hidden: Tensor = model(tokens, cache, None if recorder is None else recorder.next_pass())
+        return hidden[:, -1]
+
     batch = len(prompts) * group_size
     cache = KVCache.empty(model.config, len(prompts), model.head.weight)
-    hidden = model(prompts, cache)[:, -1].repeat_interleave(group_size, dim=0)
+    hidden = read(prompts, cache).repeat_interleave(group_size, dim=0)
     cache = cache.repeat(group_size)
     completions = torch.full((batch, completion_length), vocabulary.PAD, device=prompts.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
@@ -81,7 +88,7 @@ def generate(
         ended |= chosen == vocabulary.END
         if column + 1 == completion_length or (prompts.device.type == "cpu" and bool(ended.all())):
             break
-        hidden = model(chosen[:, None], cache)[:, -1]
+        hidden = read(chosen[:, None], cache)
     return completions
 
 
@@ -99,6 +106,7 @@ class Rollout(NamedTuple):
     sequences: Sequences
     rewards: Tensor  # [B, 3] float32, on the CPU
     texts: list[str]
+    routes: Routes | None = None  # of an MoE model, if they were recorded
 
     @property
     def generated_tokens(self) -> int:
@@ -123,12 +131,20 @@ def roll_out(
     group_size: int = 1,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    record_routes: bool = False,
 ) -> Rollout:
     """Samples `group_size` completions a problem (greedy without a generator) and scores them."""
+    recorder = Recorder(model.config.experts) if record_routes else None
     device = model.head.weight.device
     prompts = encode_prompts(task, problems, device)
     completions = generate(
-        model, prompts, task.completion_length, group_size=group_size, temperature=temperature, generator=generator
+        model,
+        prompts,
+        task.completion_length,
+        group_size=group_size,
+        temperature=temperature,
+        generator=generator,
+        recorder=recorder,
     )
     rows = completions.tolist()
     texts = [vocabulary.decode(row) for row in rows]
@@ -136,4 +152,5 @@ def roll_out(
     repeated = [problem for problem in problems for _ in range(group_size)]
     scores = rewards.score_all(task, repeated, texts, finished)
     sequences = make_sequences(prompts, completions.clone())
-    return Rollout(sequences, scores, texts)
+    routes = None if recorder is None else recorder.routes(len(completions), task.completion_length)
+    return Rollout(sequences, scores, texts, routes)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TASK_NAMES = ("digit_sorting", "spell_backward")
+MODELS = ("dense", "moe")
+REPLAYS = ("rollout", "old", "off")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ class Settings:
     width: int = 64
     layers: int = 2
     heads: int = 4
+    model: str = "dense"  # or "moe": experts in place of the feed-forward layers
+    experts: int = 8  # this and what follows: of the MoE model
+    experts_per_token: int = 2
+    shared_expert: bool = True
+    replay: str = "rollout"  # whose routes training takes: those of sampling, of the old log-probs, or none ("off")
+    aux_loss_coef: float = 0.01  # of the balance loss, in the cold start
+    bias_update_rate: float = 1e-3  # of the biases in the choice of experts, in the cold start; then they stay
 
     sft_steps: int | None = None
     sft_batch: int = 64

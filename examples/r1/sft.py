@@ -10,9 +10,11 @@ from torch import Tensor
 from examples.r1 import vocabulary
 from examples.r1.model import CharTransformer
 from examples.r1.rollout import Sequences, encode_prompts, make_sequences, python_rng
+from examples.r1.routes import Routes
 from examples.r1.settings import Settings
 from examples.r1.stage import Record, Stage
 from examples.r1.tasks import Problem, Task
+from grpo_kernels import update_expert_bias
 
 IGNORED = -100  # what cross-entropy leaves out
 
@@ -34,13 +36,27 @@ class SFTStage(Stage):
         rng = python_rng(self.settings.seed, self.task.name, self.name, index)
         rows = torch.tensor(rng.choices(range(len(self.data.prompts)), k=self.settings.sft_batch), device=self.device)
         batch = Sequences(*(tensor[rows] for tensor in self.data))
+        if self.model.moe_layers:
+            return self._balanced_step(batch, index)
         loss = self.loss(batch)
         norm = self.descend(loss, index)
         return {"loss": float(loss.detach()), "grad_norm": norm}
 
-    def loss(self, batch: Sequences) -> Tensor:
+    def _balanced_step(self, batch: Sequences, index: int) -> Record:
+        """A step of the MoE model, which also learns to use its experts evenly."""
+        routes = Routes()
+        loss = self.loss(batch, routes)
+        aux_loss = routes.aux_loss()
+        norm = self.descend(loss + aux_loss, index)
+        for layer, loads in zip(self.model.moe_layers, routes.loads(), strict=True):
+            if layer.e_score_correction_bias is not None:
+                update_expert_bias(layer.e_score_correction_bias, loads, self.settings.bias_update_rate)
+        record = {"loss": float(loss.detach()), "aux_loss": float(aux_loss.detach()), "grad_norm": norm}
+        return record | {"expert_load": routes.metrics(self.settings.experts_per_token)["expert_load"]}
+
+    def loss(self, batch: Sequences, routes: Routes | None = None) -> Tensor:
         """Cross-entropy, the mean over the completions' tokens."""
-        hidden = self.model.completion_hidden(batch.prompts, batch.completions)
+        hidden = self.model.completion_hidden(batch.prompts, batch.completions, routes)
         return self.model.head.cross_entropy(hidden, batch.completions.masked_fill(~batch.mask, IGNORED))
 
     def _demonstrations(self) -> Sequences:

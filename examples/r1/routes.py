@@ -1,0 +1,99 @@
+"""Routes of the mixture-of-experts model: recorded when sampling, taken again by every pass over the samples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import MoE, MoEOutput, RouterOutput, RouterReplay
+
+Record = dict[str, float]
+
+
+class Pass(NamedTuple):
+    """One pass of tokens through the layers: what the routers are told, and where they report."""
+
+    live: Tensor  # [B, T] bool, False for padding, which is routed nowhere
+    replay: RouterReplay | None
+    reports: list[tuple[int, RouterOutput]] | None
+
+    def through(self, moe: MoE, x: Tensor) -> Tensor:
+        """The layer's output for x [B, T, width]."""
+        output: MoEOutput = moe(x, token_mask=self.live, replay=self.replay)
+        if self.reports is not None and moe.gate.layer_id is not None:
+            self.reports.append((moe.gate.layer_id, output.router))
+        return output.hidden
+
+
+class Routes:
+    """The routes of a batch: of the pass over its prompts and of that over its completions; None routes live."""
+
+    def __init__(self, prompts: RouterReplay | None = None, completions: RouterReplay | None = None) -> None:
+        self.prompts = prompts
+        self.completions = completions
+        self.reports: list[tuple[int, RouterOutput]] = []
+
+    def again(self) -> Routes:
+        """The same routes for another pass, with reports of its own."""
+        return Routes(self.prompts, self.completions)
+
+    def groups(self, start: int, end: int, prompts: int) -> Routes:
+        """Those of prompts start to end, of as many as there are, and of their completions."""
+
+        def part(replay: RouterReplay | None) -> RouterReplay | None:
+            if replay is None or replay.num_tokens is None:
+                return None
+            size = replay.num_tokens // prompts
+            return replay[start * size : end * size]
+
+        return Routes(part(self.prompts), part(self.completions))
+
+    def aux_loss(self) -> Tensor:
+        """The balance losses of the layers, summed; prompts and completions are two batches and count half each."""
+        return torch.stack([router.aux_loss for _, router in self.reports]).sum() / 2
+
+    def loads(self) -> Tensor:
+        """[layers, E] int64. Tokens of each expert in all passes since the last `metrics`."""
+        layers = sorted({layer for layer, _ in self.reports})
+        counts = [[router.tokens_per_expert for layer, router in self.reports if layer == wanted] for wanted in layers]
+        return torch.stack([torch.stack(rows).long().sum(dim=0) for rows in counts])
+
+    def metrics(self, top_k: int) -> Record:
+        """How even the loads were and how often live routing would have gone elsewhere; forgets the passes.
+
+        expert_load: the busiest expert's tokens over the mean, in the layer where that is largest; 1 is even.
+        route_mismatch: share of tokens and layers whose live experts are not those that were replayed.
+        """
+        loads = self.loads().double()
+        mismatches = torch.stack([router.replay_mismatch for _, router in self.reports]).sum()
+        self.reports = []
+        busiest = (loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1.0)).max()
+        routed = (loads.sum() / top_k).clamp(min=1.0)
+        return {"expert_load": float(busiest), "route_mismatch": float(mismatches / routed)}
+
+
+class Recorder:
+    """Records the routes of a rollout, where the prompts are one pass and each column of the completions another."""
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+        self._passes: list[RouterReplay] = []
+
+    def next_pass(self) -> RouterReplay:
+        """A fresh object: the same layers see other tokens in every pass."""
+        self._passes.append(RouterReplay(self.experts))
+        return self._passes[-1]
+
+    def routes(self, samples: int, completion_length: int) -> Routes:
+        """Those of prompts [N * P] and completions [samples * (C - 1)]: no pass follows the last token.
+
+        Columns after all samples have ended have no route.
+        """
+        prompts, *columns = self._passes
+        first = prompts.pack()
+        packed = first.new_full((samples, completion_length - 1, *first.shape[1:]), -1)  # as an engine sends them
+        for index, column in enumerate(columns):
+            packed[:, index] = column.pack()
+        return Routes(prompts, RouterReplay.from_packed(packed.flatten(0, 1), self.experts, prompts.layer_ids))
