@@ -174,6 +174,94 @@ def _linear_grpo_loss(device: str, config: GRPOLossConfig) -> Callable[[], list[
     return lambda: run(call, inputs_of(call, device))
 
 
+_ROUTES: dict[str, Any] = {"scoring_func": "sigmoid", "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
+
+
+def _router_logits(device: str) -> tuple[Tensor, int]:
+    """Logits, some of them equal, and top_k."""
+    tokens, experts = (16_384, 256) if device == "cuda" else (65, 32)
+    return (torch.randn(tokens, experts, device=device) * 3).bfloat16().float(), 8
+
+
+def _moe_router(device: str, **options: Any) -> Callable[[], list[Tensor]]:
+    logits, top_k = _router_logits(device)
+    if "seq_aux_loss_coef" in options:
+        options["cu_seqlens"] = torch.arange(0, len(logits) + 1, 13, device=device)
+        options["cu_seqlens"][-1] = len(logits)
+    if options.pop("replay", False):
+        options["replay_ids"] = torch.rand(logits.shape, device=device).argsort(1)[:, :top_k]
+        options["replay_ids"][::3, 1:5] = -1
+
+    def function(x: Tensor) -> Sequence[Tensor]:
+        return grpo_kernels.moe_router(x, top_k, **options)
+
+    call = Call("big", function, lambda device: (logits,), (0,))
+    return lambda: run(call, inputs_of(call, device))
+
+
+def _routes(device: str) -> tuple[Tensor, int]:
+    """Ids of few well-liked experts, some slots without one; and how many experts there are."""
+    logits, top_k = _router_logits(device)
+    experts = logits.shape[1]
+    ids = (logits + torch.linspace(0, 6, experts, device=device)).topk(top_k).indices.int()
+    ids[::5, 2] = -1
+    return ids, experts
+
+
+def _build_permutation(device: str, **options: Any) -> Callable[[], list[Tensor]]:
+    ids, experts = _routes(device)
+    return lambda: list(grpo_kernels.build_permutation(ids, experts, **options))
+
+
+def _moves(device: str, back: bool) -> Callable[[], list[Tensor]]:
+    ids, experts = _routes(device)
+    width = 1_024 if device == "cuda" else 24
+    permutation = grpo_kernels.build_permutation(ids, experts, alignment=8)
+    if not back:
+        x = torch.randn(len(ids), width, device=device).bfloat16()
+        call = Call("big", lambda x: grpo_kernels.moe_permute(x, permutation), lambda device: (x,), (0,))
+        return lambda: run(call, inputs_of(call, device))
+    y = torch.randn(len(permutation.inv_map), width, device=device).bfloat16()
+    weights = torch.rand(ids.shape, device=device)
+    call = Call("big", lambda y, w: grpo_kernels.moe_unpermute(y, permutation, w), lambda device: (y, weights), (0, 1))
+    return lambda: run(call, inputs_of(call, device))
+
+
+def _parameters(device: str, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """gate_up, down and a bias of gate_up; bf16 on a GPU."""
+    hidden, width = (1_024, 256) if device == "cuda" else (24, 12)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    gate_up = torch.randn(experts, 2 * width, hidden, device=device) * hidden**-0.5
+    down = torch.randn(experts, hidden, width, device=device) * width**-0.5
+    return gate_up.to(dtype), down.to(dtype), torch.randn(experts, 2 * width, device=device).to(dtype)
+
+
+def _grouped_gemm(device: str) -> Callable[[], list[Tensor]]:
+    ids, experts = _routes(device)
+    weight, _, bias = _parameters(device, experts)
+    permutation = grpo_kernels.build_permutation(ids, experts)
+    x = torch.randn(len(permutation.inv_map), weight.shape[2], device=device).to(weight.dtype)
+
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return grpo_kernels.grouped_gemm(x, w, permutation.offsets, bias=b)
+
+    call = Call("big", function, lambda device: (x, weight, bias), (0, 1, 2))
+    return lambda: run(call, inputs_of(call, device))
+
+
+def _moe_experts(device: str, **options: Any) -> Callable[[], list[Tensor]]:
+    ids, experts = _routes(device)
+    gate_up, down, _ = _parameters(device, experts)
+    x = torch.randn(len(ids), down.shape[1], device=device).to(down.dtype)
+    weights = torch.rand(ids.shape, device=device)
+
+    def function(x: Tensor, up: Tensor, down: Tensor, w: Tensor) -> Tensor:
+        return grpo_kernels.moe_experts(x, up, down, (w, ids), **options)
+
+    call = Call("big", function, lambda device: (x, gate_up, down, weights), (0, 1, 2, 3))
+    return lambda: run(call, inputs_of(call, device))
+
+
 BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "token_log_probs": lambda device: _token_log_probs(device, torch.float32),
     "token_log_probs-bf16": lambda device: _token_log_probs(device, torch.bfloat16, softcap=20.0, temperature=0.7),
@@ -197,6 +285,17 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "linear_cross_entropy-per_token": lambda device: _linear_cross_entropy(device, "none"),
     "linear_grpo_loss": lambda device: _linear_grpo_loss(device, GRPOLossConfig.preset("dapo", entropy_coef=0.1)),
     "linear_grpo_loss-sequences": lambda device: _linear_grpo_loss(device, GRPOLossConfig.preset("gspo")),
+    "moe_router": lambda device: _moe_router(device, **_ROUTES),
+    "moe_router-losses": lambda device: _moe_router(
+        device, replay=True, z_loss_coef=1.0, aux_loss_coef=1.0, seq_aux_loss_coef=1.0
+    ),
+    "build_permutation": lambda device: _build_permutation(device),
+    "build_permutation-aligned": lambda device: _build_permutation(device, alignment=16, expert_range=(4, 20)),
+    "moe_permute": lambda device: _moves(device, back=False),
+    "moe_unpermute": lambda device: _moves(device, back=True),
+    "grouped_gemm": _grouped_gemm,
+    "moe_experts": lambda device: _moe_experts(device),
+    "moe_experts-recomputed": lambda device: _moe_experts(device, save="input", activation="clamped_swiglu"),
 }
 
 

@@ -57,3 +57,48 @@ def test_token_log_probs_is_one_launch_each_way(outputs: tuple[str, ...]) -> Non
         lambda: torch.autograd.grad(grpo_kernels.token_log_probs(logits, ids, outputs=outputs)[0], logits, upstream)
     )
     assert len([name for name in both if "fill" not in name.lower()]) == 2, both
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["live", "replayed"])
+def test_moe_router_is_two_launches_each_way(replay: bool) -> None:
+    """The second one sums the losses."""
+    logits = torch.randn(4096, 256, device="cuda", requires_grad=True)
+    options: dict[str, Any] = {"replay_ids": torch.rand(4096, 256, device="cuda").topk(8).indices} if replay else {}
+    cu_seqlens = torch.tensor([0, 1000, 4096], device="cuda", dtype=torch.int32)
+    losses = {"z_loss_coef": 1e-3, "aux_loss_coef": 1e-3, "seq_aux_loss_coef": 1e-4, "cu_seqlens": cu_seqlens}
+    sigmoid = {"scoring_func": "sigmoid", "n_group": 8, "topk_group": 4}
+    upstream = torch.randn(4096, 8, device="cuda")
+
+    def forward() -> Any:
+        return grpo_kernels.moe_router(logits, 8, **sigmoid, **options)
+
+    names = launches(forward)
+    assert len(names) <= 2, names
+    names = launches(lambda: torch.autograd.grad(forward().topk_weights, logits, upstream))
+    assert len([name for name in names if "fill" not in name.lower()]) <= 4, names
+    names = launches(lambda: grpo_kernels.moe_router(logits, 8, **sigmoid, **options, **losses))
+    own = [name for name in names if "elementwise" not in name]  # each loss is multiplied by its coefficient
+    assert len(own) <= 2, names
+
+
+@pytest.mark.parametrize("alignment", [1, 128])
+def test_build_permutation_is_two_launches(alignment: int) -> None:
+    ids = torch.rand(4096, 256, device="cuda").topk(8).indices.int()
+    names = launches(lambda: grpo_kernels.build_permutation(ids, 256, alignment=alignment))
+    assert len(names) <= 2, names
+
+
+def test_moves_of_rows_are_one_launch_each_way() -> None:
+    permutation = grpo_kernels.build_permutation(torch.rand(512, 64, device="cuda").topk(8).indices, 64)
+    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(512, 8, device="cuda", requires_grad=True)
+    works: list[tuple[Callable[[], torch.Tensor], list[torch.Tensor]]] = [
+        (lambda: grpo_kernels.moe_permute(x, permutation), [x]),
+        (lambda: grpo_kernels.moe_unpermute(y, permutation, weights), [y, weights]),
+    ]
+    for forward, leaves in works:
+        assert len(launches(forward)) == 1
+        upstream = torch.randn_like(forward())
+        both = launches(lambda forward=forward, leaves=leaves, g=upstream: torch.autograd.grad(forward(), leaves, g))
+        assert len([name for name in both if "fill" not in name.lower()]) == 2, both

@@ -7,7 +7,7 @@ import torch
 
 import grpo_kernels
 from python_tests.gpu.devices import DEVICES, assert_agrees, assert_identical, assert_same
-from python_tests.samples import Call
+from python_tests.samples import Call, assert_gradients_agree
 
 LAST = 3
 ON_DEVICES = pytest.mark.parametrize(
@@ -126,3 +126,136 @@ def test_group_advantages(device: str) -> None:
     for which in (slice(0, 16), slice(batch - 16, batch)):
         alone = grpo_kernels.group_advantages(rewards[which].clone(), group_size=8)
         assert_identical([tensor[which] for tensor in whole], list(alone))
+
+
+# --- mixture of experts: T * K * H beyond 2^31 -----------------------------------------------------------------------
+
+_TOKENS, _SLOTS, _WIDTH = 40_000, 8, 7_168
+_EXPERTS = 16
+
+
+def _routes(device: str) -> tuple[int, int, torch.Tensor]:
+    """Tokens, a width whose rows of experts are beyond 2^31 elements, and ids."""
+    width = _WIDTH if device == "cuda" else 24
+    tokens = _beyond_int32(_TOKENS, _SLOTS * _WIDTH, device) if device == "cuda" else 20
+    liking = torch.rand(tokens, _EXPERTS, device=device)
+    return tokens, width, liking.topk(_SLOTS).indices
+
+
+def _ends(tokens: int) -> list[slice]:
+    return [slice(0, LAST), slice(tokens - LAST, tokens)]
+
+
+@ON_DEVICES
+def test_moe_router(device: str) -> None:
+    _need(device, 24)
+    experts = 1_024 if device == "cuda" else 32
+    tokens = _beyond_int32(2_100_000, 1_024, device)
+    logits = torch.empty(tokens, experts, device=device, dtype=torch.bfloat16).normal_()
+    upstream = torch.randn(tokens, 2, device=device)
+
+    def run(which: slice) -> list[torch.Tensor]:
+        x = logits[which].detach().requires_grad_()
+        result = grpo_kernels.moe_router(x, 2, scoring_func="sigmoid", norm_topk_prob=False)
+        (gradient,) = torch.autograd.grad(result.topk_weights, x, upstream[which])
+        return [result.topk_weights.detach(), result.topk_ids, gradient]
+
+    whole = run(slice(0, tokens))
+    for which in _ends(tokens):
+        assert_identical([tensor[which] for tensor in whole], run(which))
+
+
+@ON_DEVICES
+def test_moe_permute(device: str) -> None:
+    _need(device, 24)
+    tokens, width, ids = _routes(device)
+    x = torch.empty(tokens, width, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
+    permutation = grpo_kernels.build_permutation(ids, _EXPERTS)
+    rows = grpo_kernels.moe_permute(x, permutation)
+    upstream = torch.empty_like(rows).normal_()
+    (gradient,) = torch.autograd.grad(rows, x, upstream)
+    for which in _ends(tokens):
+        places = permutation.row_id_map[which].long()
+        copies = x.detach()[which, None].expand(-1, _SLOTS, -1)
+        assert_identical([rows.detach()[places]], [copies])
+        assert_same([gradient[which]], [upstream[places].float().sum(1).bfloat16()])
+
+
+@ON_DEVICES
+def test_moe_unpermute(device: str) -> None:
+    _need(device, 30)
+    tokens, width, ids = _routes(device)
+    permutation = grpo_kernels.build_permutation(ids, _EXPERTS)
+    y = torch.empty(tokens * _SLOTS, width, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
+    weights = torch.rand(tokens, _SLOTS, device=device).requires_grad_()
+    out = grpo_kernels.moe_unpermute(y, permutation, weights)
+    upstream = torch.empty_like(out).normal_()
+    of_rows, of_weights = torch.autograd.grad(out, [y, weights], upstream)
+    for which in _ends(tokens):
+        places = permutation.row_id_map[which].long()
+        chosen = y.detach()[places].requires_grad_()
+        leaves = [chosen, weights.detach()[which].requires_grad_()]
+        expected = (leaves[0].float() * leaves[1][..., None]).sum(1).bfloat16()
+        slopes = torch.autograd.grad(expected, leaves, upstream[which])
+        call = Call("ends", lambda: None, lambda device: (), (0, 1), rounds=torch.bfloat16)
+        assert_agrees(call, [out.detach()[which], of_rows[places], of_weights[which]], [expected.detach(), *slopes])
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("wide", ["inputs", "outputs"])
+def test_grouped_gemm(wide: str, device: str) -> None:
+    """Rows of the first and of the last expert, with gradients of their own alone."""
+    _need(device, 30)
+    rows = _beyond_int32(_TOKENS * _SLOTS, _WIDTH, device) if device == "cuda" else 40
+    large, small = (_WIDTH, 64) if device == "cuda" else (24, 8)
+    width, columns = (large, small) if wide == "inputs" else (small, large)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.empty(rows, width, device=device, dtype=dtype).normal_().requires_grad_()
+    weight = torch.empty(4, columns, width, device=device, dtype=dtype).normal_(std=width**-0.5).requires_grad_()
+    offsets = torch.tensor([LAST, rows // 2, rows - LAST, rows], device=device, dtype=torch.int32)
+    ends = torch.cat([torch.arange(LAST), torch.arange(rows - LAST, rows)]).to(device)
+    upstream = torch.zeros(rows, columns, device=device, dtype=dtype)
+    upstream[ends] = torch.randn(2 * LAST, columns, device=device).to(dtype)
+
+    def run(x: torch.Tensor, offsets: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
+        out = grpo_kernels.grouped_gemm(x, weight, offsets)
+        return [out.detach(), *torch.autograd.grad(out, [x, weight], upstream)]
+
+    whole = run(x, offsets, upstream)
+    with grpo_kernels.backend("reference"):
+        few = torch.tensor([LAST, LAST, LAST, 2 * LAST], device=device, dtype=torch.int32)
+        expected = run(x.detach()[ends].requires_grad_(), few, upstream[ends])
+    call = Call("ends", run, lambda device: (), (0, 1), rounds=dtype)
+    assert_agrees(call, [whole[0][ends], whole[1][ends], whole[2]], expected)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("save", ["preact", "input"])
+def test_moe_experts(save: str, device: str) -> None:
+    """The first tokens and the last, with gradients of their own alone, against the definition on these tokens."""
+    _need(device, 40)
+    tokens, twice, ids = _routes(device)
+    hidden = 64 if device == "cuda" else 16
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.empty(shape, device=device, dtype=dtype).normal_(std=scale).requires_grad_()
+
+    x, gate_up = normal(tokens, hidden), normal(_EXPERTS, twice, hidden, scale=hidden**-0.5)
+    down = normal(_EXPERTS, hidden, twice // 2, scale=(twice // 2) ** -0.5)
+    weights = torch.rand(tokens, _SLOTS, device=device)
+    ends = torch.cat([torch.arange(LAST), torch.arange(tokens - LAST, tokens)]).to(device)
+    weights[LAST:-LAST] = 0.0  # nothing of other tokens reaches the gradients of the experts
+    upstream = torch.zeros(tokens, hidden, device=device, dtype=dtype)
+    upstream[ends] = torch.randn(len(ends), hidden, device=device).to(dtype)
+
+    def run(x: torch.Tensor, which: torch.Tensor) -> list[torch.Tensor]:
+        given = weights[which].requires_grad_()
+        out = grpo_kernels.moe_experts(x, gate_up, down, (given, ids[which]), save=save)
+        return [out.detach(), *torch.autograd.grad(out, [x, given, gate_up, down], upstream[which])]
+
+    whole = run(x, torch.arange(tokens, device=device))
+    with grpo_kernels.backend("reference"):
+        expected = run(x.detach()[ends].requires_grad_(), ends)
+    call = Call("ends", run, lambda device: (), rounds=dtype)
+    assert_gradients_agree(call, [*(tensor[ends] for tensor in whole[:3]), *whole[3:]], expected)
