@@ -89,6 +89,10 @@ class ExpertParallel:
         """Itself: it has no state, and groups cannot be copied; modules that hold it can be."""
         return self
 
+    def __repr__(self) -> str:
+        way = type(self.exchange).__name__
+        return f"ExpertParallel(num_experts={self.num_experts}, ranks={self.world_size}, exchange={way})"
+
     @property
     def local_range(self) -> tuple[int, int]:
         """The experts of this rank: ids from the first to one past the last, as `moe_experts` takes them."""

@@ -84,25 +84,31 @@ def _plain(parallel: ExpertParallel, rank: int) -> dict[str, Tensor]:
 
 
 def _check_empty_experts(parallel: ExpertParallel, rank: int) -> None:
-    """All tokens of all ranks go to experts 0 and 1: gradients of the others are zeros, and there are some."""
+    """All tokens go to experts 0 and 1, but for masked ones of NaN: other experts' gradients are zeros, not None."""
     first, last = parallel.local_range
     for save in ("preact", "input"):
         weights = torch.rand(TOKENS[rank], 2).requires_grad_()
         ids = torch.tensor([[1, 0]], dtype=torch.int32).repeat(TOKENS[rank], 1)
+        ids[:1] = -1
         gate_up = torch.randn(last - first, 2 * INNER, WIDTH).requires_grad_()
         down = torch.randn(last - first, WIDTH, INNER).requires_grad_()
-        x = _tokens(rank)[0].detach().float().requires_grad_()
+        x = _tokens(rank)[0].detach().float()
+        x[:1] = float("nan")
+        x.requires_grad_()
         sent = parallel.dispatch(x, (weights, ids))
         routes = (sent.topk_weights, sent.topk_ids)
         y = moe_experts(sent.x, gate_up, down, routes, expert_range=(first, last), num_experts=EXPERTS, save=save)
-        parallel.combine(y, sent.handle).sum().backward()
+        y = parallel.combine(y, sent.handle)
+        assert y[:1].count_nonzero() == 0
+        y.sum().backward()
         for weight in (gate_up, down):
             assert weight.grad is not None
             assert (weight.grad.count_nonzero() > 0) == (first == 0)
         for leaf in (x, weights):
             assert leaf.grad is not None
             assert leaf.grad.shape == leaf.shape
-            assert leaf.grad.count_nonzero() == leaf.numel()
+            assert leaf.grad[:1].count_nonzero() == 0
+            assert leaf.grad[1:].count_nonzero() == leaf[1:].numel()
 
 
 def _fsdp(parallel: ExpertParallel, mesh: DeviceMesh, rank: int) -> dict[str, Tensor]:
