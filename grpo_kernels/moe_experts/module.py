@@ -166,7 +166,8 @@ class MoE(nn.Module):
         hidden = self._routed(tokens, router)
         if self.shared_experts is not None:
             hidden = hidden + self.shared_experts(tokens)
-        return MoEOutput(hidden.reshape(x.shape), router)
+        # Not a view: an operation in place on one would lose the hooks that FSDP2 puts on outputs.
+        return MoEOutput(torch.ops.aten._unsafe_view(hidden, x.shape), router)
 
     def _routed(self, tokens: Tensor, router: RouterOutput) -> Tensor:
         if self.expert_parallel is None:

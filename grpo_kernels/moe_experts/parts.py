@@ -4,7 +4,6 @@ sharding library may make it a unit of its own."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from grpo_kernels.moe_router.replay import RouterReplay
 _NAME = "MoE"
 
 
-@dataclass(frozen=True)
 class Routes:
-    """Opaque to the hooks of sharding libraries, which would round the weights of the experts to bfloat16."""
+    """Opaque to the hooks of sharding libraries, which look into tuples and dataclasses and round what they find."""
 
-    topk_weights: Tensor
-    topk_ids: Tensor
+    def __init__(self, topk_weights: Tensor, topk_ids: Tensor) -> None:
+        self.topk_weights = topk_weights
+        self.topk_ids = topk_ids
 
 
 class MoERouter(nn.Module):
