@@ -1,0 +1,94 @@
+"""Gates of the Triton kernels of moe_permute: rows of tokens to those of experts, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bench.gates.gate import NO_BARRIER, WIDE_LOADS, WIDE_STORES, Gate, Instructions
+from bench.gates.triton_kernels import Specialisation, TritonKernels
+
+_BOTH = frozenset({False, True})
+
+
+class Rows(NamedTuple):
+    """What the code depends on."""
+
+    hidden: int
+    top_k: int
+    dtype: str = "bfloat16"
+    stride: int = 0  # from row to row, if not `hidden`
+    plain: bool = False  # without weights too
+
+
+ROWS = (
+    Rows(7168, 8, plain=True),
+    Rows(7168, 8, "float16", 3 << 30, plain=True),  # a stride beyond 2^31
+    Rows(7168, 8, "float32", plain=True),
+    Rows(1031, 8, plain=True),  # rows that are not aligned
+    Rows(256, 1),  # one warp
+    Rows(512, 2),  # two
+    Rows(128, 4, "float32"),
+)
+_FEW = (ROWS[0], ROWS[3])
+
+
+def _launch(form: Rows) -> None:
+    import torch
+
+    from grpo_kernels.moe_permute import _triton
+
+    def rows(count: int) -> torch.Tensor:
+        shape, strides = (count, form.hidden), (form.stride or form.hidden, 1)
+        return torch.empty_strided(shape, strides, dtype=getattr(torch, form.dtype), device="meta")
+
+    def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tokens = 48
+    row_id_map, inv_map = table(tokens, form.top_k), table(tokens * form.top_k)
+    weights = table(tokens, form.top_k, dtype=torch.float32)
+    x, y = rows(tokens), rows(tokens * form.top_k)
+    for optional in (None, weights) if form.plain else (weights,):
+        _triton.moe_permute(x, row_id_map, inv_map, optional)
+        _triton.moe_unpermute(y, row_id_map, optional)
+    _triton.moe_unpermute_backward(x, y, row_id_map, inv_map, weights)
+
+
+def launch(quick: bool) -> None:
+    for form in _FEW if quick else ROWS:
+        _launch(form)
+
+
+_FEW_BARRIERS = Instructions("BAR", r"BAR\..*", at_most=8)  # older compilers add through shared memory
+
+
+def gate(of: Specialisation) -> Gate:
+    """Aligned rows are read and written 16 bytes a thread. Threads exchange the sums of the backward alone, after its
+    loop; its warps are fewer than those of the others, and each has the rows of eight slots under way."""
+    backward = of.kernel == "unpermute_backward_kernel"
+    shared, barriers = (2304, _FEW_BARRIERS) if backward else (0, NO_BARRIER)
+    if not of.aligned("hidden"):
+        return Gate(of.kernel, 128, of.warps * 32, shared, (barriers,), "other rows")
+    registers = 112 if backward else 56
+    return Gate(of.kernel, registers, of.warps * 32, shared, (WIDE_LOADS, WIDE_STORES, barriers), "aligned rows")
+
+
+_BLOCKS = frozenset({128, 256, 512, 1024})
+_SLOTS = {"SLOTS": frozenset({1, 2, 4, 8})}
+_PADDING = {"PADDING": frozenset({32})}
+
+TRITON = TritonKernels(
+    launch,
+    gate,
+    {
+        "permute_kernel": {"WEIGHTED": _BOTH, **_SLOTS, **_PADDING, "BLOCK": _BLOCKS},
+        "unpermute_kernel": {"WEIGHTED": _BOTH, **_SLOTS, "BLOCK": _BLOCKS},
+        "unpermute_backward_kernel": {
+            **_SLOTS,
+            **_PADDING,
+            "LANES": frozenset({32, 64, 128}),
+            "WIDTH": frozenset({4, 8}),
+            "NEIGHBOURS": _BOTH,
+        },
+    },
+)
