@@ -120,15 +120,9 @@ def moe_router(
     )
     arguments.check_options(logits.shape[1], options)
     arguments.check_tensors(logits, top_k, e_score_correction_bias, token_mask, replay_ids, cu_seqlens)
-    dtype = ops.result_dtype(logits)
-    names = ("z_loss_coef", "aux_loss_coef", "seq_aux_loss_coef")
-    factors = [
-        _checks.scalar_argument(_OP, name, value, logits.device, dtype) if want else None
-        for name, value, want in zip(names, coefficients, asked, strict=True)
-    ]
-    if topk_group == n_group:  # every group wins
+    factors = _factors(coefficients, asked, logits) if any(asked) else None
+    if n_group > 1 and topk_group == n_group:  # every group wins
         options = options._replace(n_group=1, topk_group=1)
-    options = options._replace(routed_scaling_factor=float(routed_scaling_factor))
     bias = None if e_score_correction_bias is None else e_score_correction_bias.detach()
     mask = token_mask if token_mask is None or token_mask.dtype == torch.bool else token_mask != 0
     inputs = (logits, bias, mask, replay_ids, cu_seqlens if options.seq_aux_loss else None)
@@ -141,8 +135,19 @@ def moe_router(
     else:
         results = route(*inputs, options, backend)  # type: ignore[assignment]
     weights, ids, per_expert, losses, mismatch = results
-    z_loss, aux_loss, seq_aux_loss = (
-        loss if factor is None else loss * (factor[1] if factor[0] is None else factor[0])
-        for loss, factor in zip(losses.unbind(), factors, strict=True)
-    )
+    z_loss, aux_loss, seq_aux_loss = losses.unbind()
+    if factors is not None:
+        z_loss, aux_loss, seq_aux_loss = z_loss * factors[0], aux_loss * factors[1], seq_aux_loss * factors[2]
     return RouterOutput(weights, ids, per_expert, z_loss, aux_loss, seq_aux_loss, mismatch)
+
+
+def _factors(coefficients: tuple[Tensor | float, ...], asked: tuple[bool, ...], logits: Tensor) -> list[Tensor | float]:
+    """What the losses are multiplied by; 1 where nothing is asked for and the loss is 0."""
+    names = ("z_loss_coef", "aux_loss_coef", "seq_aux_loss_coef")
+    factors: list[Tensor | float] = []
+    for name, value, want in zip(names, coefficients, asked, strict=True):
+        tensor, number = None, 1.0
+        if want:
+            tensor, number = _checks.scalar_argument(_OP, name, value, logits.device, ops.result_dtype(logits))
+        factors.append(number if tensor is None else tensor)
+    return factors
