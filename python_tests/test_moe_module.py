@@ -12,48 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from grpo_kernels import MoE, MoEOutput, RouterOutput, RouterReplay, moe_experts, moe_router, update_expert_bias
+from grpo_kernels import MoE, MoEOutput, RouterOutput, RouterReplay, moe_experts, moe_router
 from grpo_kernels.moe_experts.router_logits import router_logits
 from grpo_kernels.testing import assert_as_accurate
+from python_tests.moe_layers import DEEPSEEK, KINDS, E, H, I, K, layer_of, normal
 
-H, I, E, K = 8, 6, 4, 2
-SHARED = 5
-DEEPSEEK: dict[str, Any] = {
-    "scoring_func": "sigmoid",
-    "e_score_correction_bias": True,
-    "n_group": 2,
-    "topk_group": 2,
-    "routed_scaling_factor": 2.5,
-    "shared_intermediate_size": SHARED,
-}
-GPT_OSS: dict[str, Any] = {
-    "scoring_func": "topk_softmax",
-    "router_bias": True,
-    "expert_bias": True,
-    "activation": "clamped_swiglu",
-    "interleaved": True,
-}
-QWEN: dict[str, Any] = {"norm_topk_prob": False}
-KINDS = {"deepseek": DEEPSEEK, "gpt-oss": GPT_OSS, "qwen": QWEN}
-
-
-def _normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
-
-
-def _moe(**options: Any) -> MoE:
-    """A layer with parameters that are the same for the same options; correction biases differ from 0."""
-    moe = MoE(H, I, E, K, **{"layer_id": 3, **options})
-    with torch.no_grad():
-        for seed, parameter in enumerate(moe.parameters()):
-            parameter.copy_(0.5 * _normal(*parameter.shape, seed=seed + 10))
-        if moe.e_score_correction_bias is not None:
-            moe.e_score_correction_bias.copy_(0.1 * _normal(E, seed=30))
-    return moe
-
-
-X = _normal(3, 5, H)
-UPSTREAM = _normal(3, 5, H, seed=1)
+X = normal(3, 5, H)
+UPSTREAM = normal(3, 5, H, seed=1)
 
 
 # the definition --------------------------------------------------------------------------------------------------
@@ -78,6 +43,15 @@ def _weights(moe: MoE, logits: Tensor, ids: Tensor) -> Tensor:
     return weights * moe.gate.options["routed_scaling_factor"]
 
 
+def _best_of_groups(keys: Tensor, groups: int, winners: int) -> Tensor:
+    if groups > 1:
+        members = keys.view(keys.shape[0], groups, -1)
+        best = members.topk(2, dim=2).values.sum(dim=2).topk(winners, dim=1).indices
+        lost = torch.ones(keys.shape[0], groups, dtype=torch.bool).scatter_(1, best, False)
+        keys = members.masked_fill(lost.unsqueeze(2), float("-inf")).flatten(1)
+    return keys.topk(K, dim=1).indices
+
+
 def _definition(moe: MoE, x: Tensor, ids: Tensor | None = None) -> Tensor:
     """Token by token, expert by expert; `ids` [T, K] are the experts, or those that the scores say."""
     rows = x.reshape(-1, H)
@@ -85,7 +59,7 @@ def _definition(moe: MoE, x: Tensor, ids: Tensor | None = None) -> Tensor:
     if ids is None:
         correction = 0.0 if moe.e_score_correction_bias is None else moe.e_score_correction_bias
         scores = logits.sigmoid() if moe.gate.options["scoring_func"] == "sigmoid" else logits
-        ids = (scores + correction).topk(K, dim=1).indices
+        ids = _best_of_groups(scores + correction, moe.gate.options["n_group"], moe.gate.options["topk_group"])
     weights = _weights(moe, logits, ids.clamp(min=0))
     experts, shared = moe.experts, moe.shared_experts
     outputs = []
@@ -126,7 +100,7 @@ def _ours(moe: MoE, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("save", ["preact", "input"])
 def test_value_and_gradients_are_those_of_the_definition(kind: str, save: str) -> None:
-    moe = _moe(save=save, **KINDS[kind])
+    moe = layer_of(save=save, **KINDS[kind])
     exact = _results(copy.deepcopy(moe).double(), X.double(), _definition)
     eager = _results(moe, X, _definition)
     for name, actual in _results(moe, X, _ours).items():
@@ -136,7 +110,7 @@ def test_value_and_gradients_are_those_of_the_definition(kind: str, save: str) -
 
 
 def test_bfloat16_layers_route_in_float32() -> None:
-    moe = _moe(**DEEPSEEK).to(torch.bfloat16)
+    moe = layer_of(**DEEPSEEK).to(torch.bfloat16)
     x = X.bfloat16()
     output = moe(x)
     assert output.hidden.dtype == torch.bfloat16
@@ -144,7 +118,7 @@ def test_bfloat16_layers_route_in_float32() -> None:
     wide = copy.deepcopy(moe).double()
     ids = output.router.topk_ids.long()
     logits = x.double().reshape(-1, H) @ wide.gate.weight.T
-    expected = (logits.sigmoid() + wide.e_score_correction_bias).topk(K, dim=1).indices
+    expected = _best_of_groups(logits.sigmoid() + wide.e_score_correction_bias, 4, 2)
     assert torch.equal(ids.sort(dim=1).values, expected.sort(dim=1).values)
     torch.testing.assert_close(output.router.topk_weights.double(), _weights(wide, logits, ids), rtol=1e-6, atol=1e-7)
     routed = moe_experts(x.reshape(-1, H), moe.experts.gate_up_proj, moe.experts.down_proj, output.router)
@@ -154,7 +128,7 @@ def test_bfloat16_layers_route_in_float32() -> None:
 
 
 def test_logits_of_the_router_under_autocast_and_in_bfloat16() -> None:
-    weight, bias, x = _normal(E, H, seed=3), _normal(E, seed=4), _normal(7, H, seed=5)
+    weight, bias, x = normal(E, H, seed=3), normal(E, seed=4), normal(7, H, seed=5)
     exact = F.linear(x.double(), weight.double(), bias.double())
     with torch.autocast("cpu", torch.bfloat16):
         logits = router_logits(x, weight, bias)
@@ -162,7 +136,7 @@ def test_logits_of_the_router_under_autocast_and_in_bfloat16() -> None:
     assert_as_accurate(logits, exact, F.linear(x, weight, bias))
     narrow = [tensor.bfloat16().requires_grad_() for tensor in (x, weight, bias)]
     wide = [tensor.detach().double().requires_grad_() for tensor in narrow]
-    upstream = _normal(7, E, seed=6)
+    upstream = normal(7, E, seed=6)
     actual = torch.autograd.grad((router_logits(*narrow) * upstream).sum(), narrow)
     expected = torch.autograd.grad((F.linear(*wide) * upstream.double()).sum(), wide)
     plain = [tensor.detach().float().requires_grad_() for tensor in narrow]
@@ -175,7 +149,7 @@ def test_logits_of_the_router_under_autocast_and_in_bfloat16() -> None:
 
 def test_the_backward_keeps_the_tokens_as_they_came() -> None:
     saved: list[Tensor] = []
-    x, weight = _normal(50, H).bfloat16().requires_grad_(), nn.Parameter(_normal(E, H))
+    x, weight = normal(50, H).bfloat16().requires_grad_(), nn.Parameter(normal(E, H))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         router_logits(x, weight)
     assert [(tensor.dtype, list(tensor.shape)) for tensor in saved] == [
@@ -189,7 +163,7 @@ def test_the_backward_keeps_the_tokens_as_they_came() -> None:
 
 @pytest.mark.parametrize("kind", ["deepseek", "gpt-oss"])
 def test_masked_tokens_do_not_take_part_whatever_they_hold(kind: str) -> None:
-    moe = _moe(**KINDS[kind], aux_loss_coef=0.1, z_loss_coef=0.1)
+    moe = layer_of(**KINDS[kind], aux_loss_coef=0.1, z_loss_coef=0.1)
     mask = torch.ones(3, 5)
     mask[0, 1] = mask[2, 4] = 0
     dirty = X.clone()
@@ -217,7 +191,7 @@ def test_masked_tokens_do_not_take_part_whatever_they_hold(kind: str) -> None:
 
 
 def test_rows_of_a_batch_are_sequences() -> None:
-    moe = _moe(seq_aux_loss_coef=0.5)
+    moe = layer_of(seq_aux_loss_coef=0.5)
     loss = moe(X).router.seq_aux_loss
     rows = [moe(row).router.seq_aux_loss for row in X]
     torch.testing.assert_close(loss, torch.stack(rows).mean())
@@ -230,8 +204,8 @@ def test_rows_of_a_batch_are_sequences() -> None:
 
 @pytest.mark.parametrize("shape", [(H,), (1, H), (0, H), (2, 0, H), (2, 1, 3, H)])
 def test_any_leading_shape(shape: tuple[int, ...]) -> None:
-    moe = _moe(**DEEPSEEK, seq_aux_loss_coef=0.1)
-    x = _normal(*shape, seed=2).requires_grad_()
+    moe = layer_of(**DEEPSEEK, seq_aux_loss_coef=0.1)
+    x = normal(*shape, seed=2).requires_grad_()
     output = moe(x)
     assert isinstance(output, MoEOutput)
     assert output.hidden.shape == x.shape
@@ -272,8 +246,8 @@ def test_a_recomputed_layer_takes_the_recorded_experts(use_reentrant: bool) -> N
         hidden: Tensor = checkpoint(layer, x, replay, use_reentrant=use_reentrant)
         return hidden
 
-    expected = _results(_moe(**DEEPSEEK), X, _ours)
-    shifted, replay = _Shifted(_moe(**DEEPSEEK)), RouterReplay()
+    expected = _results(layer_of(**DEEPSEEK), X, _ours)
+    shifted, replay = _Shifted(layer_of(**DEEPSEEK)), RouterReplay()
     actual = _results(shifted.moe, X, lambda _, x: run(shifted, x, replay)) if not use_reentrant else None
     if actual is None:  # torch.autograd.grad does not go through reentrant checkpoints
         x = X.clone().requires_grad_()
@@ -290,11 +264,11 @@ def test_a_recomputed_layer_takes_the_recorded_experts(use_reentrant: bool) -> N
 
 
 def test_the_same_routes_in_rollout_old_reference_and_training_passes() -> None:
-    policy = _moe(**DEEPSEEK)
+    policy = layer_of(**DEEPSEEK)
     reference, trained = copy.deepcopy(policy), copy.deepcopy(policy)
     with torch.no_grad():
         for model in (reference, trained):
-            model.gate.weight.add_(_normal(E, H, seed=7))
+            model.gate.weight.add_(normal(E, H, seed=7))
     replay = RouterReplay()
     with torch.inference_mode():
         rollout = policy(X, replay=replay)
@@ -313,107 +287,11 @@ def test_the_same_routes_in_rollout_old_reference_and_training_passes() -> None:
     assert not torch.equal(live, rollout.router.topk_ids)
 
 
-# state -----------------------------------------------------------------------------------------------------------
-
-
-def test_names_are_those_of_hugging_face() -> None:
-    assert {name: list(value.shape) for name, value in _moe(**DEEPSEEK).state_dict().items()} == {
-        "gate.weight": [E, H],
-        "gate.e_score_correction_bias": [E],
-        "experts.gate_up_proj": [E, 2 * I, H],
-        "experts.down_proj": [E, H, I],
-        "shared_experts.gate_proj.weight": [SHARED, H],
-        "shared_experts.up_proj.weight": [SHARED, H],
-        "shared_experts.down_proj.weight": [H, SHARED],
-    }
-    assert {name: list(value.shape) for name, value in _moe(**GPT_OSS).state_dict().items()} == {
-        "gate.weight": [E, H],
-        "gate.bias": [E],
-        "experts.gate_up_proj": [E, 2 * I, H],
-        "experts.down_proj": [E, H, I],
-        "experts.gate_up_proj_bias": [E, 2 * I],
-        "experts.down_proj_bias": [E, H],
-    }
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda moe: moe.to(torch.bfloat16),
-        lambda moe: moe.half(),
-        lambda moe: moe.bfloat16().float().half(),
-        lambda moe: moe.double().bfloat16(),
-        lambda moe: nn.Sequential(moe).to(torch.bfloat16)[0],
-        lambda moe: copy.deepcopy(moe).to("cpu", torch.float16),
-    ],
-)
-def test_the_correction_bias_stays_float32(change: Callable[[MoE], MoE]) -> None:
-    moe = _moe(**DEEPSEEK)
-    bias = moe.e_score_correction_bias.clone()  # type: ignore[union-attr]
-    changed = change(moe)
-    assert changed.gate.weight.dtype in (torch.bfloat16, torch.float16)
-    assert changed.e_score_correction_bias.dtype == torch.float32  # type: ignore[union-attr]
-    assert torch.equal(changed.e_score_correction_bias, bias)  # type: ignore[arg-type]
-    assert changed(X.to(changed.gate.weight.dtype)).hidden.isfinite().all()
-
-
-def test_other_devices_and_double() -> None:
-    assert _moe(**DEEPSEEK).to("meta").e_score_correction_bias.device.type == "meta"  # type: ignore[union-attr]
-    with torch.device("meta"):
-        moe = MoE(H, I, E, K, **DEEPSEEK, dtype=torch.bfloat16)
-    moe = moe.to_empty(device="cpu")
-    assert moe.e_score_correction_bias.dtype == torch.float32  # type: ignore[union-attr]
-    moe.reset_parameters()
-    assert not moe.e_score_correction_bias.any()  # type: ignore[union-attr]
-    assert float(moe.experts.down_proj.detach().abs().max()) <= I**-0.5
-    assert _moe(**DEEPSEEK).double().e_score_correction_bias.dtype == torch.float64  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_state_survives_a_round_trip_and_a_narrow_checkpoint(assign: bool) -> None:
-    moe, other = _moe(**DEEPSEEK), MoE(H, I, E, K, **DEEPSEEK)
-    assert not torch.equal(other(X).hidden, moe(X).hidden)
-    other.load_state_dict(moe.state_dict(), assign=assign)
-    assert torch.equal(other(X).hidden, moe(X).hidden)
-    narrow = {name: value.bfloat16() for name, value in moe.state_dict().items()}
-    other.load_state_dict(narrow, assign=assign)
-    assert other.e_score_correction_bias.dtype == torch.float32  # type: ignore[union-attr]
-    assert narrow["gate.e_score_correction_bias"].dtype == torch.bfloat16
-
-
-def test_fresh_parameters_are_those_of_linear_layers() -> None:
-    torch.manual_seed(0)
-    moe = MoE(64, 32, 16, 2, shared_intermediate_size=48, router_bias=True, expert_bias=True)
-    for weight in (moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj):
-        bound = weight.shape[-1] ** -0.5
-        assert 0.95 * bound < float(weight.detach().abs().max()) <= bound
-        assert float(weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
-    biases = (moe.gate.bias, moe.experts.gate_up_proj_bias, moe.experts.down_proj_bias)
-    assert not any(bias.any() for bias in biases if bias is not None)
-    assert not any(bias is None for bias in biases)
-
-
-def test_balancing_the_layer() -> None:
-    moe = _moe(**DEEPSEEK)
-    before = moe.e_score_correction_bias.clone()  # type: ignore[union-attr]
-    counts = moe(X).router.tokens_per_expert
-    update_expert_bias(moe.e_score_correction_bias, counts, 0.25)  # type: ignore[arg-type]
-    expected = before + 0.25 * torch.sign(counts.double().mean() - counts).float()
-    assert torch.equal(moe.e_score_correction_bias, expected)  # type: ignore[arg-type]
-
-
-def test_it_says_what_it_is() -> None:
-    text = repr(_moe(**DEEPSEEK))
-    assert "hidden_size=8, num_experts=4, top_k=2, bias=False, e_score_correction_bias=True, layer_id=3" in text
-    assert "hidden_size=8, intermediate_size=6, num_experts=4, bias=False" in text
-    assert "scoring_func='sigmoid'" in text
-
-
 # compilation -----------------------------------------------------------------------------------------------------
 
 
 def test_the_compiled_layer_equals_the_eager_one() -> None:
-    moe = _moe(**DEEPSEEK, aux_loss_coef=0.1)
+    moe = layer_of(**DEEPSEEK, aux_loss_coef=0.1)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     mask = torch.arange(15).view(3, 5) % 4 != 1
     replay, same = RouterReplay(), RouterReplay()
@@ -450,7 +328,7 @@ class _OneOfTwo:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_holds_and_runs_its_own_experts(kind: str) -> None:
     options = {**KINDS[kind], "shared_intermediate_size": 0}
-    whole = _moe(**options)
+    whole = layer_of(**options)
     total = torch.zeros_like(X)
     for rank in range(2):
         part = MoE(H, I, E, K, **options, expert_parallel=_OneOfTwo(rank))  # type: ignore[arg-type]
@@ -472,18 +350,22 @@ def test_a_rank_holds_and_runs_its_own_experts(kind: str) -> None:
     ("call", "error", "message"),
     [
         (lambda: MoE(0, I, E, K), ValueError, "MoE: hidden_size must be >= 1, got 0"),
-        (lambda: MoE(H, I, E, 5), ValueError, "top_k must be <= num_experts = 4, got 5"),
+        (lambda: MoE(H, I, E, 9), ValueError, "top_k must be <= num_experts = 8, got 9"),
         (lambda: MoE(H, I, E, K, shared_intermediate_size=-1), ValueError, "shared_intermediate_size must be >= 0"),
         (lambda: MoE(H, I, E, K, layer_id=-1), ValueError, "layer_id must be >= 0"),
-        (lambda: MoE(H, I, 6, K, expert_parallel=_OneOfTwo(0)), ValueError, "for 4 experts, the layer has 6"),  # type: ignore[arg-type]
-        (lambda: _moe()([1.0]), TypeError, "x must be a torch.Tensor, got list"),
-        (lambda: _moe()(torch.zeros(2, H).int()), TypeError, "x must have dtype"),
-        (lambda: _moe()(torch.zeros(2, H + 1)), ValueError, r"\[..., H\] with H = 8, got \[2, 9\]"),
-        (lambda: _moe()(X, token_mask=torch.ones(3)), ValueError, r"token_mask must have shape \[...\] = \[3, 5\]"),
-        (lambda: _moe()(X, replay=[]), TypeError, "replay must be a RouterReplay, got list"),
-        (lambda: _moe(layer_id=None)(X, replay=RouterReplay()), ValueError, r"replay needs the layer's number: MoE\("),
-        (lambda: _moe(scoring_func="relu")(X), ValueError, "moe_router: scoring_func must be one of"),
-        (lambda: _moe(activation="relu")(X), ValueError, "moe_experts: activation must be one of"),
+        (lambda: MoE(H, I, 6, K, expert_parallel=_OneOfTwo(0)), ValueError, "for 8 experts, the layer has 6"),  # type: ignore[arg-type]
+        (lambda: layer_of()([1.0]), TypeError, "x must be a torch.Tensor, got list"),
+        (lambda: layer_of()(torch.zeros(2, H).int()), TypeError, "x must have dtype"),
+        (lambda: layer_of()(torch.zeros(2, H + 1)), ValueError, r"\[..., H\] with H = 8, got \[2, 9\]"),
+        (lambda: layer_of()(X, token_mask=torch.ones(3)), ValueError, r"token_mask must have shape \[...\] = \[3, 5\]"),
+        (lambda: layer_of()(X, replay=[]), TypeError, "replay must be a RouterReplay, got list"),
+        (
+            lambda: layer_of(layer_id=None)(X, replay=RouterReplay()),
+            ValueError,
+            r"replay needs the layer's number: MoE\(",
+        ),
+        (lambda: layer_of(scoring_func="relu")(X), ValueError, "moe_router: scoring_func must be one of"),
+        (lambda: layer_of(activation="relu")(X), ValueError, "moe_experts: activation must be one of"),
     ],
 )
 def test_faults_are_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
@@ -492,13 +374,13 @@ def test_faults_are_named(call: Callable[[], Any], error: type[Exception], messa
 
 
 def test_routes_are_those_of_the_op() -> None:
-    moe = _moe(**DEEPSEEK)
+    moe = layer_of(**DEEPSEEK)
     expected = moe_router(
         router_logits(X.reshape(-1, H), moe.gate.weight),
         K,
         scoring_func="sigmoid",
         e_score_correction_bias=moe.e_score_correction_bias,
-        n_group=2,
+        n_group=4,
         topk_group=2,
         routed_scaling_factor=2.5,
     )

@@ -43,6 +43,25 @@ def test_the_first_pass_routes_live_and_later_ones_take_its_experts() -> None:
     assert int(again.replay_mismatch) == TOKENS
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scoring_func": "softmax", "norm_topk_prob": False, "aux_loss_coef": 0.1, "z_loss_coef": 0.1},
+        {"scoring_func": "topk_softmax", "e_score_correction_bias": torch.linspace(-1, 1, EXPERTS)},
+        {"scoring_func": "sigmoid", "n_group": 4, "topk_group": 2, "seq_aux_loss_coef": 0.1},
+        {"scoring_func": "sqrtsoftplus", "n_group": 2, "topk_group": 1, "group_score": "max"},
+    ],
+    ids=lambda options: options["scoring_func"],
+)
+def test_a_recording_pass_is_live_in_every_form_of_the_router(options: dict[str, Any]) -> None:
+    logits = _logits()
+    logits[0, 3], logits[1] = float("-inf"), 0.0
+    for recorded, expected in zip(
+        RouterReplay().route(3, logits, K, **options), moe_router(logits, K, **options), strict=True
+    ):
+        assert torch.equal(recorded, expected)
+
+
 def test_mismatches_are_those_of_the_latest_pass() -> None:
     replay = _recorded()
     assert {layer: int(count) for layer, count in replay.mismatches().items()} == {3: 0, 5: 0}
