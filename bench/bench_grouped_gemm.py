@@ -113,7 +113,7 @@ def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = Tru
         ),
         operations=(6 if backward else 2) * rows * columns * model.hidden,
         matmul_dtype=dtype,
-        targets=(Target(">= 1x eager", 1.0, _speedup),),
+        targets=(Target(">= 1x eager", 1.0, _speedup),) if backward else (),
         definition=lambda inputs: definitions.sample(run(_eager)(inputs)),
         sample_outputs=definitions.sample,
         quick=model.name.startswith("DeepSeek"),
