@@ -20,7 +20,8 @@ RouterOptions make_options(int scoring, bool normalize, double scaling, const Lo
 // How many doubles of workspace and how many counters the forward needs.
 std::pair<int64_t, int64_t> moe_router_sizes(int64_t tokens, int experts, int64_t sequences, const Losses& losses, bool cuda) {
   using namespace GK_ISA::router_kernels;
-  return {workspace_size(tokens, experts, sequences, losses.data(), cuda), counters_size(experts, sequences, losses.data())};
+  const int64_t counters = cuda ? 0 : counters_size(experts, sequences, losses.data());
+  return {workspace_size(tokens, experts, sequences, losses.data(), cuda), counters};
 }
 
 int64_t moe_router(Address logits, int64_t tokens, int64_t row_stride, int experts, int top_k, int dtype, int scoring,
@@ -48,9 +49,7 @@ int64_t moe_router(Address logits, int64_t tokens, int64_t row_stride, int exper
   args.mismatch = pointer<int32_t>(outputs[4]);
   args.balance = pointer<void>(outputs[5]);
   args.live_tokens = pointer<int32_t>(outputs[6]);
-  if (device >= 0) throw std::runtime_error("moe_router: this build of grpo_kernels has no CUDA kernels");
-  py::gil_scoped_release release;
-  return GK_CALL_CPU(moe_router, args, int(stream_or_threads));
+  GK_LAUNCH(moe_router, args, device, stream_or_threads);
 }
 
 int64_t moe_router_backward(Address logits, int64_t tokens, int64_t row_stride, int experts, int top_k, int dtype, int scoring,
@@ -69,9 +68,7 @@ int64_t moe_router_backward(Address logits, int64_t tokens, int64_t row_stride, 
   args.grad_weights = pointer<const void>(grad_weights);
   args.grad_losses = pointer<const void>(grad_losses);
   args.grad_logits = pointer<void>(grad_logits);
-  if (device >= 0) throw std::runtime_error("moe_router_backward: this build of grpo_kernels has no CUDA kernels");
-  py::gil_scoped_release release;
-  return GK_CALL_CPU(moe_router_backward, args, int(stream_or_threads));
+  GK_LAUNCH(moe_router_backward, args, device, stream_or_threads);
 }
 
 }  // namespace

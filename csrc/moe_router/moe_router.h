@@ -17,9 +17,9 @@ enum GroupScore : int { kTop2Sum = 0, kMax = 1 };
 enum Loss : int { kZLoss = 0, kAuxLoss = 1, kSequenceLoss = 2, kLosses = 3 };
 enum ReplayType : int { kUint8 = 0, kInt8 = 1, kInt16 = 2, kInt32 = 3, kInt64 = 4 };
 
-// Places in `counters`: these, then the number of live tokens of each sequence, then the counts of each sequence's experts. The
-// last two only with the sequence-wise loss.
-enum Counter : int { kLiveTokens = 0, kMismatches = 1, kTicket = 2, kSecondTicket = 3, kFirstSequence = 4 };
+// Places in the CPU's `counters`: these, then the number of live tokens of each sequence, then the counts of each sequence's
+// experts. The last two only with the sequence-wise loss.
+enum Counter : int { kLiveTokens = 0, kMismatches = 1, kFirstSequence = 2 };
 
 }  // namespace router
 
@@ -60,7 +60,7 @@ struct MoeRouterArgs {
   void* balance;         // [rows, E] A: d loss / d p. A row for the auxiliary loss, then one a sequence; as asked for
   int32_t* live_tokens;  // one number
   double* workspace;     // workspace_size() of workspace.h, any content
-  uint32_t* counters;    // counters_size() of workspace.h, any content
+  uint32_t* counters;    // counters_size() of workspace.h, any content; of the CPU
 };
 
 struct MoeRouterBackwardArgs {

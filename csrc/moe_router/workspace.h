@@ -1,13 +1,11 @@
 // How much scratch the router's forward needs; static, so that it is known before any data is.
 #pragma once
 
-#include "moe_router/moe_router.h"
+#include "moe_router/pieces.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
 namespace router_kernels {
-
-constexpr int64_t kPartials = 2048;  // CUDA: at most so many partial sums for each loss
 
 // Tokens that a task of the CPU takes; of T alone, so that sums do not depend on the number of threads.
 GK_HOST_DEVICE int64_t tokens_per_task(int64_t tokens, int experts) {
@@ -21,15 +19,20 @@ GK_HOST_DEVICE int64_t tasks(int64_t tokens, int experts) {
   return (tokens + size - 1) / size;
 }
 
-// In doubles. CPU: the z-loss of each task, then E sums over columns for each stretch of a task within one sequence.
+// In doubles. CUDA: the sums of pieces.h. CPU: the z-loss of each task, then E sums over columns for each stretch of a task
+// within one sequence.
 GK_HOST_DEVICE int64_t workspace_size(int64_t tokens, int experts, int64_t sequences, const bool* losses, bool cuda) {
-  if (cuda) return router::kLosses * kPartials;
+  if (cuda) {
+    Pieces pieces = cut_tokens(tokens, experts, true, sequences, losses);
+    return (lay_out(pieces, experts, losses, nullptr) + int64_t(sizeof(double)) - 1) / int64_t(sizeof(double));
+  }
   const int64_t count = tasks(tokens, experts);
   const int64_t stretches = losses[router::kSequenceLoss] ? count + sequences : count;
   const bool columns = losses[router::kAuxLoss] || losses[router::kSequenceLoss];
   return count + (columns ? stretches * experts : 0);
 }
 
+// Of the CPU.
 GK_HOST_DEVICE int64_t counters_size(int experts, int64_t sequences, const bool* losses) {
   return router::kFirstSequence + (losses[router::kSequenceLoss] ? sequences * (experts + 1) : 0);
 }
