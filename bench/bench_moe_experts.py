@@ -35,7 +35,7 @@ def _normal(dtype: torch.dtype, device: str, *shape: int, scale: float = 1.0) ->
 def _make(model: Model, tokens: int, dtype: torch.dtype, backward: bool, device: str, size: str) -> Inputs:
     model, tokens = (model, tokens) if size == "full" else (definitions.tiny(model), 24)
     normal = partial(_normal, dtype, device)
-    made = {"router": normal(model.experts, model.hidden, scale=2.0 * model.hidden**-0.5)}
+    made = {"router": normal(model.experts, model.hidden, scale=(1.0 if model.biased else 2.0) * model.hidden**-0.5)}
     if model.clamped:
         made["router_bias"] = normal(model.experts, scale=0.5)
     parameters = {"gate_up": (model.hidden, 2 * model.width), "down": (model.width, model.hidden)}
@@ -45,7 +45,7 @@ def _make(model: Model, tokens: int, dtype: torch.dtype, backward: bool, device:
         if model.clamped:
             made[f"{name}_bias"] = normal(model.experts, out, scale=0.3)
     candidates = {"x": normal(4 * tokens, model.hidden)}
-    bias = torch.randn(model.experts, device=device) * 0.05 + 0.3 if model.biased else None
+    bias = torch.randn(model.experts, device=device) * 0.01 + 0.3 if model.biased else None
     good = definitions.settled(definitions.router_logits(made | candidates), model, bias, _margin(model))
     made = {"x": definitions.settle(candidates["x"], good, tokens)} | made
     for value in made.values():

@@ -66,7 +66,7 @@ def _make(model: Model, dtype: torch.dtype, backward: bool, losses: bool, device
     model = model if size == "full" else definitions.tiny(model)
     made: Inputs = {"logits": torch.randn(2 * tokens, model.experts, device=device).mul_(1.5).to(dtype)}
     if model.biased:
-        made["correction"] = torch.randn(model.experts, device=device) * 0.05 + 0.3
+        made["correction"] = torch.randn(model.experts, device=device) * 0.01 + 0.3
     good = definitions.settled(made["logits"], model, made.get("correction"), _MARGIN)
     made["logits"] = definitions.settle(made["logits"], good, tokens).requires_grad_(backward)
     if backward:
