@@ -1,4 +1,4 @@
-"""Gates of the Triton kernels of moe_permute: rows of tokens to those of experts, and back."""
+"""Gates of moe_permute: the map in CUDA C++; on Triton the rows of tokens to those of experts, and back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from bench.gates.gate import NO_BARRIER, WIDE_LOADS, WIDE_STORES, Gate, Instruct
 from bench.gates.triton_kernels import Specialisation, TritonKernels
 
 _BOTH = frozenset({False, True})
+
+
+CUDA = (
+    # Six blocks a multiprocessor or more. Shared, without the counters, which are dynamic: 8 sums of 64 bits.
+    Gate("count_tiles_kernel", registers=32, threads=256),
+    Gate("place_slots_kernel", registers=40, threads=256, shared=64),
+)
 
 
 class Rows(NamedTuple):
