@@ -19,6 +19,7 @@ from grpo_kernels.testing import assert_as_accurate, guarded_allocations, poison
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAN = float("nan")
+NATIVE = pytest.mark.parametrize("backend", ["native"], indirect=True)  # what is said of the kernels alone
 
 
 @pytest.fixture(params=["native", "reference"], autouse=True)
@@ -300,7 +301,8 @@ def test_special_values_are_copied_and_stay_where_they_are(backend: str) -> None
     assert tokens[1, 2] == float("inf")
 
 
-def test_a_token_does_not_depend_on_the_others(backend: str) -> None:
+@NATIVE
+def test_a_token_does_not_depend_on_the_others() -> None:
     """Nor on the threads: bit for bit, in value and gradients."""
     ids = routes(400, 4, 16)
     y, weights, upstream = torch.randn(1600, 300), torch.rand(400, 4), torch.randn(400, 300)
@@ -326,10 +328,9 @@ def test_a_token_does_not_depend_on_the_others(backend: str) -> None:
         torch.set_num_threads(threads)
     alone = run(slice(37, 38), y[37 * 4 : 38 * 4])
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    if backend == "native":
-        assert torch.equal(alone[0][0], whole[0][37])
-        assert torch.equal(alone[1][0], whole[1][37])
-        assert torch.equal(alone[2], whole[2][37 * 4 : 38 * 4])
+    assert torch.equal(alone[0][0], whole[0][37])
+    assert torch.equal(alone[1][0], whole[1][37])
+    assert torch.equal(alone[2], whole[2][37 * 4 : 38 * 4])
 
 
 def test_nothing_outside_the_tensors_is_touched() -> None:
@@ -341,10 +342,9 @@ def test_nothing_outside_the_tensors_is_touched() -> None:
 # --- around it -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved(backend: str) -> None:
+@NATIVE
+def test_what_is_saved() -> None:
     """The two maps; the rows only for the gradient of the weights."""
-    if backend == "reference":
-        pytest.skip("plain PyTorch saves what its own ops save")
     permutation = build_permutation(routes(8, 2, 4, 0.0), 4)
     maps = {permutation.row_id_map.data_ptr(), permutation.inv_map.data_ptr()}
     y, weights = torch.randn(16, 4, requires_grad=True), torch.rand(8, 2)
@@ -364,6 +364,7 @@ def test_what_is_saved(backend: str) -> None:
         assert not moe_permute(y[:8], permutation).requires_grad
 
 
+@NATIVE
 def test_checkpoint_and_compile_give_the_same_gradients() -> None:
     """No shape depends on the routes: neither a recomputation nor a graph meets another number of rows."""
     x, weights = torch.randn(12, 9, requires_grad=True), torch.rand(12, 2, requires_grad=True)
