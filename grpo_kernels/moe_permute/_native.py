@@ -7,8 +7,7 @@ from torch import Tensor
 
 from grpo_kernels import _extension
 from grpo_kernels._extension import DTYPE_CODE, pointer
-from grpo_kernels.moe_permute.api import raise_outside
-from grpo_kernels.moe_permute.layout import dense_rows
+from grpo_kernels.moe_permute.layout import dense_rows, raise_outside
 from grpo_kernels.moe_permute.ops import accumulation_dtype, empty_gradients, empty_maps, empty_rows, empty_tokens
 
 _CPU_TILE = 8192  # slots; below that a second thread costs more than it brings

@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels.moe_permute import ops, reference
 from grpo_kernels.moe_permute.function import Permute, Unpermute
-from grpo_kernels.token_log_probs.layout import position
+from grpo_kernels.moe_permute.layout import raise_outside
 
 MAX_EXPERTS = 1024
 _INT32 = (torch.int32,)
@@ -157,14 +157,6 @@ def moe_unpermute(y: Tensor, permutation: Permutation, topk_weights: Tensor | No
         return applied
     tokens: Tensor = ops.moe_unpermute(y, row_id_map, topk_weights, backend)
     return tokens
-
-
-def raise_outside(topk_ids: Tensor, slot: int, num_experts: int) -> None:
-    """Names the id, the `slot`-th, that is of no expert."""
-    where, value = position("topk_ids", topk_ids.shape, slot), topk_ids.reshape(-1)[slot].item()
-    raise ValueError(
-        f"build_permutation: {where} must be < num_experts = {num_experts}, or negative for no expert, got {value}"
-    )
 
 
 def _check_experts(op: str, topk_ids: Tensor, num_experts: int, alignment: int, expert_range: Any) -> tuple[int, int]:
