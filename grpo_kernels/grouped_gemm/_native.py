@@ -12,7 +12,7 @@ from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm.arguments import segment_ends
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, without_autocast
 
-_FEW_ROWS = 64
+_FEW_ROWS = 96
 
 
 @functools.cache

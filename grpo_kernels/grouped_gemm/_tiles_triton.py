@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     return tl.maximum(a, b)
 
 
@@ -19,7 +19,7 @@ def segment_ends(offsets, shift, experts, rows, SEGMENTS: tl.constexpr):
     index = tl.arange(0, SEGMENTS) - shift
     given = tl.load(offsets + index, mask=(index >= 0) & (index < experts), other=0)
     end = tl.where(index < experts, tl.minimum(tl.maximum(given, 0), rows), rows)
-    return tl.associative_scan(tl.where(index < 0, 0, end).to(tl.int32), 0, _larger)
+    return tl.associative_scan(tl.where(index < 0, 0, end).to(tl.int32), 0, larger)
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def segment(offsets, expert, experts, rows, SEGMENTS: tl.constexpr):
     given = tl.load(offsets + index, mask=(index <= expert) & (index < experts), other=0)
     end = tl.minimum(tl.maximum(given, 0), rows).to(tl.int32)
     first = tl.max(tl.where(index < expert, end, 0), axis=0)
-    return first, tl.maximum(first, tl.max(tl.where(index == expert, end, 0), axis=0))
+    return first, larger(first, tl.max(tl.where(index == expert, end, 0), axis=0))
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from grpo_kernels.grouped_gemm.function import Options, grouped_linear
 from grpo_kernels.linear_log_probs.function import gemm_dtype
 
 _OP = "grouped_gemm"
+_MAX_ROWS = 2**31 - 1024
+"""Kernels count rows, and the rows of the tile behind the last one, in 32 bits."""
 
 
 def grouped_gemm(
@@ -83,6 +85,8 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accu
         _checks.check_tensor(_OP, name, value)
         _checks.check_dtype(_OP, name, value)
     _checks.check_ndim(_OP, "x", x, "[R, K]")
+    if x.shape[0] > _MAX_ROWS:
+        raise ValueError(f"{_OP}: x must have at most R = 2^31 - 1024 rows, got {x.shape[0]}")
     _checks.check_ndim(_OP, "weight", weight, "[E, N, K]")
     experts, columns, width = weight.shape
     if width != x.shape[1] or 0 in (experts, columns, width):

@@ -93,6 +93,7 @@ BAD_CALLS = [
     _bad("list", TypeError, "x must be a torch.Tensor, got list", x=[1.0]),
     _bad("integer", TypeError, "x must have dtype float32", "int64", x=OFFSETS[:, None]),
     _bad("rows", ValueError, "x must have shape [R, K], got [8]", x=X[0]),
+    _bad("many_rows", ValueError, "at most R = 2^31 - 1024 rows, got 2147483648", x=X[:1].expand(2**31, 8)),
     _bad("matrix", ValueError, "weight must have shape [E, N, K], got [5, 8]", weight=WEIGHT[0]),
     _bad("width", ValueError, "weight must have shape [E, N, K] = [E, N, 8]", "[4, 8, 5]", weight=WEIGHT.mT),
     _bad("no_experts", ValueError, "E, N, K >= 1, got [0, 5, 8]", weight=WEIGHT[:0], offsets=OFFSETS[:0]),
