@@ -9,7 +9,7 @@ from grpo_kernels import _dispatch
 
 _PACKAGE = "grpo_kernels.moe_router"
 
-_dispatch.register_backends("moe_router", cpu=("native",), cuda=())
+_dispatch.register_backends("moe_router", cpu=("native",), cuda=("native",))
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
