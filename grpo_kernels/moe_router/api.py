@@ -118,7 +118,7 @@ def moe_router(
     options = RouterOptions(
         top_k, scoring_func, n_group, topk_group, group_score, norm_topk_prob, routed_scaling_factor, *asked
     )
-    arguments.check_options(logits.shape[1], options)
+    arguments.check_options(logits.shape[0], logits.shape[1], options)
     arguments.check_tensors(logits, top_k, e_score_correction_bias, token_mask, replay_ids, cu_seqlens)
     factors = _factors(coefficients, asked, logits) if any(asked) else None
     if n_group > 1 and topk_group == n_group:  # every group wins

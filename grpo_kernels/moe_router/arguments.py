@@ -23,11 +23,13 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"{OP}: logits must have shape [T, E] with 1 <= E <= {MAX_EXPERTS}, got {list(logits.shape)}")
 
 
-def check_options(experts: int, options: RouterOptions) -> None:
-    """The options by themselves, and against the number of experts."""
+def check_options(tokens: int, experts: int, options: RouterOptions) -> None:
+    """The options by themselves, and against the numbers of tokens and experts."""
     _checks.check_integer(OP, "top_k", options.top_k, minimum=1)
     if options.top_k > min(MAX_TOP_K, experts):
         raise ValueError(f"{OP}: top_k must be <= min(E, {MAX_TOP_K}) = {min(experts, MAX_TOP_K)}, got {options.top_k}")
+    if tokens * options.top_k >= 2**31:
+        raise ValueError(f"{OP}: T * K must be < 2^31, which counts can hold, got {tokens} * {options.top_k}")
     _checks.check_choice(OP, "scoring_func", options.scoring_func, SCORING_FUNCS)
     _checks.check_choice(OP, "group_score", options.group_score, GROUP_SCORES)
     _checks.check_integer(OP, "n_group", options.n_group, minimum=1)

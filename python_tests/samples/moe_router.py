@@ -98,6 +98,7 @@ BAD_CALLS = [
     _bad("top_k_float", TypeError, "top_k must be an int, got float", top_k=2.0),
     _bad("top_k_experts", ValueError, "top_k must be <= min(E, 32) = 8, got 9", top_k=9),
     _bad("top_k_large", ValueError, "top_k must be <= min(E, 32) = 32, got 33", logits=torch.zeros(1, 64), top_k=33),
+    _bad("many_slots", ValueError, "T * K must be < 2^31", "1073741824 * 2", logits=Z[:1].expand(2**30, 8)),
     _bad("scoring", ValueError, "scoring_func must be one of 'softmax'", "'tanh'", scoring_func="tanh"),
     _bad("group_score", ValueError, "group_score must be one of 'top2_sum', 'max', got 'sum'", group_score="sum"),
     _bad("n_group", ValueError, "n_group must divide E = 8, got 3", n_group=3),
