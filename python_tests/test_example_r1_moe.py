@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from examples.r1 import check, demo, vocabulary
+from examples.r1 import demo, vocabulary
 from examples.r1.__main__ import parse_arguments
 from examples.r1.grpo import GRPOStage
 from examples.r1.log_probs import sequence_log_probs
@@ -303,11 +303,13 @@ def test_the_command_line_reaches_the_settings() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_moe_model_learns(tmp_path: Path) -> None:
-    """Digit sorting with the settings of the demonstration, and the threshold of the dense model."""
+    """Digit sorting with the settings of the demonstration. Three seeds ended between 0.93 and 0.95."""
     result = run_task("digit_sorting", Settings(output=tmp_path, model="moe"), Console(quiet=True))
     evaluations = result.progress.evaluations["grpo"]
-    assert evaluations[-1]["accuracy"] >= check.SORTING_ACCURACY
+    assert evaluations[-1]["accuracy"] >= 0.85
+    assert evaluations[-1]["accuracy"] >= evaluations[0]["accuracy"] + 0.15
     assert evaluations[-1]["sampled_accuracy"] >= evaluations[0]["sampled_accuracy"] + 0.2
     records = result.progress.records["grpo"]
-    assert sum(record["expert_load"] for record in records) / len(records) < 0.75 * 8 / 2  # at worst E / K
-    assert max(record["rollout_mismatch"] for record in records) < 0.01
+    assert max(record["expert_load"] for record in records) < 4.0  # E / K: all tokens at the same two experts
+    assert max(record["rollout_mismatch"] for record in records) < 0.01  # rounding
+    assert max(record["route_mismatch"] for record in records) > 0.001  # what replay keeps out of the ratios
