@@ -30,27 +30,17 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, backend: str, tensor: Tensor) -> Parts:
-        """Those that data like `tensor` takes where the experts themselves run on `backend`."""
-        return cls(
-            _dispatch.resolve_part("moe_permute", tensor, backend),
-            _dispatch.resolve_part("grouped_gemm", tensor, backend),
-        )
+        """Those that data like `tensor` takes; `backend`, on which the experts run, where there is no other."""
+        chosen = (_dispatch.resolve_part(op, tensor, backend) for op in ("moe_permute", "grouped_gemm"))
+        return cls(*(backend if part == "reference" else part for part in chosen))
 
     def permute(self, x: Tensor, maps: Maps, weights: Tensor | None = None) -> Tensor:
         """[R, H] the rows of the experts, each times its slot's weight; 0 in padding."""
-        if self.moves == "reference":
-            rows = permute_reference.moe_permute(x, maps.row_id_map, maps.inv_map)
-            if weights is None or weights.numel() == 0:
-                return rows
-            factors = weights.reshape(-1)[maps.inv_map.clamp(min=0)]
-            return (rows * torch.where(maps.inv_map >= 0, factors, 0.0)[:, None]).to(x.dtype)
         moved: Tensor = permute_ops.moe_permute(x, maps.row_id_map, maps.inv_map, weights, self.moves)
         return moved
 
     def unpermute(self, rows: Tensor, maps: Maps, weights: Tensor | None = None) -> Tensor:
         """[T, H] the sum of each token's rows, weighted."""
-        if self.moves == "reference":
-            return permute_reference.moe_unpermute(rows, maps.row_id_map, weights)
         moved: Tensor = permute_ops.moe_unpermute(rows, maps.row_id_map, weights, self.moves)
         return moved
 

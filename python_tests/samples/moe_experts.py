@@ -105,6 +105,12 @@ def _bad(name: str, error: type[Exception], *says: str, **arguments: Any) -> Bad
     return BadCall(f"moe_experts_{name}", call, error, ("moe_experts: ", *says))
 
 
+def _freed() -> Tensor:
+    parameter = GATE_UP.clone()
+    parameter.untyped_storage().resize_(0)
+    return parameter
+
+
 _TRAINED = GATE_UP.clone().requires_grad_()
 BAD_CALLS = [
     _bad("x_list", TypeError, "x must be a torch.Tensor, got list", x=[1.0]),
@@ -115,6 +121,7 @@ BAD_CALLS = [
     _bad("gate_up_turned", ValueError, "[E, 2I, 10]", "got [3, 10, 14]", gate_up=GATE_UP.transpose(1, 2)),
     _bad("gate_up_odd", ValueError, "[E, 2I, H]", "got [3, 13, 10]", gate_up=GATE_UP[:, 1:]),
     _bad("gate_up_device", ValueError, "gate_up must be on cpu like x, got meta", gate_up=GATE_UP.to("meta")),
+    _bad("gate_up_freed", ValueError, "the memory of gate_up [3, 14, 10] is freed", gate_up=_freed()),
     _bad("down_shape", ValueError, "down must have shape [E, H, I] = [3, 10, 7], got [3, 7, 10]", down=DOWN.mT),
     _bad("bias_shape", ValueError, "gate_up_bias must have shape [E, 2I] = [3, 14]", gate_up_bias=DOWN_BIAS),
     _bad("bias_dtype", TypeError, "down_bias must have dtype", down_bias=DOWN_BIAS.int()),
