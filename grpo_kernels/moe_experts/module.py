@@ -50,7 +50,7 @@ class MoE(nn.Module):
         expert_bias: The experts have biases (gpt-oss).
         activation, swiglu_alpha, swiglu_limit, interleaved, recipe, save: as in `moe_experts`.
         expert_parallel: `distributed.ExpertParallel` of the same num_experts: this rank's experts only.
-        layer_id: The layer's number in the model, which `RouterReplay` knows its routes by.
+        layer_id: The layer's number in the model, which `RouterReplay` knows its routes by: no two layers share one.
         device, dtype: of the parameters.
 
     Raises:
@@ -89,18 +89,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
-        for name, value in {**sizes, "top_k": top_k}.items():
-            _checks.check_integer(_NAME, name, value, minimum=1)
-        _checks.check_integer(_NAME, "shared_intermediate_size", shared_intermediate_size, minimum=0)
-        if top_k > num_experts:
-            raise ValueError(f"{_NAME}: top_k must be <= num_experts = {num_experts}, got {top_k}")
-        if layer_id is not None:
-            _checks.check_integer(_NAME, "layer_id", layer_id, minimum=0)
-        if expert_parallel is not None and expert_parallel.num_experts != num_experts:
-            raise ValueError(
-                f"{_NAME}: expert_parallel is for {expert_parallel.num_experts} experts, the layer has {num_experts}"
-            )
+        _check_sizes(hidden_size, intermediate_size, num_experts, top_k, shared_intermediate_size)
+        _check_places(num_experts, layer_id, expert_parallel)
         self.hidden_size = hidden_size
         self.expert_parallel = expert_parallel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -194,3 +184,21 @@ class MoE(nn.Module):
             _checks.check_shape(_NAME, "token_mask", token_mask, ("[...]", x.shape[:-1]))
         if replay is not None and not isinstance(replay, RouterReplay):
             raise TypeError(f"{_NAME}: replay must be a RouterReplay, got {type(replay).__name__}")
+
+
+def _check_sizes(hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, shared: int) -> None:
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
+    for name, value in {**sizes, "top_k": top_k}.items():
+        _checks.check_integer(_NAME, name, value, minimum=1)
+    _checks.check_integer(_NAME, "shared_intermediate_size", shared, minimum=0)
+    if top_k > num_experts:
+        raise ValueError(f"{_NAME}: top_k must be <= num_experts = {num_experts}, got {top_k}")
+
+
+def _check_places(num_experts: int, layer_id: int | None, expert_parallel: ExpertParallel | None) -> None:
+    if layer_id is not None:
+        _checks.check_integer(_NAME, "layer_id", layer_id, minimum=0)
+    if expert_parallel is not None and expert_parallel.num_experts != num_experts:
+        raise ValueError(
+            f"{_NAME}: expert_parallel is for {expert_parallel.num_experts} experts, the layer has {num_experts}"
+        )
