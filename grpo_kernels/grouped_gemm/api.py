@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels.grouped_gemm import reference
-from grpo_kernels.grouped_gemm.arguments import segment_ends
+from grpo_kernels.grouped_gemm.arguments import check_present, segment_ends
 from grpo_kernels.grouped_gemm.function import Options, grouped_linear
 from grpo_kernels.linear_log_probs.function import gemm_dtype
 
@@ -93,6 +93,7 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accu
         wanted = f"[E, N, K] = [E, N, {x.shape[1]}] with E, N, K >= 1"
         raise ValueError(f"{_OP}: weight must have shape {wanted}, got {list(weight.shape)}")
     _checks.check_same_device(_OP, "weight", weight, "x", x)
+    check_present(_OP, "weight", weight)
     _checks.check_tensor(_OP, "offsets", offsets)
     _checks.check_dtype(_OP, "offsets", offsets, _checks.INTEGER)
     _checks.check_shape(_OP, "offsets", offsets, ("[E]", (experts,)))

@@ -89,6 +89,12 @@ def _trained(accumulator: Tensor) -> dict[str, Any]:
     return {"weight": WEIGHT.clone().requires_grad_(), "weight_grad_accumulator": accumulator}
 
 
+def _freed() -> Tensor:
+    weight = WEIGHT.clone()
+    weight.untyped_storage().resize_(0)
+    return weight
+
+
 BAD_CALLS = [
     _bad("list", TypeError, "x must be a torch.Tensor, got list", x=[1.0]),
     _bad("integer", TypeError, "x must have dtype float32", "int64", x=OFFSETS[:, None]),
@@ -98,6 +104,7 @@ BAD_CALLS = [
     _bad("width", ValueError, "weight must have shape [E, N, K] = [E, N, 8]", "[4, 8, 5]", weight=WEIGHT.mT),
     _bad("no_experts", ValueError, "E, N, K >= 1, got [0, 5, 8]", weight=WEIGHT[:0], offsets=OFFSETS[:0]),
     _bad("device", ValueError, "weight must be on cpu like x, got meta", weight=WEIGHT.to("meta")),
+    _bad("freed", ValueError, "the memory of weight [4, 5, 8] is freed", weight=_freed()),
     _bad("offset_type", TypeError, "offsets must be a torch.Tensor, got list", offsets=[2, 2, 6, 7]),
     _bad("offset_dtype", TypeError, "offsets must have dtype int64, int32, got float32", offsets=OFFSETS.float()),
     _bad("offset_shape", ValueError, "offsets must have shape [E] = [4], got [3]", offsets=OFFSETS[:3]),
