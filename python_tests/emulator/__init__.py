@@ -9,6 +9,7 @@ See docs/emulator.md.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,7 +18,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels import _dispatch, _extension
 from grpo_kernels.testing import poisoned_allocations
 from python_tests.emulator import build
@@ -30,6 +30,8 @@ ORDERS = (0, 1, 2, 3, 4)
 def emulated(order: int = 0, module: ModuleType | None = None) -> Iterator[None]:
     """In the block, native kernels on CPU tensors are the CUDA kernels, and allocated memory is full of NaN.
 
+    Ops that a GPU runs on Triton take the reference: some are composed with ops that have CUDA C++ kernels.
+
     Args:
         order: who runs when; see include/emulator.h. Read at each launch.
         module: the build to use; that of the sources if None.
@@ -41,13 +43,17 @@ def emulated(order: int = 0, module: ModuleType | None = None) -> Iterator[None]
             raise TypeError("the CUDA kernels do not take float64")
         return 0, 0
 
+    registered = {
+        op: dataclasses.replace(backends, cpu=("native",) if "native" in backends.cuda else ())
+        for op, backends in _dispatch._registered.items()
+    }
     with (
         mock.patch.object(_extension, "extension", return_value=kernels),
         mock.patch.object(_extension, "execution", execution),
         mock.patch.object(_extension, "cpu_problem", return_value=""),  # the package's own build is not needed
+        mock.patch.dict(_dispatch._registered, registered),
         mock.patch.dict(_dispatch._resolved, clear=True),
         mock.patch.dict(os.environ, {"GK_EMULATOR_ORDER": str(order)}),
-        grpo_kernels.backend("native"),
         poisoned_allocations(),
     ):
         yield

@@ -15,12 +15,13 @@ from unittest import mock
 import pytest
 import torch
 
-from python_tests.emulator import build, test_group_advantages, test_grpo_loss
+from python_tests.emulator import build, test_group_advantages, test_grpo_loss, test_moe_permute, test_moe_router
 from python_tests.emulator.checks import assert_same_in_every_order
 from python_tests.emulator.mutants import Mutant, compile_mutant, with_a_trap_in_each_kernel, without_each_barrier
 from python_tests.test_grpo_loss import cast, run
 
 ADVANTAGES, LOSS = "group_advantages/cuda.cu", "grpo_loss/cuda.cu"
+MAP, ROUTER = "moe_permute/cuda.cu", "moe_router/cuda.cu"
 SLOW = pytest.mark.slow
 
 UNWRITTEN = [
@@ -41,6 +42,36 @@ UNWRITTEN = [
     Mutant(LOSS, "static_cast<float*>(a.loss)[output] = t.live ? loss : 0.0f;", "(void)loss;"),
     Mutant(LOSS, "grad[i] += shared;", ";"),
     Mutant(LOSS, "atomicAdd(counters + 1, uint32_t(value));", ";"),
+    Mutant(MAP, "counters[e] = 0;", ";"),
+    Mutant(MAP, "a.workspace[int64_t(blockIdx.x) * experts + e] = ", ""),
+    Mutant(MAP, "if (lane == kWarp - 1) sums[warp] = upto;", ""),
+    Mutant(MAP, "a.offsets[e] = int32_t(start + segment);", ""),
+    Mutant(MAP, "a.tokens_per_expert[e] = tokens;", ""),
+    Mutant(MAP, "counters[w * experts + e] = row;", ""),
+    Mutant(MAP, "a.row_id_map[slot] = ", ""),
+    Mutant(MAP, "a.inv_map[row] = int32_t(slot);", ";"),
+    Mutant(MAP, "a.inv_map[row] = -1;", ";"),
+    Mutant(MAP, "a.inv_map[row] = -1;", ";", 1),
+    Mutant(ROUTER, "p.piece_sequence[i] = int32_t(kNoPiece);", ";"),
+    Mutant(ROUTER, "p.piece_sequence[i] = int32_t(kNoPiece);", ";", 1),
+    Mutant(ROUTER, "p.sums[piece * experts + e] = float(total);", ""),
+    Mutant(ROUTER, "p.chosen[piece * experts + e] = shared.chosen[e];", ""),
+    Mutant(ROUTER, "shared.chosen[e] = 0;", ""),
+    Mutant(ROUTER, "p.piece_live[piece] = total;", ""),
+    Mutant(ROUTER, "shared.counts[e] = 0;", ";"),
+    Mutant(ROUTER, "shared.sums[j * kWarp + lane_id()] = 0.0f;", ";"),
+    Mutant(ROUTER, "if (lane_id() == 0) tallies[warp] = tally;", ""),
+    Mutant(ROUTER, "p.counts[int64_t(blockIdx.x) * experts + e] = ", ""),
+    Mutant(ROUTER, "p.z[blockIdx.x] = total.z;", ""),
+    Mutant(ROUTER, "p.live[blockIdx.x] = total.live;", ""),
+    Mutant(ROUTER, "p.mismatches[blockIdx.x] = total.mismatches;", ""),
+    Mutant(ROUTER, "if (blockIdx.x == 0) *p.ticket = 0;", ""),
+    Mutant(ROUTER, "chosen[s * experts + expert] = 0;", ";"),
+    Mutant(ROUTER, "a.per_expert[expert] = count;", ";"),
+    Mutant(ROUTER, "*a.live_tokens = live;", ""),
+    Mutant(ROUTER, "columns[expert] = float(column);", ";"),
+    Mutant(ROUTER, "p.slice_sums[2 * blockIdx.x + 1] = sequences;", ""),
+    Mutant(ROUTER, "store_gradient(a, whole_gradient, token, rows[warp]);", ""),
 ]
 TOO_MUCH = [Mutant(LOSS, "k < count ? records", "k <= count ? records")]  # still inside the workspace
 OUT_OF_BOUNDS = [
@@ -51,12 +82,17 @@ OUT_OF_BOUNDS = [
     Mutant(LOSS, "i < s.count; }", "i <= s.count; }"),
     Mutant(LOSS, "i < s.count; i += kThreads) {\n    add", "i <= s.count; i += kThreads) {\n    add"),
     Mutant(LOSS, "row < a.layout.batch;", "row <= a.layout.batch;"),
+    Mutant(MAP, "if (slot < slots.end) a.row_id_map", "if (slot <= slots.end) a.row_id_map"),
+    Mutant(MAP, "row < a.rows;", "row <= a.rows;"),
+    Mutant(ROUTER, "behind < a.rows.tokens ? behind : a.rows.tokens", "behind"),
+    Mutant(ROUTER, "token >= a.rows.tokens", "token > a.rows.tokens"),
 ]
 LATE = [  # what others may read is written after they were told that it is
     Mutant(
         LOSS, "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) last", "  if (threadIdx.x == 0) last"
     ),
     Mutant(LOSS, "uint32_t(groups))) return;", "1u)) return;"),
+    Mutant(ROUTER, "atomicAdd(p.ticket, 1u) + 1u == gridDim.x;", "atomicAdd(p.ticket, 1u) == 0u;"),
 ]
 
 
@@ -85,7 +121,25 @@ def _same_bits() -> None:
         assert_same_in_every_order(partial(run, inputs, config, **options), orders)
 
 
-TESTS: dict[str, list[Callable[[], None]]] = {ADVANTAGES: [_advantages], LOSS: [_losses, _same_bits]}
+def _maps() -> None:
+    for experts, kind in ((31, "random"), (1024, "few"), (257, "random")):
+        test_moe_permute.test_every_option(experts, kind)
+    test_moe_permute.test_slots_around_a_tile(2 * test_moe_permute.TILE + 33)
+
+
+def _routes() -> None:
+    for gate, shape in (("mixtral", (12, 2, 1, 1)), ("deepseek_v3", (64, 8, 8, 4)), ("gpt_oss", (100, 6, 50, 7))):
+        test_moe_router.test_every_gate(shape, gate)
+        test_moe_router.test_every_order_gives_the_same_bits(gate, shape)
+    test_moe_router.test_tokens_around_a_chunk(3 * test_moe_router.CHUNK + 5, "ragged")
+
+
+TESTS: dict[str, list[Callable[[], None]]] = {
+    ADVANTAGES: [_advantages],
+    LOSS: [_losses, _same_bits],
+    MAP: [_maps],
+    ROUTER: [_routes],
+}
 
 
 def complaint(library: Path, source: str) -> str:
@@ -124,7 +178,7 @@ def complaint_of_a_child(library: Path, source: str) -> str:
 
 @SLOW
 def test_the_kernels_as_they_are_pass() -> None:
-    assert [complaint_of_a_child(build.built() / "_C.so", source) for source in TESTS] == ["", ""]
+    assert [complaint_of_a_child(build.built() / "_C.so", source) for source in TESTS] == [""] * len(TESTS)
 
 
 def test_every_source_has_its_tests() -> None:
@@ -158,7 +212,7 @@ REPRESENTATIVE = [without_each_barrier(LOSS)[2], UNWRITTEN[0]]
         *REPRESENTATIVE,
         *(
             pytest.param(mutant, marks=SLOW)
-            for mutant in (*without_each_barrier(ADVANTAGES), *without_each_barrier(LOSS), *UNWRITTEN, *TOO_MUCH, *LATE)
+            for mutant in (*(m for source in TESTS for m in without_each_barrier(source)), *UNWRITTEN, *TOO_MUCH, *LATE)
             if mutant not in REPRESENTATIVE
         ),
     ],

@@ -15,7 +15,14 @@ import pytest
 from python_tests.emulator import build
 
 HERE = Path(__file__).parent
-FILES = ["test_features.py", "test_group_advantages.py", "test_grpo_loss.py", "test_samples.py"]
+FILES = [
+    "test_features.py",
+    "test_group_advantages.py",
+    "test_grpo_loss.py",
+    "test_moe_permute.py",
+    "test_moe_router.py",
+    "test_samples.py",
+]
 QUICK = " or ".join(
     [
         "(test_features and (4-32 or (2- and (atomics or vector or index))))",
@@ -23,6 +30,9 @@ QUICK = " or ".join(
         "(test_informative_groups_and_ranks and 66-33)",
         "test_empty_batches or test_bounds or test_second or (test_forms and everything)",
         "(test_rows_around_a_segment and everything-token_mean)",
+        "test_nothing_has_a_row or (test_slots_around_a_tile and 1025)",
+        "test_bounds_that_make_no_sense or test_faulty_replay or (test_tokens_around_a_chunk and (1- or 17-))",
+        "(test_every_gate and (33-5-11-4-deepseek_v3 or 160-6-8-3-olmoe or 100-6-50-7-sqrtsoftplus_groups))",
     ]
 )
 

@@ -11,9 +11,9 @@ _BOTH = frozenset({False, True})
 
 
 CUDA = (
-    # Six blocks a multiprocessor or more. Shared, without the counters, which are dynamic: 8 sums of 64 bits.
+    # Four blocks a multiprocessor or more. Shared, without the counters, which are dynamic: 8 sums of 64 bits.
     Gate("count_tiles_kernel", registers=32, threads=256),
-    Gate("place_slots_kernel", registers=40, threads=256, shared=64),
+    Gate("place_slots_kernel", registers={80: 40, 90: 40, 100: 64}, threads=256, shared=64),
 )
 
 
