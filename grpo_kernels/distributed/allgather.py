@@ -87,6 +87,12 @@ class AllGather:
             )
 
 
+def _result(values: Tensor) -> Tensor:
+    """Of a forward. Compiled by torch 2.11, it would have gradients of zeros if its last step wrote in place, or was a
+    `.to` that had nothing to do."""
+    return values.view(values.shape) if torch.compiler.is_compiling() else values
+
+
 class _Dispatch(torch.autograd.Function):
     """Weights pass through it as well, so that their gradients come home with those of the rows."""
 
@@ -100,7 +106,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.save_for_backward(ids, *rows)
         ctx.group = exchange.group
         ctx.mark_non_differentiable(ids)
-        return all_gather(x, exchange.group), weights, ids
+        return _result(all_gather(x, exchange.group)), weights, ids
 
     @staticmethod
     @once_differentiable
@@ -124,7 +130,7 @@ class _Combine(torch.autograd.Function):
         ctx: Any, y: Tensor, weights: Tensor, rows: Permutation, group: torch.distributed.ProcessGroup
     ) -> Tensor:
         ctx.group = group
-        return moe_unpermute(all_to_all(y, group), rows)
+        return _result(moe_unpermute(all_to_all(y, group), rows))
 
     @staticmethod
     @once_differentiable

@@ -108,7 +108,7 @@ def unpack(payload: Tensor, dtype: torch.dtype, local_range: tuple[int, int]) ->
     ids, bits = payload.chunk(2, dim=1)
     here = (ids >= local_range[0]) & (ids < local_range[1])
     weights = bits.view(torch.float64 if payload.dtype == torch.int64 else torch.float32)
-    return torch.where(here, weights, 0).to(dtype), torch.where(here, ids, -1).to(torch.int32)
+    return torch.where(here, weights.to(dtype), 0), torch.where(here, ids, -1).to(torch.int32)
 
 
 def raise_wrong_id(topk_ids: Tensor, num_experts: int, tokens: int | None = None) -> None:
