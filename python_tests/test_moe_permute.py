@@ -366,8 +366,8 @@ def test_what_is_saved() -> None:
 
 @NATIVE
 def test_checkpoint_and_compile_give_the_same_gradients() -> None:
-    """No shape depends on the routes: neither a recomputation nor a graph meets another number of rows."""
-    x, weights = torch.randn(12, 9, requires_grad=True), torch.rand(12, 2, requires_grad=True)
+    """No shape depends on the routes, and nothing is compiled for a length: neither a recomputation nor a graph meets
+    another number of rows."""
 
     def layer(ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
         permutation = build_permutation(ids, 5, alignment=4)
@@ -377,13 +377,14 @@ def test_checkpoint_and_compile_give_the_same_gradients() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for _ in range(3):
-        ids = routes(12, 2, 5)
+    for tokens in (12, 12, 17, 2, 30):
+        ids = routes(tokens, 2, 5)
+        x, weights = torch.randn(tokens, 9, requires_grad=True), torch.rand(tokens, 2, requires_grad=True)
         plain = torch.autograd.grad(layer(ids, x, weights).pow(2).sum(), (x, weights))
         for out in (compiled(ids, x, weights), checkpoint(layer, ids, x, weights, use_reentrant=False)):
             for a, b in zip(torch.autograd.grad(out.pow(2).sum(), (x, weights)), plain, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2
 
 
 def test_other_maps_of_the_right_shape_are_taken() -> None:
