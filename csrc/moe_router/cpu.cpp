@@ -305,12 +305,14 @@ struct Backward {
     const int32_t* ids = a.topk_ids + token * top_k;
     const A* w = static_cast<const A*>(a.topk_weights) + token * top_k;
     const A* g = static_cast<const A*>(a.grad_weights) + token * top_k;
-    A slopes[router::kMaxTopK] = {};
+    alignas(64) A slopes[router::kMaxTopK] = {};
     A sum = 0;
-    for (int k = 0; k < top_k && !is_softmax(a.options.scoring); ++k) {
-      const Scored<A> value = scored(a.options.scoring, A(to_arithmetic(x[ids[k]])));
-      slopes[k] = value.slope;
-      sum += value.score;
+    if (!is_softmax(a.options.scoring)) {
+      alignas(64) A z[router::kMaxTopK], score[router::kMaxTopK];
+      const int count = padded(top_k, 8);
+      for (int k = 0; k < count; ++k) z[k] = to_arithmetic(x[ids[k < top_k ? k : 0]]);
+      chosen_scores(a.options.scoring, count, z, score, slopes);
+      for (int k = 0; k < top_k; ++k) sum += score[k];
     }
     for (int k = 0; k < top_k; ++k) at[k] = chosen_gradient(a.options, g[k], w[k], dot, slopes[k], sum);
   }

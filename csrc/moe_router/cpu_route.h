@@ -69,6 +69,24 @@ inline void chosen_terms(int scoring, int count, const A* z, A max, A* terms) {
   }
 }
 
+// Scores of the chosen experts, and their derivatives by the logits; not of a softmax.
+template <typename A>
+inline void chosen_scores(int scoring, int count, const A* z, A* score, A* slope) {
+  const auto run = [&](auto value_of) {
+#pragma omp simd
+    for (int k = 0; k < count; ++k) {
+      const Scored<A> value = value_of(z[k]);
+      score[k] = value.score;
+      slope[k] = value.slope;
+    }
+  };
+  if (scoring == router::kSigmoid) {
+    run([](A logit) { return sigmoid(logit); });
+  } else {
+    run([](A logit) { return sqrt_softplus(logit); });
+  }
+}
+
 // The weights of the chosen; NaN in a broken row. Returns whether the row is broken.
 template <typename A>
 inline bool weigh_row(const RouterOptions& o, const Row<A>& row, const int32_t* ids, int top_k, A* weights) {

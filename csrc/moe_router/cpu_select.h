@@ -125,21 +125,19 @@ inline void drop_groups(const MoeRouterArgs& a, typename Order<A>::Rank* ranks) 
   using R = typename Order<A>::Rank;
   const int size = a.rows.experts / a.n_group;
   const int groups = a.n_group;
-  R values[router::kMaxExperts];
-  for (int g = 0; g < groups; ++g) {
-    const R* own = ranks + g * size;
-    R first = Order<A>::kLost, second = Order<A>::kLost;
-#pragma omp simd reduction(max : first)
-    for (int i = 0; i < size; ++i) first = own[i] > first ? own[i] : first;
-    R equal = 0;
-#pragma omp simd reduction(max : second) reduction(+ : equal)
-    for (int i = 0; i < size; ++i) {
-      const R below = own[i] < first ? own[i] : Order<A>::kLost;
-      second = below > second ? below : second;
-      equal += own[i] == first;
+  R first[router::kMaxExperts], second[router::kMaxExperts], values[router::kMaxExperts];
+  for (int g = 0; g < groups; ++g) first[g] = second[g] = Order<A>::kLost;
+  for (int i = 0; i < size; ++i) {
+#pragma omp simd
+    for (int g = 0; g < groups; ++g) {
+      const R rank = ranks[g * size + i];
+      const R lower = rank < first[g] ? rank : first[g];
+      second[g] = lower > second[g] ? lower : second[g];
+      first[g] = rank > first[g] ? rank : first[g];
     }
-    second = equal > 1 ? first : second;
-    values[g] = Order<A>::rank(group_value(Order<A>::key(first), Order<A>::key(second), a.group_score, size));
+  }
+  for (int g = 0; g < groups; ++g) {
+    values[g] = Order<A>::rank(group_value(Order<A>::key(first[g]), Order<A>::key(second[g]), a.group_score, size));
   }
   for (int g = 0; g < groups; ++g) {
     int ahead = 0;
