@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q
 
-.PHONY: help demo demo-check test test-slow gates bench lint format wheel gpu-check clean
+.PHONY: help demo demo-moe demo-check test test-slow gates bench lint format wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ $(STAMP)/triton-$(OLD_TRITON): $(STAMP)/packages
 
 demo: $(STAMP)/build  ## train a small language model with GRPO, end to end, on this machine
 	$(PY) -m examples.r1 --output outputs/r1
+
+demo-moe: $(STAMP)/build  ## the same with a mixture of experts, its routes replayed
+	$(PY) -m examples.r1 --model moe --output outputs/r1-moe
 
 demo-check: $(STAMP)/build  ## the demo with three seeds, and a control with shuffled rewards
 	$(PY) -m examples.r1.check --output outputs/r1-check
