@@ -14,7 +14,9 @@ def row_bound(slots: int, experts: int, alignment: int) -> int:
     """R: rows that hold `slots` tokens' copies for at most `experts` experts, each filled up to the alignment."""
     if alignment == 1:
         return slots
-    rows: int = slots + torch.sym_min(experts, slots) * (alignment - 1)  # type: ignore[no-untyped-call]
+    # A comparison of a size that is not known would be a fact that compiled code then depends on.
+    smaller = torch.sym_min if isinstance(slots, torch.SymInt) else min
+    rows: int = slots + smaller(experts, slots) * (alignment - 1)
     return rows - rows % alignment
 
 
