@@ -113,6 +113,21 @@ def test_nothing_but_minus_infinity(norm: bool, scoring_func: str) -> None:
     assert gradient[1].isfinite().all()
 
 
+def test_a_broken_row_is_nan_whatever_is_differentiated() -> None:
+    """A softmax over replayed experts that all have probability 0: no weights, so no losses and no gradient either."""
+    logits = torch.randn(3, 8)
+    logits[1, 4:] = -INF
+    leaf = logits.requires_grad_()
+    replay = torch.tensor([[0, 1], [5, 6], [2, 3]])
+    out = moe_router(leaf, 2, replay_ids=replay, z_loss_coef=1.0, aux_loss_coef=1.0, seq_aux_loss_coef=1.0)
+    assert out.topk_weights.isnan().all(-1).tolist() == [False, True, False]
+    for loss in (out.z_loss, out.aux_loss, out.seq_aux_loss):
+        assert loss.isnan()
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        assert gradient[1].isnan().all()
+        assert gradient[[0, 2]].isfinite().all()
+
+
 def test_normalisation_never_divides_zero_by_zero() -> None:
     """Scores that underflow: a softmax over the chosen does not know, the others divide by 1e-20 more."""
     logits = torch.full((1, 8), -300.0).index_fill_(1, torch.tensor([5]), 300.0)
