@@ -404,7 +404,13 @@ def test_launch_config_follows_from_what_the_host_knows() -> None:
                 launch_config(rows, 8, 4096, size, 90, loads).block_k
                 == launch_config(9, 1, 64, size, 90, loads).block_k
             )
-            assert wgrad_config(rows, 8, size, loads).block_k == wgrad_config(9, 1, size, loads).block_k
+            assert wgrad_config(rows, 8, size, 90, loads).block_k == wgrad_config(9, 1, size, 90, loads).block_k
+    for architecture in (80, 86, 89, 120):  # 99 KiB of shared memory are enough for the operands of all stages
+        for rows, size in ((8, 2), (10**5, 2), (10**5, 4)):
+            for loads in ("tma", "vector", "scalar") if architecture >= 90 else ("vector", "scalar"):
+                forward = launch_config(rows, 8, 4096, size, architecture, loads)
+                for c in (forward, wgrad_config(rows, 8, size, architecture, loads)):
+                    assert (c.block_m + c.block_n) * c.block_k * size * c.num_stages < 99 * 1024
     assert 1 <= launch_config(10, 1, 10**8, 2, 90, "tma").group <= 1024
     assert [segments(experts) for experts in (1, 15, 16, 128, 255, 256, 1024)] == [16, 16, 32, 256, 256, 512, 2048]
 

@@ -12,6 +12,8 @@ TILE = 256
 """Longest side of a tile."""
 PANEL = 64
 """Columns of a tile that are written at a time."""
+LARGE_MEMORY = (90, 100, 101, 103, 110)
+"""Architectures with 227 KiB of shared memory for a program; others have 163 or 99."""
 FEW_ROWS = 96
 """Rows of an expert on average, up to which half a tile of rows is enough."""
 
@@ -46,24 +48,23 @@ def launch_config(
         block_n, block_k, stages = 64, 32 if loads == "tma" else 16, 3
     elif loads == "scalar":
         block_n, block_k, stages = 64, 32, 3
-    elif loads == "tma":
+    elif loads == "tma" and architecture in LARGE_MEMORY:
         block_n, block_k, stages = 128 if few else 256, 64, 4
-    else:  # 100 or 164 KiB of shared memory
+    else:
         block_n, block_k, stages = 128, 32, 4
     group = min(1024, max(1, L2_BYTES // (block_m * width * element_size)))
     return LaunchConfig(block_m, block_n, block_k, warps, stages, 2 if few else 1, group)
 
 
-def wgrad_config(rows: int, experts: int, element_size: int, loads: str) -> LaunchConfig:
+def wgrad_config(rows: int, experts: int, element_size: int, architecture: int, loads: str) -> LaunchConfig:
     """That of the weight's gradient: tiles of block_m of its columns N by block_n of its width K, block_k rows at a time."""
     if element_size == 4:
         return LaunchConfig(128, 64, 32 if loads == "tma" else 16, 8, 3, 1, 1)
     if loads == "scalar":
         return LaunchConfig(128, 64, 32, 8, 3, 1, 1)
-    if loads == "tma" and rows <= FEW_ROWS * experts:  # writing takes the time
-        return LaunchConfig(128, 128, 64, 4, 3, 2, 1)
-    if loads == "tma":
-        return LaunchConfig(128, 256, 64, 8, 4, 1, 1)
+    if loads == "tma" and architecture in LARGE_MEMORY:
+        few = rows <= FEW_ROWS * experts  # writing takes the time
+        return LaunchConfig(128, 128, 64, 4, 3, 2, 1) if few else LaunchConfig(128, 256, 64, 8, 4, 1, 1)
     return LaunchConfig(128, 128, 32, 8, 4, 1, 1)
 
 

@@ -145,8 +145,9 @@ def _wgrad(x: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, *, accumulate:
             out.zero_()
         return
     left, right = _matrix(grad), _matrix(x)
-    loads = _loads(architecture(x), left, right)
-    config = wgrad_config(rows, experts, x.element_size(), loads)
+    target = architecture(x)
+    loads = _loads(target, left, right)
+    config = wgrad_config(rows, experts, x.element_size(), target, loads)
     items = experts * triton.cdiv(columns, config.block_m) * triton.cdiv(width, config.block_n)
     grid = programs(x, items, config.on_each)
 
