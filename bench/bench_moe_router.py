@@ -131,12 +131,13 @@ class _Allocation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
         tokens, experts = logits.shape
-        weights = logits.new_empty(tokens, top_k)
-        ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
-        counts = torch.empty(experts, dtype=torch.int32, device=logits.device)
-        losses, mismatch = logits.new_empty(3), torch.empty((), dtype=torch.int32, device=logits.device)
+        weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
+        ids = logits.new_empty((tokens, top_k), dtype=torch.int32)
+        counts = logits.new_empty((experts,), dtype=torch.int32)
+        losses, balance = (logits.new_empty(shape, dtype=torch.float32) for shape in ((3,), (0, experts)))
+        mismatch, live = (logits.new_empty((), dtype=torch.int32) for _ in range(2))
         ctx.mark_non_differentiable(ids, counts, mismatch)
-        ctx.save_for_backward(logits, ids, logits.new_empty(tokens, 2))
+        ctx.save_for_backward(logits, weights, ids, balance, live)
         return weights, ids, counts, losses, mismatch
 
 
