@@ -163,14 +163,15 @@ def test_offsets_of_a_gpu_that_make_no_sense_are_cut_off() -> None:
         assert reference.segment_ends(torch.tensor(given, dtype=torch.int32), 10).tolist() == ends
 
 
-@pytest.mark.parametrize("op", ["grouped_gemm", "grouped_gemm_wgrad", "grouped_row_sum"])
+@pytest.mark.parametrize("op", ["grouped_gemm", "grouped_gemm_wgrad", "grouped_gemm_wgrad_add_", "grouped_row_sum"])
 def test_bad_offsets_raise_on_the_cpu(op: str) -> None:
     p = problem([3, 9], 9)
     x, weight = (p.leaves[name].detach() for name in ("x", "weight"))
     bad = torch.tensor([3, 10])
     arguments = {
         "grouped_gemm": (x, weight, bad, None, torch.float32),
-        "grouped_gemm_wgrad": (x, p.upstream, bad, None, torch.float32),
+        "grouped_gemm_wgrad": (x, p.upstream, bad, torch.float32),
+        "grouped_gemm_wgrad_add_": (x, p.upstream, bad, torch.zeros_like(weight)),
         "grouped_row_sum": (p.upstream, bad),
     }
     with pytest.raises(ValueError, match=rf"{op}: offsets\[1\] must be >= 3, where the segment begins, and <= R = 9"):
@@ -423,5 +424,6 @@ def test_when_the_library_multiplies() -> None:
     assert not library_suits(90, torch.float16, torch.float16, **many)
     assert not library_suits(90, bf16, bf16, **{**many, "aligned": False})
     assert not library_suits(90, bf16, bf16, **{**many, "rows": 8 * FEW_ROWS})
+    assert not library_suits(90, bf16, bf16, **{**many, "rows": 1 << 20, "experts": 1024})  # more groups than it takes
     for architecture in (80, 89, 100, 103, 120):
         assert not library_suits(architecture, bf16, bf16, **many)

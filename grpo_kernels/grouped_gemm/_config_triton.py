@@ -14,6 +14,8 @@ PANEL = 64
 """Columns of a tile that are written at a time."""
 LARGE_MEMORY = (90, 100, 101, 103, 110)
 """Architectures with 227 KiB of shared memory for a program; others have 163 or 99."""
+LIBRARY_EXPERTS = 1024
+"""PyTorch's kernel refuses as many groups, and more."""
 FEW_ROWS = 96
 """Rows of an expert on average, up to which half a tile of rows is enough."""
 
@@ -86,7 +88,8 @@ def library_suits(
         aligned: every row of every operand begins at a multiple of 16 bytes, and one axis of each is dense.
     """
     many = rows > FEW_ROWS * experts
-    return architecture == 90 and dtype == out_dtype == torch.bfloat16 and many and aligned
+    takes = dtype == out_dtype == torch.bfloat16 and experts < LIBRARY_EXPERTS
+    return architecture == 90 and takes and many and aligned
 
 
 def segments(experts: int) -> int:

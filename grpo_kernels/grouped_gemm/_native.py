@@ -73,21 +73,21 @@ def grouped_gemm(
 
 
 @without_autocast
-def grouped_gemm_wgrad(
-    x: Tensor, grad: Tensor, offsets: Tensor, accumulator: Tensor | None, weight_dtype: torch.dtype
-) -> Tensor:
-    result = ops.empty_weight_gradient(x, grad, offsets, accumulator, weight_dtype)
-    target = result if accumulator is None else accumulator
+def grouped_gemm_wgrad(x: Tensor, grad: Tensor, offsets: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    result = ops.empty_weight_gradient(x, grad, offsets, weight_dtype)
     for expert, rows in _segments("grouped_gemm_wgrad", offsets, len(x)):
-        if accumulator is not None:
-            multiply(target[expert], grad[rows].t(), x[rows], add=True)
-        elif rows.start < rows.stop:
-            _product(target[expert], grad[rows].t(), x[rows], rows.stop - rows.start)
+        if rows.start < rows.stop:
+            _product(result[expert], grad[rows].t(), x[rows], rows.stop - rows.start)
         else:
-            target[expert].zero_()
-    if accumulator is not None:
-        torch.autograd.graph.increment_version(accumulator)
+            result[expert].zero_()
     return result
+
+
+@without_autocast
+def grouped_gemm_wgrad_add_(x: Tensor, grad: Tensor, offsets: Tensor, accumulator: Tensor) -> None:
+    for expert, rows in _segments("grouped_gemm_wgrad_add_", offsets, len(x)):
+        multiply(accumulator[expert], grad[rows].t(), x[rows], add=True)
+    torch.autograd.graph.increment_version(accumulator)
 
 
 def grouped_row_sum(grad: Tensor, offsets: Tensor) -> Tensor:

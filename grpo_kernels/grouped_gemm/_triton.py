@@ -118,22 +118,21 @@ def grouped_gemm(
 
 
 @without_autocast
-def grouped_gemm_wgrad(
-    x: Tensor, grad: Tensor, offsets: Tensor, accumulator: Tensor | None, weight_dtype: torch.dtype
-) -> Tensor:
-    if accumulator is None and library.suits(x, grad, len(offsets), weight_dtype):
+def grouped_gemm_wgrad(x: Tensor, grad: Tensor, offsets: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    if library.suits(x, grad, len(offsets), weight_dtype):
         return library.grouped_gemm_wgrad(x, grad, offsets)
-    result = ops.empty_weight_gradient(x, grad, offsets, accumulator, weight_dtype)
-    if accumulator is None:
-        _wgrad(x, grad, offsets, result, accumulate=False)
-        return result
-    turned = accumulator.stride(2) != 1 and accumulator.stride(1) == 1
-    if turned:
+    result = ops.empty_weight_gradient(x, grad, offsets, weight_dtype)
+    _wgrad(x, grad, offsets, result, accumulate=False)
+    return result
+
+
+@without_autocast
+def grouped_gemm_wgrad_add_(x: Tensor, grad: Tensor, offsets: Tensor, accumulator: Tensor) -> None:
+    if accumulator.stride(2) != 1 and accumulator.stride(1) == 1:
         _wgrad(grad, x, offsets, accumulator.transpose(1, 2), accumulate=True)
     else:
         _wgrad(x, grad, offsets, accumulator, accumulate=True)
     torch.autograd.graph.increment_version(accumulator)
-    return result
 
 
 def _wgrad(x: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, *, accumulate: bool) -> None:

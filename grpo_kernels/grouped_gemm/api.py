@@ -12,8 +12,8 @@ from grpo_kernels.grouped_gemm.function import Options, grouped_linear
 from grpo_kernels.linear_log_probs.function import gemm_dtype
 
 _OP = "grouped_gemm"
-_MAX_ROWS = 2**31 - 1024
-"""Kernels count rows, and the rows of the tile behind the last one, in 32 bits."""
+_MAX_ROWS = 2**31 - 2**14
+"""Kernels count rows in 32 bits, those that the next turn of a program would take included."""
 
 
 def grouped_gemm(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from grpo_kernels.distributed.vocab import is_dtensor
 
-_REMEDY = "call the op in the forward of the module that owns it, where the hooks of the library gather it"
+_REMEDY = "call the op in the forward of the module that owns it, as grpo_kernels.MoE does"
 
 
 def check_present(op: str, name: str, tensor: Tensor) -> None:

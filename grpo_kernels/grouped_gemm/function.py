@@ -47,13 +47,14 @@ def weight_gradient(
     A weight that is a view of a parameter [E, K, N] gets its gradient in that order: autograd need not turn it round.
     """
     layout = weight if accumulator is None else accumulator
-    if layout.stride(-1) == 1 or layout.stride(1) != 1:
-        found: Tensor = ops.grouped_gemm_wgrad(x, grad, offsets, accumulator, weight.dtype, backend)
-    else:
-        turned = None if accumulator is None else accumulator.transpose(1, 2)
-        found = ops.grouped_gemm_wgrad(grad, x, offsets, turned, weight.dtype, backend)
-        found = found if accumulator is not None else found.transpose(1, 2)
-    return found if accumulator is None else None
+    turned = layout.stride(-1) != 1 and layout.stride(1) == 1
+    rows, columns = (grad, x) if turned else (x, grad)
+    if accumulator is not None:
+        target = accumulator.transpose(1, 2) if turned else accumulator
+        ops.grouped_gemm_wgrad_add_(rows, columns, offsets, target, backend)
+        return None
+    found: Tensor = ops.grouped_gemm_wgrad(rows, columns, offsets, weight.dtype, backend)
+    return found.transpose(1, 2) if turned else found
 
 
 class _GroupedLinear(torch.autograd.Function):

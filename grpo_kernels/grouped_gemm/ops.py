@@ -18,12 +18,8 @@ def empty_output(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=out_dtype)
 
 
-def empty_weight_gradient(
-    x: Tensor, grad: Tensor, offsets: Tensor, accumulator: Tensor | None, weight_dtype: torch.dtype
-) -> Tensor:
-    """[E, N, K], not yet written; empty with an accumulator, which takes its place."""
-    if accumulator is not None:
-        return x.new_empty(0, dtype=weight_dtype)
+def empty_weight_gradient(x: Tensor, grad: Tensor, offsets: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """[E, N, K], not yet written."""
     return x.new_empty((offsets.shape[0], grad.shape[1], x.shape[1]), dtype=weight_dtype)
 
 
@@ -41,13 +37,19 @@ grouped_gemm = _dispatch.define(
 are of one dtype. The gradient of x is the same product of the rows' gradients and weight.transpose(1, 2)."""
 
 grouped_gemm_wgrad = _dispatch.define(
-    "grouped_gemm_wgrad(Tensor x, Tensor grad, Tensor offsets, Tensor(a!)? accumulator, ScalarType weight_dtype, "
-    "str backend) -> Tensor",
+    "grouped_gemm_wgrad(Tensor x, Tensor grad, Tensor offsets, ScalarType weight_dtype, str backend) -> Tensor",
     package=_PACKAGE,
     fake=empty_weight_gradient,
 )
-"""[E, N, K]: grad[rows of e].T @ x[rows of e], 0 without rows. x [R, K] and grad [R, N] are of one dtype. With an
-accumulator [E, N, K] of float32 (float64 for float64) it is added to that, and the result is empty."""
+"""[E, N, K]: grad[rows of e].T @ x[rows of e], 0 without rows. x [R, K] and grad [R, N] are of one dtype."""
+
+# An op of its own: torch.compile cannot take one tensor from an op that may or may not write another.
+grouped_gemm_wgrad_add_ = _dispatch.define(
+    "grouped_gemm_wgrad_add_(Tensor x, Tensor grad, Tensor offsets, Tensor(a!) accumulator, str backend) -> ()",
+    package=_PACKAGE,
+    fake=lambda *_: None,
+)
+"""The same, added to an accumulator [E, N, K] of float32 (float64 for float64)."""
 
 grouped_row_sum = _dispatch.define(
     "grouped_row_sum(Tensor grad, Tensor offsets, str backend) -> Tensor",

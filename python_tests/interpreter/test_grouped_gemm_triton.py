@@ -169,7 +169,7 @@ def test_bad_offsets_are_cut_off_as_in_the_definition(sizes: tuple[int, int], of
     with guarded_allocations():
         given = (guard_input(x), guard_input(weight), guard_input(grad))
         out = ops.grouped_gemm(given[0], given[1], bad, None, torch.float32, "triton")
-        wgrad = ops.grouped_gemm_wgrad(given[0], given[2], bad, None, torch.float32, "triton")
+        wgrad = ops.grouped_gemm_wgrad(given[0], given[2], bad, torch.float32, "triton")
         sums = ops.grouped_row_sum(given[2], bad, "triton")
     good = Problem({"x": x.requires_grad_(), "weight": weight.requires_grad_()}, ends, grad)
     (exact, gradients), (plain, plain_gradients) = eager(good, torch.float64), eager(good, torch.float32)

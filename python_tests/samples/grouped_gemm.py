@@ -30,11 +30,14 @@ OPS = {
         (X[:0], WEIGHT, OFFSETS * 0, BIAS, F32),
     ],
     "grouped_gemm_wgrad": [
-        (X, GRAD, OFFSETS, None, F32),
-        (X.bfloat16(), GRAD.bfloat16(), NARROW, None, BF16),
-        (X.half(), GRAD.half(), NARROW, torch.ones(4, 5, 8), F16),
-        (X, GRAD, NARROW, torch.ones(4, 8, 5).transpose(1, 2), F32),
-        (X[:0], GRAD[:0], OFFSETS * 0, None, F32),
+        (X, GRAD, OFFSETS, F32),
+        (X.bfloat16(), GRAD.bfloat16(), NARROW, BF16),
+        (X[:0], GRAD[:0], OFFSETS * 0, F32),
+    ],
+    "grouped_gemm_wgrad_add_": [
+        (X.half(), GRAD.half(), NARROW, torch.ones(4, 5, 8)),
+        (X, GRAD, NARROW, torch.ones(4, 8, 5).transpose(1, 2)),
+        (X[:0], GRAD[:0], OFFSETS * 0, torch.ones(4, 5, 8)),
     ],
     "grouped_row_sum": [(GRAD, OFFSETS), (GRAD.bfloat16(), NARROW), (GRAD[:0], OFFSETS * 0)],
 }

@@ -37,6 +37,9 @@ def _cases() -> Iterator[Case]:
     yield Case(few=True, bias=True, offsets="int64")
     yield Case(bias=True, out="float32", accumulate=True)
     yield Case(4104, dtype="float16", experts=8)
+    yield Case(
+        columns=1, experts=256, few=True, out="float32"
+    )  # as gpt-oss' bias of the down-projection, by a gradient
     yield Case(dtype="float32", bias=True)
     yield Case(4095, 1537, bias=True, few=True)
     yield Case(4095, 1537, "float32", accumulate=True)
@@ -58,7 +61,8 @@ def _launch(case: Case) -> None:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    forward, wgrad = (inspect.unwrap(f) for f in (_triton.grouped_gemm, _triton.grouped_gemm_wgrad))
+    functions = (_triton.grouped_gemm, _triton.grouped_gemm_wgrad, _triton.grouped_gemm_wgrad_add_)
+    forward, wgrad, wgrad_add = (inspect.unwrap(function) for function in functions)
     rows = case.experts * (64 if case.few else 1024)
     x, weight = empty(rows, case.width), empty(case.experts, case.columns, case.width)
     offsets = empty(case.experts, dtype=getattr(torch, case.offsets))
@@ -66,8 +70,10 @@ def _launch(case: Case) -> None:
     out = forward(x, weight, offsets, bias, getattr(torch, case.out or case.dtype))
     grad = out.to(dtype)
     forward(grad, weight.transpose(1, 2), offsets, None, dtype)
-    accumulator = empty(*weight.shape, dtype=torch.float32) if case.accumulate else None
-    wgrad(x, grad, offsets, accumulator, dtype)
+    if case.accumulate:
+        wgrad_add(x, grad, offsets, empty(*weight.shape, dtype=torch.float32))
+    else:
+        wgrad(x, grad, offsets, dtype)
     if case.bias:
         _triton.grouped_row_sum(out, offsets)
     if case.library:
@@ -85,7 +91,11 @@ _ASYNCHRONOUS = (
     Instructions("UTMALDG", r"UTMALDG\b.*", at_least=1),
 )
 _OTHER = (Instructions("MMA", r"(HMMA|HGMMA|UTC\w*MMA)\b.*", at_least=1),)
-_WIDE_COPIES = Instructions("LDGSTS.128", r"LDGSTS\..*\b128\b.*", at_least=1)
+_WIDE_COPIES = (
+    Instructions("LDGSTS.128", r"LDGSTS\..*\b128\b.*", at_least=1),
+    Instructions("narrower LDGSTS", r"LDGSTS\.(?!.*\b128\b).*", at_most=0),
+    Instructions("LDG.U16", r"LDG\..*\bU16\b.*", at_most=0),
+)
 
 
 def gate(of: Specialisation) -> Gate:
@@ -100,10 +110,10 @@ def gate(of: Specialisation) -> Gate:
             of.kernel, 128, of.warps * 32, 16 * 1024, (WIDE_LOADS,) if wide else (), "" if wide else "narrow loads"
         )
     loads = of.constant("LOADS")
-    instructions = {"tma": _ASYNCHRONOUS, "vector": (*_OTHER, _WIDE_COPIES), "scalar": _OTHER}[loads]
+    instructions = {"tma": _ASYNCHRONOUS, "vector": (*_OTHER, *_WIDE_COPIES), "scalar": _OTHER}[loads]
     wide = of.aligned("columns" if of.kernel == "grouped_kernel" else "stride_n")
     variant = {"tma": "TMA", "vector": "16-byte loads", "scalar": "narrow loads"}[loads]
-    shared = 220 * 1024 if loads == "tma" else 100 * 1024
+    shared = (220 if loads == "tma" else 99) * 1024
     return Gate(of.kernel, 255, of.warps * 32, shared, (*instructions, WIDE_STORES) if wide else instructions, variant)
 
 
@@ -115,7 +125,7 @@ TRITON = TritonKernels(
             **_OPERANDS,
             "TURNED": _BOTH,
             "HAS_BIAS": _BOTH,
-            "SEGMENTS": frozenset({16, 256}),
+            "SEGMENTS": frozenset({16, 256, 512}),
             "BLOCK_M": frozenset({64, 128}),
             "BLOCK_N": frozenset({64, 128, 256}),
             "BLOCK_K": frozenset({16, 32, 64}),
@@ -123,7 +133,7 @@ TRITON = TritonKernels(
         "wgrad_kernel": {
             **_OPERANDS,
             "ACCUMULATE": _BOTH,
-            "SEGMENTS": frozenset({16, 256}),
+            "SEGMENTS": frozenset({16, 256, 512}),
             "BLOCK_N": frozenset({128}),
             "BLOCK_K": frozenset({64, 128, 256}),
             "BLOCK_R": frozenset({16, 32, 64}),
