@@ -22,6 +22,7 @@ from grpo_kernels.moe_experts.arguments import (
 )
 from grpo_kernels.moe_experts.function import Options, routed_experts
 from grpo_kernels.moe_experts.stages import Parts
+from grpo_kernels.moe_permute.layout import check_sizes
 
 
 def moe_experts(
@@ -101,8 +102,9 @@ def moe_experts(
     check_experts(experts)
     weights, ids = check_routes(x, router_output)
     kind = check_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
-    check_plan(recipe, save, alignment)
+    alignment = check_plan(recipe, save, alignment)
     first, total = check_range(gate_up.shape[0], expert_range, num_experts)
+    check_sizes(OP, ids.shape[0] * ids.shape[1], gate_up.shape[0], total, alignment)
     accumulators = check_accumulators(experts, weight_grad_accumulators)
     dtype = experts.product_dtype()
     weights = weights.to(reference.exact_dtype(dtype))
@@ -111,7 +113,7 @@ def moe_experts(
     raise_if_no_expert(ids, total)
     if backend != "reference":
         parts, own = Parts.of(backend, stand_in), (first, first + gate_up.shape[0])
-        options = Options(backend, parts, dtype, kind, save == "preact", own, total, alignment or 1)
+        options = Options(backend, parts, dtype, kind, save == "preact", own, total, alignment)
         return routed_experts(options, accumulators, experts, weights, ids)
     if accumulators != (None, None):
         raise _dispatch.BackendUnavailable(f"{OP}: weight_grad_accumulators need kernels")

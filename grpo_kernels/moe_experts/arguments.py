@@ -6,17 +6,16 @@ import functools
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo_kernels import _checks
-from grpo_kernels.distributed.vocab import is_dtensor
+from grpo_kernels.grouped_gemm.arguments import check_present
 from grpo_kernels.moe_experts.reference import Activation
 
 OP = "moe_experts"
 ACTIVATIONS = ("swiglu", "clamped_swiglu")
 SAVES = ("preact", "input")
 RECIPES = ("bf16",)
-_REMEDY = "call the op in the forward of the module that owns it, as grpo_kernels.MoE does"
 
 
 class Experts(NamedTuple):
@@ -55,7 +54,7 @@ def check_experts(experts: Experts) -> None:
         tensor = cast(Tensor, value)
         _checks.check_dtype(OP, name, tensor)
         _checks.check_same_device(OP, name, tensor, "x", x)
-        _check_present(name, tensor)
+        check_present(OP, name, tensor)
     _checks.check_ndim(OP, "x", x, "[T, H]")
     _checks.check_ndim(OP, "gate_up", gate_up, "[E, 2I, H]")
     count, twice, hidden = gate_up.shape[0], gate_up.shape[1], x.shape[1]
@@ -69,17 +68,6 @@ def check_experts(experts: Experts) -> None:
         _checks.check_shape(OP, "gate_up_bias", gate_up_bias, ("[E, 2I]", (count, twice)))
     if down_bias is not None:
         _checks.check_shape(OP, "down_bias", down_bias, ("[E, H]", (count, hidden)))
-
-
-def _check_present(name: str, tensor: Tensor) -> None:
-    """The tensor is whole and in memory, not what a sharding library leaves of it between forwards."""
-    if is_dtensor(tensor):
-        placements = ", ".join(map(str, tensor.placements))  # type: ignore[attr-defined]
-        raise TypeError(f"{OP}: {name} must not be a DTensor, got one with placements ({placements}): {_REMEDY}")
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta":
-        return
-    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
-        raise ValueError(f"{OP}: the memory of {name} {list(tensor.shape)} is freed, as FSDP does: {_REMEDY}")
 
 
 def check_routes(x: Tensor, router_output: Any) -> tuple[Tensor, Tensor]:
@@ -113,12 +101,14 @@ def check_activation(activation: str, alpha: float, limit: float, interleaved: b
     return Activation(activation == "clamped_swiglu", float(alpha), float(limit), interleaved)
 
 
-def check_plan(recipe: str, save: str, alignment: int | None) -> None:
-    """How it is to be computed."""
+def check_plan(recipe: str, save: str, alignment: int | None) -> int:
+    """How it is to be computed; returns the alignment."""
     _checks.check_choice(OP, "recipe", recipe, RECIPES)
     _checks.check_choice(OP, "save", save, SAVES)
-    if alignment is not None:
-        _checks.check_integer(OP, "alignment", alignment, minimum=1)
+    if alignment is None:
+        return 1
+    _checks.check_integer(OP, "alignment", alignment, minimum=1)
+    return alignment
 
 
 def check_range(count: int, expert_range: tuple[int, int] | None, num_experts: int | None) -> tuple[int, int]:
@@ -171,8 +161,8 @@ def check_accumulators(experts: Experts, accumulators: Any) -> tuple[Tensor | No
 
 
 def raise_if_no_expert(ids: Tensor, num_experts: int) -> None:
-    """On the CPU, where looking is free: raises where an id is >= `num_experts`."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    """On the CPU, where looking is free: raises where an id is >= `num_experts`. Not of tensors that only pretend."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or type(ids) is not Tensor:
         return
     outside = (ids >= num_experts).reshape(-1)
     if outside.any():

@@ -10,9 +10,8 @@ from torch import Tensor
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels.moe_permute import ops, reference
 from grpo_kernels.moe_permute.function import Permute, Unpermute
-from grpo_kernels.moe_permute.layout import raise_outside
+from grpo_kernels.moe_permute.layout import check_sizes, raise_outside
 
-MAX_EXPERTS = 1024
 _INT32 = (torch.int32,)
 
 
@@ -165,8 +164,6 @@ def _check_experts(op: str, topk_ids: Tensor, num_experts: int, alignment: int, 
     _checks.check_dtype(op, "topk_ids", topk_ids, _checks.INTEGER)
     _checks.check_ndim(op, "topk_ids", topk_ids, "[T, K]")
     _checks.check_integer(op, "num_experts", num_experts, minimum=1)
-    if num_experts > MAX_EXPERTS:
-        raise ValueError(f"{op}: num_experts must be <= {MAX_EXPERTS}, got {num_experts}")
     _checks.check_integer(op, "alignment", alignment, minimum=1)
     first, last = 0, num_experts
     if expert_range is not None:
@@ -177,10 +174,7 @@ def _check_experts(op: str, topk_ids: Tensor, num_experts: int, alignment: int, 
         _checks.check_integer(op, "expert_range[1]", last, minimum=first)
         if last > num_experts:
             raise ValueError(f"{op}: expert_range must end at num_experts = {num_experts} at most, got {expert_range}")
-    slots = topk_ids.shape[0] * topk_ids.shape[1]
-    rows = reference.row_bound(slots, last - first, alignment)
-    if slots >= 2**31 or rows >= 2**31:
-        raise ValueError(f"{op}: T * K and R must be < 2^31, got {slots} and {rows}; split the batch")
+    check_sizes(op, topk_ids.shape[0] * topk_ids.shape[1], last - first, num_experts, alignment)
     return first, last
 
 

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from grpo_kernels.moe_permute.reference import row_bound
 from grpo_kernels.token_log_probs.layout import position
+
+MAX_EXPERTS = 1024
+
+
+def check_sizes(op: str, slots: int, experts: int, num_experts: int, alignment: int) -> None:
+    """What the maps can number: `slots` = T * K, and the rows of `experts` of the `num_experts`, in 32 bits.
+
+    Raises:
+        ValueError: there is more.
+    """
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"{op}: num_experts must be <= {MAX_EXPERTS}, got {num_experts}")
+    rows = row_bound(slots, experts, alignment)
+    if slots >= 2**31 or rows >= 2**31:
+        raise ValueError(f"{op}: T * K and R must be < 2^31, got {slots} and {rows}; split the batch")
 
 
 def dense_rows(values: Tensor) -> Tensor:
