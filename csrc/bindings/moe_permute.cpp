@@ -51,8 +51,8 @@ int64_t moe_permute(Address x, int64_t x_stride, int dtype, int64_t tokens, int6
   return GK_CALL_CPU(moe_permute, args, int(stream_or_threads));
 }
 
-int64_t moe_unpermute(Address y, int64_t y_stride, int dtype, int64_t tokens, int64_t hidden, int top_k, Address row_id_map,
-                      Address topk_weights, Address out, int device, Address stream_or_threads) {
+int64_t moe_unpermute(Address y, int64_t y_stride, int dtype, int64_t tokens, int64_t hidden, int64_t rows, int top_k,
+                      Address row_id_map, Address topk_weights, Address out, int device, Address stream_or_threads) {
   check_on_cpu("moe_unpermute", device);
   MoeUnpermuteArgs args{};
   args.y = pointer<const void>(y);
@@ -60,6 +60,7 @@ int64_t moe_unpermute(Address y, int64_t y_stride, int dtype, int64_t tokens, in
   args.dtype = dtype;
   args.tokens = tokens;
   args.hidden = hidden;
+  args.rows = rows;
   args.top_k = top_k;
   args.row_id_map = pointer<const int32_t>(row_id_map);
   args.topk_weights = pointer<const void>(topk_weights);

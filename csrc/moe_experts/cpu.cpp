@@ -174,10 +174,20 @@ struct Backward {
 
 template <typename Pass, bool kClamped, typename T>
 int64_t run(const typename Pass::Args& a, int threads) {
-  parallel_rows(a.layout.rows, threads_for(a.layout, threads), rows_per_chunk(a.layout), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) Pass::template row<kClamped, T>(a, row);
+  const GluRows& l = a.layout;
+  const int64_t slots = l.weights == nullptr ? INT64_MAX : l.slots;
+  int64_t fault = -1;
+  parallel_rows(l.rows, threads_for(l, threads), rows_per_chunk(l), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (l.inv_map[row] < slots) {
+        Pass::template row<kClamped, T>(a, row);
+      } else {
+#pragma omp critical(moe_glu_fault)
+        fault = fault < 0 || row < fault ? row : fault;
+      }
+    }
   });
-  return -1;
+  return fault;
 }
 
 template <typename Pass, typename T>

@@ -13,6 +13,7 @@ struct GluRows {
   int64_t rows, width;
   int dtype;
   const int32_t* inv_map;
+  int64_t slots;        // the fault of a launcher is a row whose slot is not below it; it is left alone
   const void* weights;  // [slots] double for float64 pre-activations, else float
   int clamped;          // gpt-oss' activation, else silu(gate) * up
   double alpha, limit;  // of that
@@ -21,7 +22,7 @@ struct GluRows {
 };
 
 struct MoeGluArgs {
-  GluRows layout;   // weights may be null: 1
+  GluRows layout;   // weights may be null: 1, and any slot is good
   void* activated;  // [rows, width]
 };
 

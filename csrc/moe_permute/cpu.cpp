@@ -34,11 +34,32 @@ void for_tokens(int64_t tokens, int64_t hidden, int top_k, int threads, const Bo
   parallel_rows(tokens, tokens * elements < kElementsPerThread ? 1 : threads, grain, body);
 }
 
-// Zeroes the rows that are padding.
-void zero_padding(const int32_t* inv_map, int64_t rows, void* out, int64_t row_bytes, int threads) {
-  parallel_rows(rows, rows * row_bytes < 4 * kElementsPerThread ? 1 : threads, kRowsPerChunk, [&](int64_t begin, int64_t end) {
+// Keeps the smallest place at which the maps do not belong together.
+__attribute__((noinline, cold)) void note(int64_t place, int64_t& fault) {
+#pragma omp critical(moe_permute_fault)
+  fault = fault < 0 || place < fault ? place : fault;
+}
+
+// The row of a slot; -1 where it has none, or where that row is not there or another slot's, which is a fault.
+template <typename Args>
+inline int64_t row_of(const Args& a, int64_t slot, int64_t& fault) {
+  const int64_t row = a.row_id_map[slot];
+  if (uint64_t(row) < uint64_t(a.rows) && a.inv_map[row] == slot) return row;
+  if (row >= 0) note(slot, fault);
+  return -1;
+}
+
+// Zeroes the rows that are padding. A row whose slot is not there, or has another row, is a fault: nobody has written it.
+template <typename Args>
+void zero_padding(const Args& a, void* out, int64_t row_bytes, int threads, int64_t& fault) {
+  const int64_t slots = a.tokens * a.top_k;
+  const int used = a.rows * row_bytes < 4 * kElementsPerThread ? 1 : threads;
+  parallel_rows(a.rows, used, kRowsPerChunk, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      if (inv_map[row] < 0) memset(static_cast<char*>(out) + row * row_bytes, 0, size_t(row_bytes));
+      const int64_t slot = a.inv_map[row];
+      if (uint64_t(slot) < uint64_t(slots) && a.row_id_map[slot] == row) continue;
+      if (slot >= 0) note(row, fault);
+      memset(static_cast<char*>(out) + row * row_bytes, 0, size_t(row_bytes));
     }
   });
 }
@@ -48,30 +69,33 @@ A weight_of(const void* topk_weights, int64_t slot) {
   return topk_weights == nullptr ? A(1) : static_cast<const A*>(topk_weights)[slot];
 }
 
-void copy_rows(const MoePermuteArgs& a, int64_t element_bytes, int threads) {
+int64_t copy_rows(const MoePermuteArgs& a, int64_t element_bytes, int threads) {
+  int64_t fault = -1;
   const int64_t bytes = a.hidden * element_bytes;
   const bool streamed = a.rows * bytes >= kStreamedBytes;
   for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const char* x = static_cast<const char*>(a.x) + token * a.x_stride * element_bytes;
       for (int k = 0; k < a.top_k; ++k) {
-        const int64_t row = a.row_id_map[token * a.top_k + k];
+        const int64_t row = row_of(a, token * a.top_k + k, fault);
         if (row >= 0) copy_bytes(static_cast<char*>(a.out) + row * bytes, x, bytes, streamed);
       }
     }
     if (streamed) stream_end();
   });
-  zero_padding(a.inv_map, a.rows, a.out, bytes, threads);
+  zero_padding(a, a.out, bytes, threads, fault);
+  return fault;
 }
 
 template <typename T>
-void scale_rows(const MoePermuteArgs& a, int threads) {
+int64_t scale_rows(const MoePermuteArgs& a, int threads) {
   using A = typename Arithmetic<T>::type;
+  int64_t fault = -1;
   const bool streamed = a.rows * a.hidden * int64_t(sizeof(T)) >= kStreamedBytes;
   for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
     alignas(kLine) T scaled[kBlock];
     for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) {
-      const int64_t row = a.row_id_map[slot];
+      const int64_t row = row_of(a, slot, fault);
       if (row < 0) continue;
       const T* x = static_cast<const T*>(a.x) + slot / a.top_k * a.x_stride;
       T* out = static_cast<T*>(a.out) + row * a.hidden;
@@ -85,7 +109,8 @@ void scale_rows(const MoePermuteArgs& a, int threads) {
     }
     if (streamed) stream_end();
   });
-  zero_padding(a.inv_map, a.rows, a.out, a.hidden * int64_t(sizeof(T)), threads);
+  zero_padding(a, a.out, a.hidden * int64_t(sizeof(T)), threads, fault);
+  return fault;
 }
 
 // Adds weight * source, and fetches as much of the row that comes next: rows lie far apart, no processor foresees that.
@@ -103,10 +128,12 @@ inline void add_block(const T* source, const T* next, int64_t count, A weight, A
 }
 
 template <typename T>
-void sum_rows(const MoeUnpermuteArgs& a, int threads) {
+int64_t sum_rows(const MoeUnpermuteArgs& a, int threads) {
   using A = typename Arithmetic<T>::type;
   const T* y = static_cast<const T*>(a.y);
   const int64_t slots = a.tokens * a.top_k;
+  int64_t fault = -1;
+  const auto is_row = [&](int64_t row) { return uint64_t(row) < uint64_t(a.rows); };
   for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
     alignas(kLine) A sums[kSumBlock];
     for (int64_t token = begin; token < end; ++token) {
@@ -115,8 +142,11 @@ void sum_rows(const MoeUnpermuteArgs& a, int threads) {
         memset(sums, 0, size_t(count) * sizeof(A));
         for (int64_t slot = token * a.top_k; slot < (token + 1) * a.top_k; ++slot) {
           const int64_t row = a.row_id_map[slot];
-          if (row < 0) continue;
-          const int64_t next = slot + 1 < slots && a.row_id_map[slot + 1] >= 0 ? a.row_id_map[slot + 1] : row;
+          if (!is_row(row)) {
+            if (row >= 0) note(slot, fault);
+            continue;
+          }
+          const int64_t next = slot + 1 < slots && is_row(a.row_id_map[slot + 1]) ? a.row_id_map[slot + 1] : row;
           const A weight = weight_of<A>(a.topk_weights, slot);
           add_block(y + row * a.y_stride + start, y + next * a.y_stride + start, count, weight, sums);
         }
@@ -126,6 +156,7 @@ void sum_rows(const MoeUnpermuteArgs& a, int threads) {
       }
     }
   });
+  return fault;
 }
 
 // <grad, y> over a block, in lanes of their own, and weight * grad. Blocks are added in double.
@@ -151,13 +182,14 @@ double backward_block(const T* grad, const T* y, int64_t count, A weight, T* gra
 }
 
 template <typename T>
-void backward_rows(const MoeUnpermuteBackwardArgs& a, int threads) {
+int64_t backward_rows(const MoeUnpermuteBackwardArgs& a, int threads) {
   using A = typename Arithmetic<T>::type;
+  int64_t fault = -1;
   const bool streamed = a.rows * a.hidden * int64_t(sizeof(T)) >= kStreamedBytes;
   for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
     alignas(kLine) T grad_y[kBlock];
     for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) {
-      const int64_t row = a.row_id_map[slot];
+      const int64_t row = row_of(a, slot, fault);
       double product = 0.0;
       for (int64_t start = 0; start < a.hidden && row >= 0; start += kBlock) {
         const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
@@ -170,7 +202,8 @@ void backward_rows(const MoeUnpermuteBackwardArgs& a, int threads) {
     }
     if (streamed) stream_end();
   });
-  zero_padding(a.inv_map, a.rows, a.grad_y, a.hidden * int64_t(sizeof(T)), threads);
+  zero_padding(a, a.grad_y, a.hidden * int64_t(sizeof(T)), threads, fault);
+  return fault;
 }
 
 // Counts the experts of a tile. Returns its first slot with an id out of range, -1 if there is none.
@@ -250,52 +283,40 @@ int64_t build_permutation_cpu(const BuildPermutationArgs& a, int threads) {
 int64_t moe_permute_cpu(const MoePermuteArgs& a, int threads) {
   switch (a.dtype) {
     case kFloat64:
-      a.topk_weights == nullptr ? copy_rows(a, 8, threads) : scale_rows<double>(a, threads);
-      break;
+      return a.topk_weights == nullptr ? copy_rows(a, 8, threads) : scale_rows<double>(a, threads);
     case kBFloat16:
-      a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<bfloat16>(a, threads);
-      break;
+      return a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<bfloat16>(a, threads);
     case kFloat16:
-      a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<float16>(a, threads);
-      break;
+      return a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<float16>(a, threads);
     default:
-      a.topk_weights == nullptr ? copy_rows(a, 4, threads) : scale_rows<float>(a, threads);
+      return a.topk_weights == nullptr ? copy_rows(a, 4, threads) : scale_rows<float>(a, threads);
   }
-  return -1;
 }
 
 int64_t moe_unpermute_cpu(const MoeUnpermuteArgs& a, int threads) {
   switch (a.dtype) {
     case kFloat64:
-      sum_rows<double>(a, threads);
-      break;
+      return sum_rows<double>(a, threads);
     case kBFloat16:
-      sum_rows<bfloat16>(a, threads);
-      break;
+      return sum_rows<bfloat16>(a, threads);
     case kFloat16:
-      sum_rows<float16>(a, threads);
-      break;
+      return sum_rows<float16>(a, threads);
     default:
-      sum_rows<float>(a, threads);
+      return sum_rows<float>(a, threads);
   }
-  return -1;
 }
 
 int64_t moe_unpermute_backward_cpu(const MoeUnpermuteBackwardArgs& a, int threads) {
   switch (a.dtype) {
     case kFloat64:
-      backward_rows<double>(a, threads);
-      break;
+      return backward_rows<double>(a, threads);
     case kBFloat16:
-      backward_rows<bfloat16>(a, threads);
-      break;
+      return backward_rows<bfloat16>(a, threads);
     case kFloat16:
-      backward_rows<float16>(a, threads);
-      break;
+      return backward_rows<float16>(a, threads);
     default:
-      backward_rows<float>(a, threads);
+      return backward_rows<float>(a, threads);
   }
-  return -1;
 }
 
 }  // namespace GK_ISA

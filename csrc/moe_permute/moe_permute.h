@@ -44,7 +44,7 @@ struct MoeUnpermuteArgs {
   const void* y;  // [rows, hidden], dense last axis
   int64_t y_stride;
   int dtype;
-  int64_t tokens, hidden;
+  int64_t tokens, hidden, rows;
   int top_k;
   const int32_t* row_id_map;
   const void* topk_weights;  // as above
@@ -68,6 +68,8 @@ struct MoeUnpermuteBackwardArgs {
 };
 
 GK_DECLARE_CPU_LAUNCHER(build_permutation, BuildPermutationArgs)  // the fault is the first slot with an id out of range
+// The fault of the moves is a slot whose row, or a row whose slot, is not there or does not name it in turn (moe_unpermute,
+// which has one map: is not there). It is left out; nothing outside the arrays is touched.
 GK_DECLARE_CPU_LAUNCHER(moe_permute, MoePermuteArgs)
 GK_DECLARE_CPU_LAUNCHER(moe_unpermute, MoeUnpermuteArgs)
 GK_DECLARE_CPU_LAUNCHER(moe_unpermute_backward, MoeUnpermuteBackwardArgs)

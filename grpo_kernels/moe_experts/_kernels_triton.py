@@ -80,7 +80,7 @@ def _slots_of(inv_map, rows, ROWS: tl.constexpr):
     return row, inside, tl.load(inv_map + row, mask=inside, other=-1)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "slots"])
 def glu_kernel(
     preact,
     inv_map,
@@ -89,6 +89,7 @@ def glu_kernel(
     alpha,
     limit,
     rows,
+    slots,
     width,
     CLAMPED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -97,9 +98,11 @@ def glu_kernel(
     BLOCK: tl.constexpr,
 ):
     # Program (r, c) owns ROWS rows and BLOCK columns of the activation: 2 elements in and 1 out for each. Rows of padding
-    # are written and not read.
+    # are written and not read; with weights, rows of no slot are padding.
     row, inside, slot = _slots_of(inv_map, rows, ROWS)
     live = slot >= 0
+    if WEIGHTED:
+        live = live & (slot < slots)
     ELEMENT: tl.constexpr = activated.dtype.element_ty
     start = row.to(tl.int64) * width
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -114,7 +117,7 @@ def glu_kernel(
     tl.store(activated + start + offsets, value.to(ELEMENT), mask=inside & (offsets < width))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "slots"])
 def glu_backward_kernel(
     preact,
     grad_activated,
@@ -127,6 +130,7 @@ def glu_backward_kernel(
     alpha,
     limit,
     rows,
+    slots,
     width,
     CLAMPED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -139,9 +143,9 @@ def glu_backward_kernel(
 ):
     # One program owns ROWS rows and walks their columns: 3 elements in and 3 out for each activation. The products with the
     # gradient add up in registers, a sum for each place in the block, and once across them at the end. Rows of padding are
-    # written and not read.
+    # written and not read; so are rows of no slot.
     row, inside, slot = _slots_of(inv_map, rows, ROWS)
-    live = slot >= 0
+    live = (slot >= 0) & (slot < slots)
     ELEMENT: tl.constexpr = activated.dtype.element_ty
     weight = tl.load(weights + slot, mask=live, other=0.0)
     start = row.to(tl.int64) * width

@@ -7,6 +7,7 @@ from torch import Tensor
 from grpo_kernels import _extension
 from grpo_kernels._extension import DTYPE_CODE, pointer
 from grpo_kernels.moe_experts.ops import empty_activated, empty_gradients
+from grpo_kernels.moe_permute.maps import check_slots
 
 
 def _layout(
@@ -18,6 +19,7 @@ def _layout(
         preact.shape[1] // 2,
         DTYPE_CODE[preact.dtype],
         inv_map.data_ptr(),
+        0 if topk_weights is None else topk_weights.numel(),
         pointer(topk_weights),
         *activation,
         preact.data_ptr(),
@@ -36,11 +38,13 @@ def moe_glu(
     activated = empty_activated(preact)
     preact, inv_map = preact.contiguous(), inv_map.contiguous()
     topk_weights = None if topk_weights is None else topk_weights.contiguous()
-    _extension.extension().moe_glu(
+    bad_row = _extension.extension().moe_glu(
         *_layout(preact, inv_map, topk_weights, (clamped, alpha, limit, interleaved)),
         activated.data_ptr(),
         *_extension.execution(preact),
     )
+    if bad_row >= 0 and topk_weights is not None:
+        check_slots("moe_glu", inv_map, topk_weights.numel(), "inv_map")
     return activated
 
 
@@ -63,11 +67,13 @@ def moe_glu_backward(
     preact, inv_map, topk_weights = preact.contiguous(), inv_map.contiguous(), topk_weights.contiguous()
     grad_activated = grad_activated.contiguous()
     row_terms = None if row_terms is None else row_terms.contiguous()
-    _extension.extension().moe_glu_backward(
+    bad_row = _extension.extension().moe_glu_backward(
         *_layout(preact, inv_map, topk_weights, (clamped, alpha, limit, interleaved)),
         grad_activated.data_ptr(),
         pointer(row_terms),
         *(output.data_ptr() if need else 0 for output, need in zip(outputs, needs, strict=True)),
         *_extension.execution(preact),
     )
+    if bad_row >= 0:
+        check_slots("moe_glu_backward", inv_map, topk_weights.numel(), "inv_map")
     return outputs

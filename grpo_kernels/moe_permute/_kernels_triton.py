@@ -35,15 +35,17 @@ def launch_config(hidden: int, top_k: int, element_size: int, aligned: bool = Tr
 
 
 @triton.jit
-def _zero_padding(inv_map, out, block, rows, hidden, begin, end, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns `begin` to `end` of those among ROWS rows that are padding."""
+def _zero_padding(inv_map, out, block, rows, slots, hidden, begin, end, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns `begin` to `end` of those among ROWS rows that are padding, or of none of the slots."""
     first = block.to(tl.int64) * ROWS
     index = first + tl.arange(0, ROWS)
-    slots = tl.load(inv_map + index, mask=index < rows, other=0)
-    if tl.min(slots, axis=0) < 0:
+    slot = tl.load(inv_map + index, mask=index < rows, other=0)
+    outside = (slot < 0) | (slot >= slots)
+    if tl.max(outside.to(tl.int32), axis=0) > 0:
         zeros = tl.zeros((BLOCK,), out.dtype.element_ty)
         for row in range(first, tl.minimum(first + ROWS, rows)):
-            if tl.load(inv_map + row) < 0:
+            slot_of_row = tl.load(inv_map + row)
+            if (slot_of_row < 0) | (slot_of_row >= slots):
                 for start in range(begin, end, BLOCK):
                     columns = start + tl.arange(0, BLOCK)
                     tl.store(out + row * hidden + columns, zeros, mask=columns < end)
@@ -80,22 +82,26 @@ def permute_kernel(
             for j in tl.static_range(SLOTS):
                 slot = token * top_k + (base + j)
                 row = tl.load(row_id_map + slot, mask=base + j < top_k, other=-1).to(tl.int64)
+                live = (row >= 0) & (row < rows)
                 scaled = value
                 if WEIGHTED:
-                    weight = tl.load(topk_weights + slot, mask=row >= 0, other=0.0)
+                    weight = tl.load(topk_weights + slot, mask=live, other=0.0)
                     scaled = (value.to(tl.float32) * weight).to(out.dtype.element_ty)
-                tl.store(out + row * hidden + columns, scaled, mask=inside & (row >= 0))
+                tl.store(out + row * hidden + columns, scaled, mask=inside & live)
     else:
         end = tl.minimum(begin + BLOCK, hidden)
-        _zero_padding(inv_map, out, program - tokens, rows, hidden, begin, end, PADDING, BLOCK)
+        _zero_padding(
+            inv_map, out, program - tokens, rows, tokens.to(tl.int64) * top_k, hidden, begin, end, PADDING, BLOCK
+        )
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["rows", "top_k"])
 def unpermute_kernel(
     y,
     row_id_map,
     topk_weights,
     out,
+    rows,
     top_k,
     hidden,
     y_stride,
@@ -113,9 +119,10 @@ def unpermute_kernel(
         for j in tl.static_range(SLOTS):
             slot = token * top_k + (base + j)
             row = tl.load(row_id_map + slot, mask=base + j < top_k, other=-1).to(tl.int64)
-            value = tl.load(y + row * y_stride + columns, mask=inside & (row >= 0), other=0.0).to(tl.float32)
+            live = (row >= 0) & (row < rows)
+            value = tl.load(y + row * y_stride + columns, mask=inside & live, other=0.0).to(tl.float32)
             if WEIGHTED:
-                value = value * tl.load(topk_weights + slot, mask=row >= 0, other=0.0)
+                value = value * tl.load(topk_weights + slot, mask=live, other=0.0)
             total += value
     tl.store(out + token * hidden + columns, total.to(out.dtype.element_ty), mask=inside)
 
@@ -152,7 +159,7 @@ def unpermute_backward_kernel(
         k = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
         slots = token * top_k + k
         row = tl.load(row_id_map + slots, mask=k < top_k, other=-1).to(tl.int64)
-        live = row >= 0
+        live = (row >= 0) & (row < rows)
         weight = tl.load(topk_weights + slots, mask=live, other=0.0)[:, None, None]
         read = y + (row * y_stride)[:, None, None]
         written = grad_y + (row * hidden)[:, None, None]
@@ -173,4 +180,6 @@ def unpermute_backward_kernel(
             tl.store(written + columns, (g * weight).to(grad_y.dtype.element_ty), mask=mask)
         tl.store(grad_weights + slots, tl.where(live, tl.sum(product, axis=1), 0.0), mask=k < top_k)
     elif tl.program_id(1) == 0:
-        _zero_padding(inv_map, grad_y, program - tokens, rows, hidden, 0, hidden, PADDING, BLOCK)
+        _zero_padding(
+            inv_map, grad_y, program - tokens, rows, tokens.to(tl.int64) * top_k, hidden, 0, hidden, PADDING, BLOCK
+        )

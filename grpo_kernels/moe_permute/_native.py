@@ -8,6 +8,7 @@ from torch import Tensor
 from grpo_kernels import _extension
 from grpo_kernels._extension import DTYPE_CODE, pointer
 from grpo_kernels.moe_permute.layout import dense_rows, raise_outside
+from grpo_kernels.moe_permute.maps import check_maps, check_rows
 from grpo_kernels.moe_permute.ops import accumulation_dtype, empty_gradients, empty_maps, empty_rows, empty_tokens
 
 _CPU_TILE = 8192  # slots; below that a second thread costs more than it brings
@@ -57,7 +58,7 @@ def moe_permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor, topk_weights: Te
     out = empty_rows(x, row_id_map, inv_map, topk_weights)
     x, weights = dense_rows(x), _weights(topk_weights, x)
     row_id_map, inv_map = row_id_map.contiguous(), inv_map.contiguous()
-    _extension.extension().moe_permute(
+    fault = _extension.extension().moe_permute(
         x.data_ptr(),
         x.stride(0),
         DTYPE_CODE[x.dtype],
@@ -70,6 +71,8 @@ def moe_permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor, topk_weights: Te
         out.data_ptr(),
         *_extension.execution(x),
     )
+    if fault >= 0:
+        check_maps("moe_permute", row_id_map, inv_map)
     return out
 
 
@@ -77,17 +80,20 @@ def moe_unpermute(y: Tensor, row_id_map: Tensor, topk_weights: Tensor | None) ->
     out = empty_tokens(y, row_id_map, topk_weights)
     y, weights = dense_rows(y), _weights(topk_weights, y)
     row_id_map = row_id_map.contiguous()
-    _extension.extension().moe_unpermute(
+    fault = _extension.extension().moe_unpermute(
         y.data_ptr(),
         y.stride(0),
         DTYPE_CODE[y.dtype],
         *out.shape,
+        y.shape[0],
         row_id_map.shape[1],
         row_id_map.data_ptr(),
         pointer(weights),
         out.data_ptr(),
         *_extension.execution(y),
     )
+    if fault >= 0:
+        check_rows("moe_unpermute", row_id_map, y.shape[0])
     return out
 
 
@@ -97,7 +103,7 @@ def moe_unpermute_backward(
     grad_y, grad_weights = empty_gradients(grad, y, row_id_map, inv_map, topk_weights)
     grad, y, weights = dense_rows(grad), dense_rows(y), _weights(topk_weights, y)
     row_id_map, inv_map = row_id_map.contiguous(), inv_map.contiguous()
-    _extension.extension().moe_unpermute_backward(
+    fault = _extension.extension().moe_unpermute_backward(
         grad.data_ptr(),
         grad.stride(0),
         y.data_ptr(),
@@ -113,4 +119,6 @@ def moe_unpermute_backward(
         grad_weights.data_ptr(),
         *_extension.execution(y),
     )
+    if fault >= 0:
+        check_maps("moe_unpermute", row_id_map, inv_map)
     return grad_y, grad_weights

@@ -77,6 +77,7 @@ def moe_unpermute(y: Tensor, row_id_map: Tensor, topk_weights: Tensor | None) ->
             row_id_map.contiguous(),
             _weights(topk_weights),
             out,
+            y.shape[0],
             top_k,
             hidden,
             y.stride(0),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from grpo_kernels.moe_permute.maps import check_maps, check_rows, readable
+
 
 def row_bound(slots: int, experts: int, alignment: int) -> int:
     """R: rows that hold `slots` tokens' copies for at most `experts` experts, each filled up to the alignment."""
@@ -45,22 +47,28 @@ def build_permutation(
 
 
 def moe_permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor) -> Tensor:
-    """[R, H]. The copy of its token in every row, 0 in the rows that are padding."""
+    """[R, H]. The copy of its token in every row, 0 in the rows that are padding or of no slot."""
+    if readable(x):
+        check_maps("moe_permute", row_id_map, inv_map)
     tokens, top_k = row_id_map.shape
-    source = torch.where(inv_map >= 0, inv_map // max(top_k, 1), tokens)
+    live = (inv_map >= 0) & (inv_map < tokens * top_k)
+    source = torch.where(live, inv_map // max(top_k, 1), tokens)
     wide = x.to(_accumulation(x))  # the gradient sums a token's rows, and rounds once
     return F.pad(wide, (0, 0, 0, 1)).index_select(0, source).to(x.dtype)
 
 
 def moe_unpermute(y: Tensor, row_id_map: Tensor, topk_weights: Tensor | None) -> Tensor:
-    """[T, H]. The sum of a token's rows, weighted, in slot order."""
+    """[T, H]. The sum of a token's rows, weighted, in slot order. A row that is not there is no row."""
+    if readable(y):
+        check_rows("moe_unpermute", row_id_map, y.shape[0])
+    live = (row_id_map >= 0) & (row_id_map < y.shape[0])
     wide = F.pad(y.to(_accumulation(y)), (0, 0, 0, 1))
-    source = torch.where(row_id_map >= 0, row_id_map, y.shape[0])
+    source = torch.where(live, row_id_map, y.shape[0])
     total = torch.zeros((row_id_map.shape[0], y.shape[1]), dtype=wide.dtype, device=y.device)
     for slot in range(row_id_map.shape[1]):
         term = wide.index_select(0, source[:, slot])
         if topk_weights is not None:  # a weight that belongs to no row counts for nothing, whatever it is
-            weight = torch.where(row_id_map[:, slot] >= 0, topk_weights[:, slot].to(wide.dtype), 0.0)
+            weight = torch.where(live[:, slot], topk_weights[:, slot].to(wide.dtype), 0.0)
             term = term * weight[:, None]
         total = total + term
     return total.to(y.dtype)

@@ -88,6 +88,26 @@ def test_interleaved_rows_that_begin_between_pairs() -> None:
     assert torch.equal(found, ops.moe_glu(preact.clone(), inv_map, None, *options, "triton"))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_slots_that_are_not_there_are_padding(interleaved: bool) -> None:
+    """inv_map's entries T * K and beyond: no weight is read and no gradient written there."""
+    preact, grad, weights, terms = torch.randn(6, 40), torch.randn(6, 20), torch.rand(5, 2), torch.randn(6)
+    far, padding = (
+        torch.tensor([4, -1, slot, 9, other, 0], dtype=torch.int32) for slot, other in ((10, 2**30), (-1, -1))
+    )
+    options = numbers("clamped", interleaved)
+
+    def run(inv_map: torch.Tensor) -> list[torch.Tensor]:
+        with guarded_allocations():
+            a, g, m, w, t = map(guard_input, (preact, grad, inv_map, weights, terms))
+            backward = ops.moe_glu_backward(a, g, m, w, t, *options, True, True, True, "triton")
+            return [ops.moe_glu(a, m, w, *options, "triton"), *backward]
+
+    for found, expected in zip(run(far), run(padding), strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("save", ["preact", "input"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_experts_against_float64(dtype: torch.dtype, save: str) -> None:

@@ -21,6 +21,7 @@ from python_tests.test_moe_permute import check_moves, routes
 pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FAR = (2**30, 2**31 - 1, 10**6)
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +148,32 @@ def test_launch_config_depends_on_the_row_alone() -> None:
                 assert config.lanes == 32 * config.num_warps <= 128
                 assert config.width * size == 16  # bytes a thread
                 assert config.slots <= 8 < 2 * max(config.slots, top_k) or config.slots >= top_k
+
+
+@pytest.mark.parametrize("hidden", [64, 1031])
+def test_entries_beyond_the_tensors_are_as_minus_one(hidden: int) -> None:
+    """No row of experts R, no slot T * K: nothing is read or written there, and the result is that of -1."""
+    permutation = permutation_of(routes(5, 3, 4), 4, alignment=4)
+    rows, slots = permutation.inv_map.shape[0], 15
+    x, y, weights = torch.randn(5, hidden), torch.randn(rows, hidden), torch.rand(5, 3)
+    taken = (permutation.row_id_map >= 0).nonzero()[::2]
+
+    def run(entries: tuple[int, ...], last_row: int, last_slot: int) -> list[Tensor]:
+        row_id_map, inv_map = permutation.row_id_map.clone(), permutation.inv_map.clone()
+        for place, (token, k) in enumerate(taken.tolist()):
+            inv_map[row_id_map[token, k]] = (*entries, last_slot)[place % 4]
+            row_id_map[token, k] = (*entries, last_row)[place % 4]
+        maps = guard_input(row_id_map), guard_input(inv_map)
+        with guarded_allocations(), poisoned_allocations():
+            a, b, w = map(guard_input, (x, y, weights))
+            return [
+                ops.moe_permute(a, *maps, None, "triton"),
+                ops.moe_permute(a, *maps, w, "triton"),
+                ops.moe_unpermute(b, maps[0], None, "triton"),
+                ops.moe_unpermute(b, maps[0], w, "triton"),
+                *ops.moe_unpermute_backward(a, b, *maps, w, "triton"),
+            ]
+
+    for found, expected in zip(run(FAR, rows, slots), run((-1, -1, -1), -1, -1), strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(found, expected)
