@@ -66,7 +66,9 @@ class Local:
     def dispatch(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Dispatched:
         if topk_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             raise_wrong_id(topk_ids, self.num_experts)
-        return Dispatched(x, topk_weights, topk_ids.to(torch.int32), None)
+        if topk_ids.dtype != torch.int32:  # one of int64 that wrapped round could become that of an expert
+            topk_ids = topk_ids.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
+        return Dispatched(x, topk_weights, topk_ids, None)
 
     def combine(self, y: Tensor, handle: Any) -> Tensor:
         return y

@@ -270,6 +270,10 @@ def _check_group_of_one(rank: int, world: int) -> None:
         assert messages == []
         assert all(found[name].equal(expected[name]) for name in NAMES)
         x, weights, ids, _ = case.inputs(rank)
+        for far in (-2, -(2**31) - 1, -(2**32), -(2**32) + 1, -(2**63)):  # not an expert's where int32 wraps round
+            sent = parallel.dispatch(x, (weights, torch.full_like(ids, far, dtype=torch.int64)))
+            assert sent.topk_ids.dtype == torch.int32
+            assert (sent.topk_ids == -1).all()
         with pytest.raises(ValueError, match=rf"topk_ids\[0, 0\] must be < {EXPERTS}"):
             parallel.dispatch(x, (weights, ids.fill_(EXPERTS)))
     other = groups[(rank + 1) % world]
