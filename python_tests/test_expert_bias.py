@@ -42,6 +42,19 @@ def test_layers_stacked_are_updated_each_by_its_own_mean() -> None:
     assert loads.tolist() == [[1, 3], [30, 10]]
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_step_is_of_the_dtype_of_the_bias(default: torch.dtype, dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    bias = torch.zeros(3, dtype=dtype)
+    torch.set_default_dtype(default)
+    try:
+        update_expert_bias(bias, torch.tensor([0, 1, 2]), rate=1e-3)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(bias, torch.tensor([1e-3, 0.0, -1e-3], dtype=dtype))
+
+
 def test_a_backward_that_needs_the_old_bias_notices() -> None:
     bias, x = torch.zeros(2), torch.ones(2, requires_grad=True)
     loss = (x * bias).sum()

@@ -60,4 +60,4 @@ def update_expert_bias(
     if process_group is not None:
         torch.distributed.all_reduce(load, group=process_group)
     difference = load.sum(dim=-1, keepdim=True) - load * load.shape[-1]
-    bias.add_(torch.sign(difference) * rate)
+    bias.add_(torch.sign(difference).to(bias.dtype) * rate)  # integers times a number would be of the default dtype
