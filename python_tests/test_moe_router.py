@@ -264,6 +264,27 @@ def test_coefficients_may_be_tensors() -> None:
     assert moe_router(leaf, 2).z_loss == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("coefficients", [{}, {"aux_loss_coef": 0.5}, COEFFICIENTS])
+def test_losses_may_be_added_up_in_place(backend: str, coefficients: dict[str, float]) -> None:
+    """Layer by layer into the first one's, and none of them changes with another."""
+    with grpo_kernels.backend(backend):
+        first, leaf = torch.randn(9, 8), torch.randn(9, 8, requires_grad=True)
+        for z in (first, first.clone().requires_grad_()):
+            total, added = moe_router(z, 2, **coefficients), moe_router(leaf, 2, **coefficients)
+            others = (total.z_loss.item(), total.seq_aux_loss.item())
+            loss, before = total.aux_loss, total.aux_loss.item()
+            loss += added.aux_loss
+            loss += added.topk_weights[:, 0].sum()
+            expected = before + added.aux_loss.item() + added.topk_weights[:, 0].sum().item()
+            torch.testing.assert_close(loss.item(), expected)
+            assert (total.z_loss.item(), total.seq_aux_loss.item()) == others
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            parts = moe_router(leaf, 2, **coefficients)
+            alone = parts.aux_loss + parts.topk_weights[:, 0].sum()
+            assert torch.equal(gradient, torch.autograd.grad(alone, leaf)[0])
+
+
 def test_checkpoint_recomputes_the_same_routes() -> None:
     gate = GATES["deepseek_v3"]
     bias = gate.make_bias()
