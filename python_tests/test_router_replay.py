@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from grpo_kernels import RouterReplay, moe_router
+from python_tests.moe_layers import E, H, layer_of
 
 TOKENS, EXPERTS, K = 6, 8, 2
 LAYERS = (3, 5)
@@ -199,6 +201,46 @@ def test_routers_of_ones_own_ask_and_tell() -> None:
     assert replay.pack().tolist() == chosen.unsqueeze(1).tolist()
 
 
+def test_what_the_caller_does_to_its_ids_leaves_the_routes_alone() -> None:
+    replay = RouterReplay(num_experts=EXPERTS)
+    routed = replay.route(3, _logits(), K).topk_ids
+    told = _logits().topk(K).indices
+    replay.record(5, told)
+    expected = torch.stack([routed, told], dim=1).to(torch.int8)
+    routed.fill_(-1)
+    told.zero_()
+    assert torch.equal(replay.pack(), expected)
+    packed = expected.clone()
+    given = RouterReplay.from_packed(packed, EXPERTS, LAYERS)
+    packed.zero_()
+    assert torch.equal(given.pack(), expected)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_layers_compiled_one_by_one_share_their_graphs(given: bool) -> None:
+    """As many graphs for ten layers as for two: with and without a gradient of x, recording and replaying."""
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    layers = [layer_of(layer_id=layer) for layer in range(10)]
+    compiled = [torch.compile(layer, backend=counter, fullgraph=True) for layer in layers]
+    tokens = 0.1 * torch.randn(TOKENS, H)
+    for _ in range(2):
+        replay, same = RouterReplay(), RouterReplay()
+        if given:
+            packed = torch.rand(TOKENS, 10, E).argsort(dim=-1)[..., :K]
+            replay, same = (RouterReplay.from_packed(packed, E, range(10)) for _ in range(2))
+        for sign in (1.0, -1.0):
+            eager = actual = sign * tokens
+            for layer_id, (layer, function) in enumerate(zip(layers, compiled, strict=True)):
+                eager = eager + layer(eager, replay=replay).hidden
+                actual = actual + function(actual, replay=same.layer(layer_id)).hidden
+            torch.testing.assert_close(actual, eager)
+        assert torch.equal(same.pack(), replay.pack())
+        assert same.mismatches() == replay.mismatches()
+        same.check_used()
+    assert counter.frame_count <= (2 if given else 4)
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_compiled_passes_equal_eager_ones(given: bool) -> None:
     def layers(logits: Tensor, replay: RouterReplay) -> list[Tensor]:
@@ -307,102 +349,3 @@ def test_it_says_what_it_holds() -> None:
     assert repr(RouterReplay()) == "RouterReplay(recording, num_experts=None, layer_ids=(), num_tokens=None)"
     given = RouterReplay.from_packed(_recorded().pack(), EXPERTS, LAYERS)
     assert repr(given) == "RouterReplay(given, num_experts=8, layer_ids=(3, 5), num_tokens=6)"
-
-
-# faults ----------------------------------------------------------------------------------------------------------
-
-
-def _given() -> RouterReplay:
-    return RouterReplay.from_packed(_recorded().pack(), EXPERTS, LAYERS)
-
-
-def _packed(*rows: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor([[row] for row in rows], dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda: _given().route(4, _logits(), K),
-            ValueError,
-            r"layer 4 has no routes, only layers 3, 5 have.*multi-tok",
-        ),
-        (lambda: _given().ids(4), ValueError, "layer 4 has no routes"),
-        (lambda: _given().record(4, torch.zeros(6, 2).int()), ValueError, "layer 4 has no routes"),
-        (lambda: _given().route(3, _logits(0, 5), K), ValueError, "6 tokens with 2 experts, the pass has 5 and 2: one"),
-        (lambda: _given().route(3, _logits(), 3), ValueError, "6 tokens with 2 experts, the pass has 6 and 3"),
-        (lambda: _recorded().route(7, _logits(0, 5), K), ValueError, r"layer 7 routes 5 tokens, layers 3, 5 routed 6"),
-        (lambda: _given().to("meta").route(3, _logits(), K), ValueError, "are on meta, the pass is on cpu: use .to"),
-        (lambda: _given().route(3, _logits(), K, replay_ids=None), TypeError, "replay_ids is no option of route"),
-        (lambda: RouterReplay().route("3", _logits(), K), TypeError, "layer_id must be an int, got str"),
-        (lambda: RouterReplay().record(0, torch.zeros(2, 2)), TypeError, "topk_ids must have dtype int16, int32"),
-        (lambda: RouterReplay().record(0, torch.zeros(2).int()), ValueError, r"topk_ids must have shape \[T, K\]"),
-        (lambda: RouterReplay(0), ValueError, "num_experts must be >= 1, got 0"),
-        (lambda: RouterReplay().pack(), ValueError, "no layer has recorded any"),
-        (lambda: _given()[torch.tensor([True] * 6)], TypeError, "an index must have dtype int64, int32, got bool"),
-        (lambda: _given()[3], TypeError, "by a slice or an integer tensor, got int"),
-        (lambda: RouterReplay.cat([]), ValueError, "at least one part"),
-        (lambda: RouterReplay.cat([_given(), _recorded(layers=(3, 4))]), ValueError, "layers 3, 5 and layers 3, 4"),
-        (
-            lambda: RouterReplay.from_packed(_packed([0, 8]), 8, [3]),
-            ValueError,
-            r"outside \[0, 8\) at token 0, layer 3",
-        ),
-        (
-            lambda: RouterReplay.from_packed(_packed([1, 2], [-2, 1]), 8, [3]),
-            ValueError,
-            r"token 1, layer 3: \[-2, 1\]",
-        ),
-        (lambda: RouterReplay.from_packed(_packed([0, 0]), 8, [3]), ValueError, r"twice at.*\[0, 0\].*-1, not 0"),
-        (
-            lambda: RouterReplay.from_packed(_packed([0, 255], dtype=torch.uint8), 255, [3]),
-            ValueError,
-            r"outside \[0, 255\)",
-        ),
-        (
-            lambda: RouterReplay.from_packed(_packed([0, 1], dtype=torch.uint8), 257, [3]),
-            ValueError,
-            "uint8 cannot hold the ids of 257 experts",
-        ),
-        (lambda: RouterReplay.from_packed(torch.zeros(1, 1, 1), 8, [3]), TypeError, "packed must have dtype"),
-        (lambda: RouterReplay.from_packed(torch.zeros(1, 1).int(), 8, [3]), ValueError, r"\[len, layers, K\]"),
-        (lambda: RouterReplay.from_packed(_packed([0, 1]), 8, LAYERS), ValueError, "with 2 layers as layer_ids has"),
-        (lambda: RouterReplay.from_packed(_packed([0, 1]), 8, [-1]), ValueError, "layer_id must be >= 0, got -1"),
-        (
-            lambda: RouterReplay.from_packed(torch.zeros(1, 2, 1).int(), 8, [3, 3]),
-            ValueError,
-            r"layer_ids must differ, got \[3, 3\]",
-        ),
-        (
-            lambda: RouterReplay.from_packed(_packed([0, 1], [0, 1]), 8, [3], num_tokens=1),
-            ValueError,
-            "packed holds 2 tokens, more than num_tokens = 1",
-        ),
-    ],
-)
-def test_faults_are_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_pack_needs_equal_layers_and_the_number_of_experts() -> None:
-    replay = RouterReplay()
-    replay.record(0, torch.tensor([[0, 1]]))
-    with pytest.raises(ValueError, match="pack needs the number of experts"):
-        replay.pack()
-    replay.record(1, torch.tensor([[0]]), num_experts=4)
-    with pytest.raises(ValueError, match=r"the layers have \[1, 2\]"):
-        replay.pack()
-
-
-def test_routes_that_nobody_asks_for_are_noticed() -> None:
-    """A fused router that ignores the replay, or layers that are numbered otherwise."""
-    replay = _given()
-    with pytest.raises(ValueError, match="no pass asked for the routes of layers 3, 5"):
-        replay.check_used()
-    replay.route(3, _logits(), K)
-    with pytest.raises(ValueError, match="of layer 5"):
-        replay.check_used()
-    replay.route(5, _logits(), K)
-    replay.check_used()

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from grpo_kernels import _checks
+from grpo_kernels.moe_experts.arguments import check_activation, check_plan
 from grpo_kernels.moe_experts.parts import MoEExperts, MoERouter, Routes, SharedExpert
 from grpo_kernels.moe_router import RouterOutput
+from grpo_kernels.moe_router.arguments import check_options
+from grpo_kernels.moe_router.layer_replay import LayerReplay
+from grpo_kernels.moe_router.options import MAX_EXPERTS, RouterOptions
 from grpo_kernels.moe_router.replay import RouterReplay
 
 if TYPE_CHECKING:
@@ -71,9 +75,9 @@ class MoE(nn.Module):
         group_score: str = "top2_sum",
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
-        z_loss_coef: float = 0.0,
-        aux_loss_coef: float = 0.0,
-        seq_aux_loss_coef: float = 0.0,
+        z_loss_coef: Tensor | float = 0.0,
+        aux_loss_coef: Tensor | float = 0.0,
+        seq_aux_loss_coef: Tensor | float = 0.0,
         shared_intermediate_size: int = 0,
         router_bias: bool = False,
         expert_bias: bool = False,
@@ -91,6 +95,15 @@ class MoE(nn.Module):
         super().__init__()
         _check_sizes(hidden_size, intermediate_size, num_experts, top_k, shared_intermediate_size)
         _check_places(num_experts, layer_id, expert_parallel)
+        router = RouterOptions(
+            top_k, scoring_func, n_group, topk_group, group_score, norm_topk_prob, routed_scaling_factor,
+            z_loss=False, aux_loss=False, seq_aux_loss=False,
+        )  # fmt: skip
+        check_options(0, num_experts, router)
+        check_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
+        check_plan(recipe, save, None)
+        _check_coefficients(z_loss_coef=z_loss_coef, aux_loss_coef=aux_loss_coef, seq_aux_loss_coef=seq_aux_loss_coef)
+        _check_flags(e_score_correction_bias=e_score_correction_bias, router_bias=router_bias, expert_bias=expert_bias)
         self.hidden_size = hidden_size
         self.expert_parallel = expert_parallel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -130,7 +143,7 @@ class MoE(nn.Module):
         x: Tensor,
         *,
         token_mask: Tensor | None = None,
-        replay: RouterReplay | None = None,
+        replay: RouterReplay | LayerReplay | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> MoEOutput:
         """The layer.
@@ -139,7 +152,8 @@ class MoE(nn.Module):
             x: [..., H] float. The tokens. Of [B, S, H], seq_aux_loss takes every row for a sequence.
             token_mask: [...] bool, or numbers of which non-zero counts. Other tokens are routed nowhere, not counted,
                 and give 0; they may hold NaN.
-            replay: The routes of this micro-batch, recorded or taken again. Needs `layer_id`.
+            replay: The routes of this micro-batch, recorded or taken again, for which the layer needs its `layer_id`;
+                or `RouterReplay.layer` of them, for layers that are compiled one by one.
             cu_seqlens: [B+1] int. Bounds of sequences among all tokens, for seq_aux_loss.
 
         Returns:
@@ -174,7 +188,7 @@ class MoE(nn.Module):
             return None
         return torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
 
-    def _check_input(self, x: Tensor, token_mask: Tensor | None, replay: RouterReplay | None) -> None:
+    def _check_input(self, x: Tensor, token_mask: Tensor | None, replay: RouterReplay | LayerReplay | None) -> None:
         _checks.check_tensor(_NAME, "x", x)
         _checks.check_dtype(_NAME, "x", x)
         if x.ndim == 0 or x.shape[-1] != self.hidden_size:
@@ -182,7 +196,7 @@ class MoE(nn.Module):
         if token_mask is not None:
             _checks.check_tensor(_NAME, "token_mask", token_mask)
             _checks.check_shape(_NAME, "token_mask", token_mask, ("[...]", x.shape[:-1]))
-        if replay is not None and not isinstance(replay, RouterReplay):
+        if replay is not None and not isinstance(replay, (RouterReplay, LayerReplay)):
             raise TypeError(f"{_NAME}: replay must be a RouterReplay, got {type(replay).__name__}")
 
 
@@ -191,8 +205,24 @@ def _check_sizes(hidden_size: int, intermediate_size: int, num_experts: int, top
     for name, value in {**sizes, "top_k": top_k}.items():
         _checks.check_integer(_NAME, name, value, minimum=1)
     _checks.check_integer(_NAME, "shared_intermediate_size", shared, minimum=0)
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"{_NAME}: num_experts must be <= {MAX_EXPERTS}, got {num_experts}")
     if top_k > num_experts:
         raise ValueError(f"{_NAME}: top_k must be <= num_experts = {num_experts}, got {top_k}")
+
+
+def _check_coefficients(**coefficients: Tensor | float) -> None:
+    for name, value in coefficients.items():
+        if not isinstance(value, Tensor):
+            _checks.check_number(_NAME, name, value)
+        elif value.ndim != 0:
+            raise ValueError(f"{_NAME}: {name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{_NAME}: {name} must be a bool, got {type(value).__name__}")
 
 
 def _check_places(num_experts: int, layer_id: int | None, expert_parallel: ExpertParallel | None) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from grpo_kernels.moe_experts.api import moe_experts
 from grpo_kernels.moe_experts.router_logits import router_logits
 from grpo_kernels.moe_router import RouterOutput, moe_router
+from grpo_kernels.moe_router.layer_replay import LayerReplay
 from grpo_kernels.moe_router.replay import RouterReplay
 
 _NAME = "MoE"
@@ -70,7 +71,7 @@ class MoERouter(nn.Module):
         x: Tensor,
         *,
         token_mask: Tensor | None = None,
-        replay: RouterReplay | None = None,
+        replay: RouterReplay | LayerReplay | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> RouterOutput:
         """Routes of x [T, H]; see `MoE.forward`."""
@@ -83,9 +84,14 @@ class MoERouter(nn.Module):
         }
         if replay is None:
             return moe_router(logits, self.top_k, **options)
-        if self.layer_id is None:
-            raise ValueError(f"{_NAME}: replay needs the layer's number: MoE(..., layer_id=...)")
-        return replay.route(self.layer_id, logits, self.top_k, **options)
+        if isinstance(replay, RouterReplay):
+            if self.layer_id is None:
+                raise ValueError(f"{_NAME}: replay needs the layer's number: MoE(..., layer_id=...)")
+            replay = replay.layer(self.layer_id)
+        elif not torch.compiler.is_compiling() and self.layer_id not in (None, replay.layer_id):
+            # A compiled layer that looked would be compiled for its number alone.
+            raise ValueError(f"{_NAME}: replay is of layer {replay.layer_id}, this is layer {self.layer_id}")
+        return replay.route(logits, self.top_k, **options)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from grpo_kernels import _checks
 
-from .api import RouterOutput, moe_router
+from .api import RouterOutput
+from .layer_replay import NAME as _NAME
+from .layer_replay import Batch, LayerReplay, check_ids, check_layer_id
 
-_NAME = "RouterReplay"
-_WIRE_DTYPES = (torch.int16, torch.int32, torch.int64, torch.uint8, torch.int8)
 MISSING = -1
 _INVALID = -2  # what an id that no expert has becomes: the router makes the row NaN instead of taking a wrong expert
 
@@ -31,7 +31,8 @@ class RouterReplay:
     - One of `from_packed`, of a slice or of `cat` was given its routes: every pass takes those. A slot that holds -1
       has no route and is routed live.
 
-    Weights always come from the live logits at the replayed experts, so gradients reach the router.
+    Weights always come from the live logits at the replayed experts, so gradients reach the router. What is compiled
+    layer by layer takes `layer` of the object instead, which does not depend on the layer's number.
 
     ::
 
@@ -47,11 +48,10 @@ class RouterReplay:
     def __init__(self, num_experts: int | None = None) -> None:
         if num_experts is not None:
             _checks.check_integer(_NAME, "num_experts", num_experts, minimum=1)
-        self.num_experts = num_experts
         self.recording = True
-        self._routes: dict[int, Tensor] = {}
-        self._mismatches: dict[int, Tensor] = {}
-        self._passed: dict[int, bool] = {}
+        self._num_experts = num_experts
+        self._batch = Batch()
+        self._layers: dict[int, LayerReplay] = {}
 
     def __repr__(self) -> str:
         mode = "recording" if self.recording else "given"
@@ -61,7 +61,7 @@ class RouterReplay:
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
-        """The layers that have routes, in the order of `pack`: as given, or as first passed."""
+        """The layers that have routes, in the order of `pack`: as given, or as first asked for."""
         return tuple(self._routes)
 
     @property
@@ -69,7 +69,37 @@ class RouterReplay:
         """Tokens of the micro-batch; None while nothing is recorded."""
         return next((routes.shape[0] for routes in self._routes.values()), None)
 
+    @property
+    def num_experts(self) -> int | None:
+        """The largest number of experts that the object was told or a layer has; None: not known."""
+        numbers = (self._num_experts, *(layer.num_experts for layer in self._layers.values()))
+        return max((number for number in numbers if number is not None), default=None)
+
+    @property
+    def _routes(self) -> dict[int, Tensor]:
+        return {layer_id: layer.routes for layer_id, layer in self._layers.items() if layer.routes is not None}
+
     # in a layer ------------------------------------------------------------------------------------------------
+
+    def layer(self, layer_id: int) -> LayerReplay:
+        """This object as one layer sees it, for a layer that is compiled by itself; the state is shared.
+
+        Passed the whole object, layers compiled one by one are compiled anew for every layer, since each looks under
+        another number. Passed this, all share the graphs of the first two.
+
+        Raises:
+            ValueError: the object was given its routes and has none of this layer.
+        """
+        check_layer_id(layer_id)
+        layer = self._layers.get(layer_id)
+        if layer is None:
+            if not self.recording:
+                raise ValueError(
+                    f"{_NAME}: layer {layer_id} has no routes, only {_names(self._routes)} have. A layer that was not "
+                    "recorded, such as one of multi-token prediction, must not be passed the object"
+                )
+            layer = self._layers[layer_id] = LayerReplay(layer_id, self._batch)
+        return layer
 
     def route(self, layer_id: int, logits: Tensor, top_k: int, **options: Any) -> RouterOutput:
         """`moe_router(logits, top_k, **options)` along the routes of this layer, which the first pass records.
@@ -83,41 +113,22 @@ class RouterReplay:
         Raises:
             ValueError: the object was given its routes and has none of this layer, or they are of another T or K.
         """
-        if "replay_ids" in options:
-            raise TypeError(f"{_NAME}: replay_ids is no option of route: the object holds the routes")
-        routes = self.ids(layer_id)
-        if routes is None:
-            # All slots live, rather than no replay: a checkpoint's recomputation must save the same tensors.
-            routes = torch.full((logits.shape[0], top_k), MISSING, dtype=torch.int32, device=logits.device)
-        else:
-            self._check_pass(layer_id, routes, (logits.shape[0], top_k), logits.device)
-        output = moe_router(logits, top_k, replay_ids=routes, **options)
-        self.record(layer_id, output.topk_ids, num_experts=logits.shape[1], mismatch=output.replay_mismatch)
-        return output
+        return self.layer(layer_id).route(logits, top_k, **options)
 
     def ids(self, layer_id: int) -> Tensor | None:
         """[T, K] int. The routes of a layer for a router of your own; None if this pass is the one to record.
 
+        They are the object's own memory: to be read only.
+
         Raises:
             ValueError: the object was given its routes and has none of this layer.
         """
-        _check_layer_id(layer_id)
-        routes = self._routes.get(layer_id)
-        if routes is None:
-            if self.recording:
-                return None
-            raise ValueError(
-                f"{_NAME}: layer {layer_id} has no routes, only {_names(self._routes)} have. A layer that was not "
-                "recorded, such as one of multi-token prediction, must not be passed the object"
-            )
-        if not torch.compiler.is_compiling() and routes.is_inference() and not torch.is_inference_mode_enabled():
-            routes = self._routes[layer_id] = routes.clone()  # autograd may keep it
-        return routes
+        return self.layer(layer_id).ids()
 
     def record(
         self, layer_id: int, topk_ids: Tensor, *, num_experts: int | None = None, mismatch: Tensor | None = None
     ) -> None:
-        """What a router of your own chose; a layer that has routes keeps them.
+        """What a router of your own chose, copied; a layer that has routes keeps them.
 
         Args:
             layer_id: The layer's number in the model.
@@ -125,37 +136,18 @@ class RouterReplay:
             num_experts: of the layer.
             mismatch: 0-d int. Tokens whose live experts differ from the replayed ones.
         """
-        _check_layer_id(layer_id)
-        routes = self._routes.get(layer_id)
-        if routes is not None:
-            self._check_pass(layer_id, routes, topk_ids.shape, topk_ids.device)
-        elif not self.recording:
-            raise ValueError(f"{_NAME}: layer {layer_id} has no routes, only {_names(self._routes)} have")
-        else:
-            _check_ids(topk_ids, 2)
-            known = self.num_tokens
-            if known is not None and topk_ids.shape[0] != known:
-                raise ValueError(
-                    f"{_NAME}: layer {layer_id} routes {topk_ids.shape[0]} tokens, {_names(self._routes)} routed "
-                    f"{known}: one object serves one micro-batch"
-                )
-            self._routes[layer_id] = topk_ids.detach()
-        if num_experts is not None:
-            self.num_experts = max(num_experts, self.num_experts or 0)
-        if mismatch is not None:
-            self._mismatches[layer_id] = mismatch.detach()
-        self._passed[layer_id] = True
+        self.layer(layer_id).record(topk_ids, num_experts=num_experts, mismatch=mismatch)
 
     def mismatches(self) -> dict[int, Tensor]:
         """By layer, 0-d int32 on the device: tokens whose live experts differed in the latest pass of this object.
 
         Of recorded routes and a recomputation that is the number of tokens that would have changed experts.
         """
-        return dict(self._mismatches)
+        return {number: layer.mismatch for number, layer in self._layers.items() if layer.mismatch is not None}
 
     def check_used(self) -> None:
         """Raises ValueError if a layer has routes that no pass asked for: a replay that is silently ignored."""
-        unused = [layer_id for layer_id in self._routes if layer_id not in self._passed]
+        unused = [number for number, layer in self._layers.items() if layer.routes is not None and not layer.passed]
         if unused:
             raise ValueError(f"{_NAME}: no pass asked for the routes of {_names(unused)}")
 
@@ -163,14 +155,16 @@ class RouterReplay:
 
     def pack(self) -> Tensor:
         """[T, layers, K] int8 (up to 128 experts), int16 (up to 32768) or int32. -1: not routed, or not known."""
-        if not self._routes:
+        routes = self._routes
+        if not routes:
             raise ValueError(f"{_NAME}: pack needs routes, no layer has recorded any")
         if self.num_experts is None:
             raise ValueError(f"{_NAME}: pack needs the number of experts: RouterReplay(num_experts)")
-        widths = {routes.shape[1] for routes in self._routes.values()}
-        if len(widths) > 1:
-            raise ValueError(f"{_NAME}: pack needs one number of experts a token, the layers have {sorted(widths)}")
-        return _compact(torch.stack(list(self._routes.values()), dim=1), self.num_experts)
+        for axis, what in enumerate(("tokens", "experts a token")):
+            sizes = sorted({ids.shape[axis] for ids in routes.values()})
+            if len(sizes) > 1:
+                raise ValueError(f"{_NAME}: pack needs one number of {what}, the layers have {sizes}")
+        return _compact(torch.stack(list(routes.values()), dim=1), self.num_experts)
 
     @classmethod
     def from_packed(
@@ -191,10 +185,10 @@ class RouterReplay:
                 is named twice by one token. On a GPU, where looking would wait, the router makes those rows NaN.
         """
         _checks.check_integer(_NAME, "num_experts", num_experts, minimum=1)
-        _check_ids(packed, 3)
+        check_ids("packed", packed, "[len, layers, K]")
         layers = tuple(layer_ids)
         for layer_id in layers:
-            _check_layer_id(layer_id)
+            check_layer_id(layer_id)
         if len(set(layers)) != len(layers):
             raise ValueError(f"{_NAME}: layer_ids must differ, got {list(layers)}")
         if packed.shape[1] != len(layers):
@@ -220,28 +214,38 @@ class RouterReplay:
         return cls._given(num_experts, dict(zip(layers, routes.unbind(0), strict=True)))
 
     def __getitem__(self, tokens: slice | Tensor) -> RouterReplay:
-        """The routes of some tokens, for a part of the batch: a slice, or [n] int64 indices in the order wanted."""
+        """The routes of some tokens, for a part of the batch: a slice, or [n] int64 indices in the order wanted.
+
+        A slice shares the memory of the whole, which nothing in the library writes to.
+        """
         if isinstance(tokens, Tensor):
             _checks.check_dtype(_NAME, "an index", tokens, _checks.INTEGER)
+            _checks.check_ndim(_NAME, "an index", tokens, "[n]")
         elif not isinstance(tokens, slice):
             raise TypeError(f"{_NAME}: tokens are taken by a slice or an integer tensor, got {type(tokens).__name__}")
         return self._given(self.num_experts, {layer: routes[tokens] for layer, routes in self._routes.items()})
 
     @classmethod
     def cat(cls, parts: Sequence[RouterReplay]) -> RouterReplay:
-        """The routes of several objects, one after the other along the tokens."""
+        """The routes of several objects of the same layers, experts, K and device, one after the other."""
         if not parts:
             raise ValueError(f"{_NAME}: cat needs at least one part")
-        first = parts[0]
+        first = parts[0]._routes
+        routes = {layer_id: [ids] for layer_id, ids in first.items()}
         for part in parts[1:]:
-            if set(part.layer_ids) != set(first.layer_ids):
+            others = part._routes
+            if set(others) != set(first):
                 raise ValueError(
-                    f"{_NAME}: cat needs parts of the same layers, got {_names(first._routes)} and "
-                    f"{_names(part._routes)}"
+                    f"{_NAME}: cat needs parts of the same layers, got {_names(first)} and {_names(others)}"
                 )
-        numbers = [part.num_experts for part in parts if part.num_experts is not None]
-        routes = {layer: [part._routes[layer].to(torch.int32) for part in parts] for layer in first.layer_ids}
-        return cls._given(max(numbers, default=None), {layer: torch.cat(rows) for layer, rows in routes.items()})
+            for layer_id, ids in others.items():
+                _check_alike(layer_id, first[layer_id], ids)
+                routes[layer_id].append(ids)
+        numbers = sorted({part.num_experts for part in parts if part.num_experts is not None})
+        if len(numbers) > 1:
+            raise ValueError(f"{_NAME}: cat needs parts of one number of experts, got {numbers}")
+        joined = {layer_id: torch.cat([ids.to(torch.int32) for ids in rows]) for layer_id, rows in routes.items()}
+        return cls._given(numbers[0] if numbers else None, joined)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> RouterReplay:
         """The same routes on another device."""
@@ -252,19 +256,15 @@ class RouterReplay:
     def _given(cls, num_experts: int | None, routes: dict[int, Tensor]) -> RouterReplay:
         replay = cls(num_experts)
         replay.recording = False
-        replay._routes = routes
+        replay._layers = {layer_id: LayerReplay(layer_id, replay._batch, ids) for layer_id, ids in routes.items()}
         return replay
 
-    def _check_pass(self, layer_id: int, routes: Tensor, shape: Sequence[int], device: torch.device) -> None:
-        if tuple(routes.shape) != tuple(shape):
-            raise ValueError(
-                f"{_NAME}: layer {layer_id} has routes of {routes.shape[0]} tokens with {routes.shape[1]} experts, "
-                f"the pass has {shape[0]} and {shape[1]}: one object serves one micro-batch"
-            )
-        if routes.device != device:
-            raise ValueError(
-                f"{_NAME}: the routes of layer {layer_id} are on {routes.device}, the pass is on {device}: use .to"
-            )
+
+def _check_alike(layer_id: int, first: Tensor, ids: Tensor) -> None:
+    """Parts for `cat`: as many experts a token, on one device."""
+    for what, wanted, found in (("K", first.shape[1], ids.shape[1]), ("device", first.device, ids.device)):
+        if wanted != found:
+            raise ValueError(f"{_NAME}: cat needs parts of the same {what}, layer {layer_id} has {wanted} and {found}")
 
 
 def _compact(ids: Tensor, num_experts: int) -> Tensor:
@@ -298,17 +298,6 @@ def _check_routes(packed: Tensor, num_experts: int, layer_ids: Sequence[int]) ->
                 f"{_NAME}: packed has {fault} at token {token}, layer {layer_ids[layer]}: "
                 f"{packed[token, layer].tolist()} ({int(faults.sum())} such rows). Unknown routes must be -1, not 0"
             )
-
-
-def _check_ids(ids: Tensor, dimensions: int) -> None:
-    name = "packed" if dimensions == 3 else "topk_ids"
-    _checks.check_tensor(_NAME, name, ids)
-    _checks.check_dtype(_NAME, name, ids, _WIRE_DTYPES)
-    _checks.check_ndim(_NAME, name, ids, "[len, layers, K]" if dimensions == 3 else "[T, K]")
-
-
-def _check_layer_id(layer_id: int) -> None:
-    _checks.check_integer(_NAME, "layer_id", layer_id, minimum=0)
 
 
 def _names(layer_ids: Iterable[int]) -> str:
