@@ -150,8 +150,9 @@ def test_launch_config_depends_on_the_row_alone() -> None:
                 assert config.slots <= 8 < 2 * max(config.slots, top_k) or config.slots >= top_k
 
 
+@pytest.mark.parametrize("far", [(), FAR], ids=["the next", "far ones too"])
 @pytest.mark.parametrize("hidden", [64, 1031])
-def test_entries_beyond_the_tensors_are_as_minus_one(hidden: int) -> None:
+def test_entries_beyond_the_tensors_are_as_minus_one(hidden: int, far: tuple[int, ...]) -> None:
     """No row of experts R, no slot T * K: nothing is read or written there, and the result is that of -1."""
     permutation = permutation_of(routes(5, 3, 4), 4, alignment=4)
     rows, slots = permutation.inv_map.shape[0], 15
@@ -161,8 +162,8 @@ def test_entries_beyond_the_tensors_are_as_minus_one(hidden: int) -> None:
     def run(entries: tuple[int, ...], last_row: int, last_slot: int) -> list[Tensor]:
         row_id_map, inv_map = permutation.row_id_map.clone(), permutation.inv_map.clone()
         for place, (token, k) in enumerate(taken.tolist()):
-            inv_map[row_id_map[token, k]] = (*entries, last_slot)[place % 4]
-            row_id_map[token, k] = (*entries, last_row)[place % 4]
+            inv_map[row_id_map[token, k]] = (*entries, last_slot)[place % (len(entries) + 1)]
+            row_id_map[token, k] = (*entries, last_row)[place % (len(entries) + 1)]
         maps = guard_input(row_id_map), guard_input(inv_map)
         with guarded_allocations(), poisoned_allocations():
             a, b, w = map(guard_input, (x, y, weights))
@@ -174,6 +175,6 @@ def test_entries_beyond_the_tensors_are_as_minus_one(hidden: int) -> None:
                 *ops.moe_unpermute_backward(a, b, *maps, w, "triton"),
             ]
 
-    for found, expected in zip(run(FAR, rows, slots), run((-1, -1, -1), -1, -1), strict=True):
+    for found, expected in zip(run(far, rows, slots), run((-1,) * len(far), -1, -1), strict=True):
         assert expected.isfinite().all()
         assert torch.equal(found, expected)
