@@ -252,6 +252,8 @@ def test_samples(call: Call) -> None:
 def test_fakes_describe_the_outputs(op: str) -> None:
     function = getattr(torch.ops.grpo_kernels, op).default
     for arguments in samples.OPS[op]:
-        real = function(*arguments, "triton")
+        real = function(*(a.clone() if isinstance(a, Tensor) else a for a in arguments), "triton")
         meta = function(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments), "triton")
-        assert (real.shape, real.dtype, real.stride()) == (meta.shape, meta.dtype, meta.stride())
+        described = [(t.shape, t.dtype, t.stride()) for t in (real, meta) if t is not None]
+        assert len(described) == 2 * (not op.endswith("_"))  # what writes into its argument returns nothing
+        assert described[:1] == described[1:]
