@@ -84,7 +84,7 @@ def test_list_names_every_case_and_provider(capsys) -> None:
     [
         (
             ["--op", "nothing"],
-            "linear_token_log_probs, linear_cross_entropy, linear_grpo_loss, build_permutation, moe_unpermute, got nothing",
+            "linear_cross_entropy, linear_grpo_loss, build_permutation, moe_unpermute, got nothing",
         ),
         (["--fail-above", "1.2"], "--fail-above needs --compare"),
         (["--compare", "missing.json"], "missing.json"),

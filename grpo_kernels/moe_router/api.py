@@ -135,10 +135,10 @@ def moe_router(
     else:
         results = route(*inputs, options, backend)  # type: ignore[assignment]
     weights, ids, per_expert, losses, mismatch = results
-    if factors is None:  # not views of one tensor: what is added to a loss in place is added to that loss alone
-        z_loss, aux_loss, seq_aux_loss = losses.new_zeros(()), losses.new_zeros(()), losses.new_zeros(())
+    z_loss, aux_loss, seq_aux_loss = losses.unbind()
+    if factors is None:  # not as views: autograd lets no one add to those in place
+        z_loss, aux_loss, seq_aux_loss = z_loss.detach(), aux_loss.detach(), seq_aux_loss.detach()
     else:
-        z_loss, aux_loss, seq_aux_loss = losses.unbind()
         z_loss, aux_loss, seq_aux_loss = z_loss * factors[0], aux_loss * factors[1], seq_aux_loss * factors[2]
     return RouterOutput(weights, ids, per_expert, z_loss, aux_loss, seq_aux_loss, mismatch)
 
