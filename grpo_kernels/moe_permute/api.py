@@ -92,7 +92,8 @@ def moe_permute(x: Tensor, permutation: Permutation) -> Tensor:
         padding rows are not read.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; on the CPU also where the maps do
+            not belong together. On other devices an entry beyond R or T * K counts as -1.
 
     Numerics:
         The gradient is accumulated in fp32 (fp64 for fp64) in the order of the slots and rounded once; a token's bits
@@ -128,7 +129,9 @@ def moe_unpermute(y: Tensor, permutation: Permutation, topk_weights: Tensor | No
         padding rows) and in topk_weights (the product of upstream gradient and row, 0 for slots without a row).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; on the CPU also where row_id_map
+            names a row that is not there, and in the backward where the maps do not belong together. On other devices
+            such an entry counts as -1.
 
     Numerics:
         Accumulated in fp32 (fp64 for fp64 rows) in the order of the slots 0 to K - 1, and rounded once; the gradient of
