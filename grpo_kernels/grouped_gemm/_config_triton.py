@@ -8,8 +8,6 @@ import torch
 
 L2_BYTES = 16 << 20
 """Of rows that a group of row blocks may have, to stay in the L2 cache while a weight streams past."""
-TILE = 256
-"""Longest side of a tile."""
 PANEL = 64
 """Columns of a tile that are written at a time."""
 LARGE_MEMORY = (90, 100, 101, 103, 110)

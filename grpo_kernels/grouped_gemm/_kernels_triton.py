@@ -6,10 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grpo_kernels._gemm_triton import dot, pieces, position
 from grpo_kernels.grouped_gemm._tiles_triton import (
-    dot,
-    pieces,
-    position,
     product,
     rows_source,
     segment,

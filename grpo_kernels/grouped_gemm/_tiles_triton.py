@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grpo_kernels._gemm_triton import dot, nothing
+
 
 @triton.jit
 def larger(a, b):
@@ -30,33 +32,6 @@ def segment(offsets, expert, experts, rows, SEGMENTS: tl.constexpr):
     end = tl.minimum(tl.maximum(given, 0), rows).to(tl.int32)
     first = tl.max(tl.where(index < expert, end, 0), axis=0)
     return first, larger(first, tl.max(tl.where(index == expert, end, 0), axis=0))
-
-
-@triton.jit
-def position(item, row_blocks, columns, group):
-    """(row block, column) of a work item. A group of row blocks, which stays in the L2 cache, goes through all columns
-    before the next group does; within it neighbours share their panel of the weight."""
-    first = item // (group * columns) * group
-    size = tl.minimum(row_blocks - first, group)
-    rest = item - first * columns
-    return first + rest % size, rest // size
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. PRECISION "interpreted": the interpreter would multiply the bits of bfloat16 numbers."""
-    if PRECISION == "interpreted":
-        found = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        found = tl.dot(a, b, acc, input_precision=PRECISION)
-    return found
-
-
-@triton.jit
-def nothing(start):
-    """0, which the compiler cannot know: addresses that are formed with it are not carried from tile to tile. It sees a
-    multiple of 16, so that columns which begin there still lie together."""
-    return tl.where(start < 0, 16, 0)
 
 
 @triton.jit
@@ -149,20 +124,3 @@ def product(
             )
             acc = dot(x, w, acc, PRECISION)
     return acc
-
-
-@triton.jit
-def halves(tile):
-    """The left and the right half of a tile. Both stay where they are, in the registers of their threads."""
-    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def pieces(tile, PIECES: tl.constexpr):
-    """A tile cut into 1, 2, 4 or 8 panels, left to right: what is done with one needs fewer registers at a time."""
-    if PIECES == 1:
-        panels = (tile,)
-    else:
-        left, right = halves(tile)
-        panels = pieces(left, PIECES // 2) + pieces(right, PIECES // 2)
-    return panels

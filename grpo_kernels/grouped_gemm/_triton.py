@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
-from grpo_kernels._extension import pointer
-from grpo_kernels._launch import architecture, precision, programs, run
+from grpo_kernels._launch import TILE, Matrix, architecture, loads, matrix, precision, programs, run
 from grpo_kernels.grouped_gemm import _library_triton as library
 from grpo_kernels.grouped_gemm import ops
-from grpo_kernels.grouped_gemm._config_triton import PANEL, TILE, launch_config, segments, wgrad_config
+from grpo_kernels.grouped_gemm._config_triton import PANEL, launch_config, segments, wgrad_config
 from grpo_kernels.grouped_gemm._kernels_triton import grouped_kernel, row_sum_kernel, wgrad_kernel
 from grpo_kernels.linear_log_probs.gemm import without_autocast
-
-
-class _Matrix(NamedTuple):
-    """Rows that are dense and do not overlap; of weights, one such matrix for each expert."""
-
-    tensor: Tensor
-    stride: int  # of rows
-    expert_stride: int
-    inner: int  # elements of a row
-
-    def numbers(self) -> tuple[int, int]:
-        return self.stride, self.expert_stride
-
-
-def _matrix(tensor: Tensor) -> _Matrix:
-    rows, width = tensor.shape
-    sparse = rows > 1 and not width <= tensor.stride(0) < 2**31 // TILE
-    if (width > 1 and tensor.stride(1) != 1) or sparse:
-        tensor = tensor.contiguous()
-    return _Matrix(tensor, tensor.stride(0) if rows > 1 else width, 0, width)
 
 
 def _dense(weight: Tensor) -> bool:
@@ -44,7 +21,7 @@ def _dense(weight: Tensor) -> bool:
     return (width == 1 or weight.stride(2) == 1) and apart and (experts == 1 or weight.stride(0) > 0)
 
 
-def _weights(weight: Tensor) -> tuple[_Matrix, bool]:
+def _weights(weight: Tensor) -> tuple[Matrix, bool]:
     """The weights as matrices, and whether their second axis is the dense one."""
     turned = not _dense(weight) and _dense(weight.transpose(1, 2))
     matrices = weight.transpose(1, 2) if turned else weight
@@ -52,18 +29,7 @@ def _weights(weight: Tensor) -> tuple[_Matrix, bool]:
         matrices = matrices.contiguous()
     experts, rows, width = matrices.shape
     stride = matrices.stride(1) if rows > 1 else width
-    return _Matrix(matrices, stride, matrices.stride(0) if experts > 1 else rows * stride, width), turned
-
-
-def _loads(architecture: int, *matrices: _Matrix) -> str:
-    """How the rows can be read: as `launch_config` says. Triton sees no smaller multiple of a stride than 16."""
-    if any(pointer(matrix.tensor) % 16 for matrix in matrices):
-        return "scalar"
-    element_size = matrices[0].tensor.element_size()
-    strides = [number for matrix in matrices for number in (matrix.stride, matrix.expert_stride)]
-    if architecture >= 90 and all(stride * element_size % 16 == 0 for stride in strides):
-        return "tma"
-    return "vector" if all(n % 16 == 0 for n in (*strides, *(m.inner for m in matrices))) else "scalar"
+    return Matrix(matrices, stride, width, matrices.stride(0) if experts > 1 else rows * stride), turned
 
 
 @without_autocast
@@ -78,9 +44,9 @@ def grouped_gemm(
     if bias is None and library.suits(x, weight, experts, out_dtype):
         return library.grouped_gemm(x, weight, offsets)
     target = architecture(x)
-    left, (right, turned) = _matrix(x), _weights(weight)
-    loads = _loads(target, left, right)
-    config = launch_config(rows, experts, width, x.element_size(), target, loads)
+    left, (right, turned) = matrix(x), _weights(weight)
+    way = loads(target, left, right)
+    config = launch_config(rows, experts, width, x.element_size(), target, way)
     row_blocks = triton.cdiv(rows, config.block_m) + min(experts + 1, rows)
     grid = programs(x, row_blocks * triton.cdiv(columns, config.block_n), config.on_each)
 
@@ -96,11 +62,11 @@ def grouped_gemm(
             width,
             experts,
             left.stride,
-            right.expert_stride,
+            right.matrix_stride,
             1 if turned else right.stride,
             right.stride if turned else 1,
             config.group,
-            LOADS=loads,
+            LOADS=way,
             TURNED=turned,
             HAS_BIAS=bias is not None,
             PRECISION=precision(x.dtype),
@@ -143,10 +109,10 @@ def _wgrad(x: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, *, accumulate:
         if not accumulate:
             out.zero_()
         return
-    left, right = _matrix(grad), _matrix(x)
+    left, right = matrix(grad), matrix(x)
     target = architecture(x)
-    loads = _loads(target, left, right)
-    config = wgrad_config(rows, experts, x.element_size(), target, loads)
+    way = loads(target, left, right)
+    config = wgrad_config(rows, experts, x.element_size(), target, way)
     items = experts * triton.cdiv(columns, config.block_m) * triton.cdiv(width, config.block_n)
     grid = programs(x, items, config.on_each)
 
@@ -164,7 +130,7 @@ def _wgrad(x: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, *, accumulate:
             left.stride,
             out.stride(0),
             out.stride(1),
-            LOADS=loads,
+            LOADS=way,
             ACCUMULATE=accumulate,
             PRECISION=precision(x.dtype),
             SEGMENTS=segments(experts),
@@ -185,17 +151,17 @@ _SUMMED_ROWS, _SUMMED_COLUMNS = 32, 64
 def grouped_row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
     out = ops.empty_row_sum(grad, offsets)
     experts, columns = out.shape
-    matrix = _matrix(grad)
+    rows = matrix(grad)
 
     def launch() -> None:
         row_sum_kernel[(experts, triton.cdiv(columns, _SUMMED_COLUMNS))](
-            matrix.tensor,
+            rows.tensor,
             offsets.contiguous(),
             out,
             grad.shape[0],
             columns,
             experts,
-            matrix.stride,
+            rows.stride,
             SEGMENTS=segments(experts),
             BLOCK_R=_SUMMED_ROWS,
             BLOCK_N=_SUMMED_COLUMNS,

@@ -10,8 +10,6 @@ WORKSPACE_BYTES = 256 << 20
 """Most bytes of gradients of logits that exist at a time, unless there are too many rows for slices of 256 columns."""
 L2_BYTES = 16 << 20
 """Of hidden states that a group of row blocks may have, to stay in the L2 cache while the weight streams past."""
-TILE_ROWS = 256
-"""Most rows of a tile of either operand."""
 COLUMNS = 256
 """The workspace is a multiple of this wide: whole tiles of every configuration."""
 _TENSOR_MEMORY = (100, 101, 103, 110)

@@ -6,13 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grpo_kernels._gemm_triton import pieces, position
 from grpo_kernels._math_triton import LN2, LOG2E, LOWEST, clamped
 from grpo_kernels.linear_log_probs._tiles_triton import (
     add_lora,
     factors,
     is_live,
-    pieces,
-    position,
     product,
     source,
     transformed,

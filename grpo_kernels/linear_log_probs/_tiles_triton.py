@@ -1,4 +1,4 @@
-"""Tiles of logits, as the forward and the backward both form them, and the order in which programs walk them."""
+"""Tiles of logits, as the forward and the backward both form them."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -6,17 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grpo_kernels._gemm_triton import dot, nothing
 from grpo_kernels._math_triton import tanh
-
-
-@triton.jit
-def position(item, row_blocks, columns, group):
-    """(row block, column) of a work item. A group of row blocks, which stays in the L2 cache, goes through all columns
-    before the next group does; within it neighbours share their panel of the weight."""
-    first = item // (group * columns) * group
-    size = tl.minimum(row_blocks - first, group)
-    rest = item - first * columns
-    return first + rest % size, rest // size
 
 
 @triton.jit
@@ -52,23 +43,6 @@ def source(base, rows, width, stride, TMA: tl.constexpr, BLOCK: tl.constexpr, BL
 
 
 @triton.jit
-def dot(x, w, acc, PRECISION: tl.constexpr):
-    """acc + x w^T. PRECISION "interpreted": the interpreter would multiply the bits of bfloat16 numbers."""
-    if PRECISION == "interpreted":
-        found = tl.dot(x.to(tl.float32), w.to(tl.float32).T, acc)
-    else:
-        found = tl.dot(x, w.T, acc, input_precision=PRECISION)
-    return found
-
-
-@triton.jit
-def nothing(start):
-    """0, which the compiler cannot know. Addresses that are formed with it are formed in each tile: they would else be
-    carried in registers through the reduction of every tile."""
-    return tl.where(start < 0, 1, 0)
-
-
-@triton.jit
 def product(
     x_source,
     w_source,
@@ -91,7 +65,7 @@ def product(
         for k in range(0, width, BLOCK_K):
             x = x_source.load([x_start, k])
             w = w_source.load([w_start, k])
-            acc = dot(x, w, acc, PRECISION)
+            acc = dot(x, w.T, acc, PRECISION)
     else:
         x_row = tl.arange(0, BLOCK_M)[:, None] + nothing(w_start)
         w_row = tl.arange(0, BLOCK_N)[:, None] + nothing(w_start)
@@ -103,7 +77,7 @@ def product(
         for k in range(0, width, BLOCK_K):
             x = tl.load(x_base + k + x_offset, mask=(x_row < x_rows - x_start) & (inner < width - k), other=0.0)
             w = tl.load(w_base + k + w_offset, mask=(w_row < w_rows - w_start) & (inner < width - k), other=0.0)
-            acc = dot(x, w, acc, PRECISION)
+            acc = dot(x, w.T, acc, PRECISION)
     return acc
 
 
@@ -143,7 +117,7 @@ def add_lora(
                 mask=(x_row < x_rows - x_start) & (inner < rank - k),
                 other=0.0,
             )
-            acc = dot(x, w, acc, PRECISION)
+            acc = dot(x, w.T, acc, PRECISION)
     return acc
 
 
@@ -156,20 +130,3 @@ def transformed(x, bias, column, vocab, in_factor, in_low, HAS_BIAS: tl.constexp
     if CAPPED:  # in_low is what in_factor lost when it was rounded
         y = tl.where(tl.abs(x) < float("inf"), tanh(x * in_low[:, None] + y), y)
     return y
-
-
-@triton.jit
-def halves(x):
-    """The left and the right half of a tile. Both stay where they are, in the registers of their threads."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def pieces(x, PIECES: tl.constexpr):
-    """A tile cut into 1, 2, 4 or 8 panels, left to right: what is computed from one needs fewer registers at a time."""
-    if PIECES == 1:
-        panels = (x,)
-    else:
-        left, right = halves(x)
-        panels = pieces(left, PIECES // 2) + pieces(right, PIECES // 2)
-    return panels

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from grpo_kernels._extension import pointer
+from grpo_kernels._launch import architecture, loads, matrix, precision, programs, run
 from grpo_kernels._math_triton import host_factors
-from grpo_kernels.linear_log_probs._config_triton import MAX_SPLITS, TILE_ROWS, LaunchConfig, launch_config, slice_width
+from grpo_kernels.linear_log_probs._config_triton import MAX_SPLITS, LaunchConfig, launch_config, slice_width
 from grpo_kernels.linear_log_probs._kernels_triton import dlogits_kernel, forward_kernel, merge_kernel
 from grpo_kernels.linear_log_probs.gemm import multiply, without_autocast
 from grpo_kernels.linear_log_probs.head import Head, live_rows
@@ -32,63 +29,6 @@ class _Operands(NamedTuple):
     arguments: dict[str, Any]
     constants: dict[str, Any]
     config: LaunchConfig
-
-
-def _architecture(tensor: Tensor) -> int:
-    """10 * major + minor of what the kernels are compiled for; 0 for what is not NVIDIA's."""
-    if tensor.is_cuda:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        return 0 if torch.version.hip else 10 * major + minor
-    if triton.knobs.runtime.interpret:
-        return 90
-    architecture: int = triton.runtime.driver.active.get_current_target().arch
-    return architecture
-
-
-def _precision(dtype: torch.dtype) -> str:
-    if triton.knobs.runtime.interpret:
-        return "interpreted"
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
-def _programs(tensor: Tensor, items: int) -> int:
-    """One program a multiprocessor: it holds most of the registers. The number makes no difference to results."""
-    count = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
-    return min(count, items)
-
-
-def _launch(tensor: Tensor, launch: Callable[[], None]) -> None:
-    """Launches where Triton finds an allocator for its TMA descriptors. It looks in a context variable, which autograd's
-    threads do not inherit; the copy leaves the caller's own alone."""
-
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=tensor.device)
-
-    def run() -> None:
-        triton.set_allocator(allocate)
-        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-            launch()
-
-    contextvars.copy_context().run(run)
-
-
-def _matrix(tensor: Tensor) -> tuple[Tensor, int]:
-    """A matrix whose rows are dense and do not overlap, and the stride of its rows. Kernels count in 32 bits within a
-    tile."""
-    rows, width = tensor.shape
-    sparse = rows > 1 and not width <= tensor.stride(0) < 2**31 // TILE_ROWS
-    if (width > 1 and tensor.stride(1) != 1) or sparse:
-        tensor = tensor.contiguous()
-    return tensor, tensor.stride(0) if rows > 1 else width
-
-
-def _loads(architecture: int, width: int, *matrices: tuple[Tensor, int]) -> str:
-    """How the rows can be read: as `launch_config` says. Triton sees no smaller multiple of a stride than 16."""
-    if any(pointer(tensor) % 16 for tensor, _ in matrices):
-        return "scalar"
-    if architecture >= 90 and all(stride * tensor.element_size() % 16 == 0 for tensor, stride in matrices):
-        return "tma"
-    return "vector" if all(number % 16 == 0 for number in (width, *(stride for _, stride in matrices))) else "scalar"
 
 
 def _vector(values: Tensor | None) -> Tensor | None:
@@ -120,19 +60,19 @@ def _operands(
     parts: Tensor | None,
 ) -> _Operands:
     vocab, width = head.weight.shape
-    architecture = _architecture(hidden)
-    (hidden, hidden_stride), (weight, weight_stride) = x, w = _matrix(hidden), _matrix(head.weight)
-    loads = _loads(architecture, width, x, w)
-    lora_b, lora_stride = (None, 0) if head.lora_b is None else _matrix(head.lora_b)
+    target = architecture(hidden)
+    x, w = matrix(hidden), matrix(head.weight)
+    way = loads(target, x, w)
+    lora_b = None if head.lora_b is None else matrix(head.lora_b)
     rank = 0 if parts is None else parts.shape[2]
-    config = launch_config(vocab, width, hidden.element_size(), architecture, loads, rank, softcap > 0.0)
+    config = launch_config(vocab, width, hidden.element_size(), target, way, rank, softcap > 0.0)
     in_factor, in_low, out_factor, kind = host_factors(temperature_tensor, temperature, logit_scale, softcap)
     arguments = {
-        "hidden": hidden,
-        "weight": weight,
+        "hidden": x.tensor,
+        "weight": w.tensor,
         "bias": None if head.bias is None else head.bias.contiguous(),
         "projected": parts,
-        "lora_b": lora_b,
+        "lora_b": None if lora_b is None else lora_b.tensor,
         "token_ids": token_ids.contiguous(),
         "temperatures": _vector(temperature_tensor),
         "in_factor": in_factor,
@@ -142,18 +82,18 @@ def _operands(
         "vocab": vocab,
         "width": width,
         "rank": rank,
-        "hidden_stride": hidden_stride,
-        "weight_stride": weight_stride,
-        "lora_stride": lora_stride,
+        "hidden_stride": x.stride,
+        "weight_stride": w.stride,
+        "lora_stride": 0 if lora_b is None else lora_b.stride,
         "group": config.group,
     }
     constants = {
-        "TMA": loads == "tma",
+        "TMA": way == "tma",
         "HAS_BIAS": head.bias is not None,
         "PARTS": 0 if parts is None else len(parts),
         "TEMPERATURE": kind,
         "CAPPED": softcap > 0.0,
-        "PRECISION": _precision(hidden.dtype),
+        "PRECISION": precision(hidden.dtype),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -214,10 +154,10 @@ def linear_token_log_probs(
         "TOP1": top1_ids,
     }
     of_merge = ("token_ids", "temperatures", "out_factor", "rows", "vocab")
-    programs = _programs(hidden, triton.cdiv(rows, config.block_m) * config.splits)
+    grid = programs(hidden, triton.cdiv(rows, config.block_m) * config.splits)
 
     def launch() -> None:
-        forward_kernel[(programs,)](**arguments, **shared, **constants, tiles_per_split=config.tiles_per_split)
+        forward_kernel[(grid,)](**arguments, **shared, **constants, tiles_per_split=config.tiles_per_split)
         merge_kernel[(triton.cdiv(rows, _ROWS_OF_MERGE),)](
             **shared,
             **{name: arguments[name] for name in of_merge},
@@ -233,7 +173,7 @@ def linear_token_log_probs(
             num_warps=4,
         )
 
-    _launch(hidden, launch)
+    run(hidden, launch)
     return outputs
 
 
@@ -362,10 +302,10 @@ def _walk_slices(
     for start in range(0, vocab, width):
         end = min(start + width, vocab)
         column_blocks = triton.cdiv(end - start, config.block_n)
-        programs = _programs(hidden, triton.cdiv(rows, config.block_m) * column_blocks)
+        grid = programs(hidden, triton.cdiv(rows, config.block_m) * column_blocks)
 
-        def launch(start: int = start, column_blocks: int = column_blocks, programs: int = programs) -> None:
-            dlogits_kernel[(programs,)](
+        def launch(start: int = start, column_blocks: int = column_blocks, grid: int = grid) -> None:
+            dlogits_kernel[(grid,)](
                 **arguments,
                 **constants,
                 active=active,
@@ -382,7 +322,7 @@ def _walk_slices(
                 LOG_SUM_EXP=upstream[2] is not None,
             )
 
-        _launch(hidden, launch)
+        run(hidden, launch)
         gradients.add(start, workspace[:, : end - start], hidden, head, parts)
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
+from grpo_kernels._launch import on_device
 from grpo_kernels.moe_experts._kernels_triton import BLOCK, WARPS, glu_backward_kernel, glu_kernel, rows_of_program
 from grpo_kernels.moe_experts.ops import empty_activated, empty_gradients
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _memory(preact: Tensor, interleaved: bool) -> Tensor:
@@ -41,7 +35,7 @@ def moe_glu(
     if rows == 0:
         return activated
     of_program = rows_of_program(preact.element_size(), interleaved)
-    with _device(preact):
+    with on_device(preact):
         glu_kernel[(triton.cdiv(rows, of_program), triton.cdiv(width, BLOCK))](
             _memory(preact, interleaved),
             inv_map.contiguous(),
@@ -81,7 +75,7 @@ def moe_glu_backward(
     if rows == 0:
         return outputs
     of_program = rows_of_program(preact.element_size(), interleaved)
-    with _device(preact):
+    with on_device(preact):
         glu_backward_kernel[(triton.cdiv(rows, of_program),)](
             _memory(preact, interleaved),
             grad_activated.contiguous(),

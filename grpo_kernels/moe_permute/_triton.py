@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from grpo_kernels._extension import pointer
+from grpo_kernels._launch import on_device
 from grpo_kernels.moe_permute._kernels_triton import (
     PADDING_ROWS,
     launch_config,
@@ -19,10 +17,6 @@ from grpo_kernels.moe_permute._kernels_triton import (
 )
 from grpo_kernels.moe_permute.layout import dense_rows
 from grpo_kernels.moe_permute.ops import empty_gradients, empty_rows, empty_tokens
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _aligned(rows: Tensor) -> bool:
@@ -42,7 +36,7 @@ def moe_permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor, topk_weights: Te
     (tokens, top_k), rows, hidden = row_id_map.shape, inv_map.shape[0], x.shape[1]
     config = launch_config(hidden, top_k, x.element_size())
     block = config.lanes * config.width
-    with _device(x):
+    with on_device(x):
         permute_kernel[(tokens + triton.cdiv(rows, PADDING_ROWS), triton.cdiv(hidden, block))](
             x,
             row_id_map.contiguous(),
@@ -71,7 +65,7 @@ def moe_unpermute(y: Tensor, row_id_map: Tensor, topk_weights: Tensor | None) ->
     (tokens, top_k), hidden = row_id_map.shape, y.shape[1]
     config = launch_config(hidden, top_k, y.element_size())
     block = config.lanes * config.width
-    with _device(y):
+    with on_device(y):
         unpermute_kernel[(tokens, triton.cdiv(hidden, block))](
             y,
             row_id_map.contiguous(),
@@ -99,7 +93,7 @@ def moe_unpermute_backward(
     grad, y = dense_rows(grad), dense_rows(y)
     aligned = all(_aligned(rows_of) for rows_of in (grad, y, grad_y))
     config = launch_config(hidden, top_k, y.element_size(), aligned)
-    with _device(y):
+    with on_device(y):
         unpermute_backward_kernel[(tokens + triton.cdiv(rows, PADDING_ROWS), triton.cdiv(top_k, config.slots))](
             grad,
             y,

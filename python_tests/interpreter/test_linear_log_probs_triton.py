@@ -68,7 +68,7 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def _on(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
     from grpo_kernels.linear_log_probs import _triton
 
-    monkeypatch.setattr(_triton, "_architecture", lambda tensor: architecture)
+    monkeypatch.setattr(_triton, "architecture", lambda tensor: architecture)
 
 
 def _in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,10 +508,10 @@ def test_rows_far_apart_are_gathered() -> None:
     """Within a tile the kernels count in 32 bits: 128 rows of the last token of long sequences lie further apart."""
     far = torch.empty(300, 2**25, device="meta")[:, :64]
     near = torch.empty(300, 4096, device="meta")[:, :64]
-    from grpo_kernels.linear_log_probs import _triton as launchers
+    from grpo_kernels._launch import matrix
 
-    assert launchers._matrix(far)[1] == 64
-    assert launchers._matrix(near)[1] == 4096
+    assert matrix(far).stride == 64
+    assert matrix(near).stride == 4096
 
 
 def test_parts_of_large_numbers_stay_finite() -> None:
