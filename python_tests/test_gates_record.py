@@ -64,6 +64,23 @@ def test_fingerprints_see_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert fingerprint.of("op", "nvcc 13.0") != before
 
 
+def test_fingerprints_follow_the_imports_of_triton_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    package = tmp_path / "grpo_kernels"
+    (package / "op").mkdir(parents=True)
+    (package / "op" / "_triton.py").write_text("from grpo_kernels.op._kernels_triton import f\n")
+    (package / "op" / "_kernels_triton.py").write_text("from grpo_kernels import _a_triton as a\n")
+    (package / "_a_triton.py").write_text("def g():\n    from grpo_kernels._b_triton import h\n")
+    shared = {name: package / f"_{name}_triton.py" for name in ("b", "c")}
+    for path in shared.values():
+        path.write_text("x = 1\n")
+    before = fingerprint.of("op", "Triton 3.8.0")
+    shared["c"].write_text("x = 2\n")
+    assert fingerprint.of("op", "Triton 3.8.0") == before
+    shared["b"].write_text("x = 2\n")
+    assert fingerprint.of("op", "Triton 3.8.0") != before
+
+
 def _row(**changes: Any) -> dict[str, Any]:
     row = {"op": "a", "kernel": "k", "variant": "", "compiler": "Triton 3.8.0", "arch": 90, "registers": 1}
     return {**row, **changes}

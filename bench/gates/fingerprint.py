@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import re
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,30 @@ def _with_headers(source: Path) -> list[Path]:
             names = re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.MULTILINE)
             waiting += [ROOT / "csrc" / name for name in names]
     return sorted(seen)
+
+
+def _imports(source: Path) -> set[str]:
+    """What a Python source imports: `from a import b` gives a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def _with_shared(package: Path, sources: Iterable[Path]) -> set[Path]:
+    """The Triton sources of an op, and everything of the package's own Triton sources that they import."""
+    shared = {f"{package.name}.{path.stem}": path for path in package.glob("_*triton.py")}
+    seen: set[Path] = set()
+    waiting = list(sources)
+    while waiting:
+        path = waiting.pop()
+        if path not in seen:
+            seen.add(path)
+            waiting += [shared[name] for name in _imports(path) & shared.keys()]
+    return seen
 
 
 def _without_comments(text: str) -> str:
@@ -46,8 +72,7 @@ def of(op: str, compiler: str) -> str:
     if compiler.startswith("nvcc"):
         sources = {path for source in (ROOT / "csrc" / op).glob("*.cu") for path in _with_headers(source)}
     else:
-        package = ROOT / "grpo_kernels"
-        sources = {*(package / op).glob("_*triton.py"), *package.glob("_*triton.py")}
+        sources = _with_shared(ROOT / "grpo_kernels", (ROOT / "grpo_kernels" / op).glob("_*triton.py"))
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(code(path).encode())
