@@ -1,5 +1,6 @@
 #include <cstdlib>
 
+#include "common/cpu_dtype.h"
 #include "common/parallel.h"
 #include "group_advantages/formula.h"
 
@@ -63,16 +64,7 @@ void total_rewards(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, dou
     for (int64_t p = begin; p < end; ++p) values[p - begin] = combined_reward(a, sample_at(a.grouping, p));
     return;
   }
-  switch (a.dtype) {
-    case kFloat64:
-      return convert<double>(a, begin, end, values);
-    case kBFloat16:
-      return convert<bfloat16>(a, begin, end, values);
-    case kFloat16:
-      return convert<float16>(a, begin, end, values);
-    default:
-      return convert<float>(a, begin, end, values);
-  }
+  return by_dtype(a.dtype, [&](auto element) { return convert<decltype(element)>(a, begin, end, values); });
 }
 
 template <typename Out>

@@ -2,6 +2,7 @@
 // cache. The sum of the backward runs over those buffers and never over the caller's memory, so that addresses do not decide
 // its order.
 
+#include "common/cpu_dtype.h"
 #include "common/parallel.h"
 #include "moe_experts/formula.h"
 
@@ -13,15 +14,6 @@ constexpr int64_t kBlock = 256;                // a multiple of kPadding
 constexpr int64_t kPadding = 64;               // a block's sum runs over whole multiples of it
 constexpr int64_t kElementsPerChunk = 16384;   // per task
 constexpr int64_t kElementsPerThread = 32768;  // below that a second thread costs more than it brings
-
-template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
 
 template <typename T, typename A>
 void load(const T* x, int64_t count, A* out) {
@@ -197,16 +189,7 @@ int64_t run(const typename Pass::Args& a, int threads) {
 
 template <typename Pass>
 int64_t run(const typename Pass::Args& a, int threads) {
-  switch (a.layout.dtype) {
-    case kFloat64:
-      return run<Pass, double>(a, threads);
-    case kBFloat16:
-      return run<Pass, bfloat16>(a, threads);
-    case kFloat16:
-      return run<Pass, float16>(a, threads);
-    default:
-      return run<Pass, float>(a, threads);
-  }
+  return by_dtype(a.layout.dtype, [&](auto element) { return run<Pass, decltype(element)>(a, threads); });
 }
 
 }  // namespace

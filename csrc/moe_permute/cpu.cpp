@@ -2,6 +2,7 @@
 // the parts' counts are summed in order. The moves go token by token: what a token's rows share is read once and stays in
 // the caches. Padding rows are zeroed on their own.
 
+#include "common/cpu_dtype.h"
 #include "common/parallel.h"
 #include "moe_permute/cpu_copy.h"
 #include "moe_permute/formula.h"
@@ -16,15 +17,6 @@ constexpr int64_t kLanes = 64;                 // partial sums of a product of r
 constexpr int64_t kElementsPerChunk = 131072;  // per task
 constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
 constexpr int64_t kRowsPerChunk = 16384;       // whose maps are looked through for padding
-
-template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
 
 // Calls body(begin, end) for ranges of tokens whose rows hold about kElementsPerChunk elements.
 template <typename Body>
@@ -281,42 +273,18 @@ int64_t build_permutation_cpu(const BuildPermutationArgs& a, int threads) {
 }
 
 int64_t moe_permute_cpu(const MoePermuteArgs& a, int threads) {
-  switch (a.dtype) {
-    case kFloat64:
-      return a.topk_weights == nullptr ? copy_rows(a, 8, threads) : scale_rows<double>(a, threads);
-    case kBFloat16:
-      return a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<bfloat16>(a, threads);
-    case kFloat16:
-      return a.topk_weights == nullptr ? copy_rows(a, 2, threads) : scale_rows<float16>(a, threads);
-    default:
-      return a.topk_weights == nullptr ? copy_rows(a, 4, threads) : scale_rows<float>(a, threads);
-  }
+  return by_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    return a.topk_weights == nullptr ? copy_rows(a, sizeof(T), threads) : scale_rows<T>(a, threads);
+  });
 }
 
 int64_t moe_unpermute_cpu(const MoeUnpermuteArgs& a, int threads) {
-  switch (a.dtype) {
-    case kFloat64:
-      return sum_rows<double>(a, threads);
-    case kBFloat16:
-      return sum_rows<bfloat16>(a, threads);
-    case kFloat16:
-      return sum_rows<float16>(a, threads);
-    default:
-      return sum_rows<float>(a, threads);
-  }
+  return by_dtype(a.dtype, [&](auto element) { return sum_rows<decltype(element)>(a, threads); });
 }
 
 int64_t moe_unpermute_backward_cpu(const MoeUnpermuteBackwardArgs& a, int threads) {
-  switch (a.dtype) {
-    case kFloat64:
-      return backward_rows<double>(a, threads);
-    case kBFloat16:
-      return backward_rows<bfloat16>(a, threads);
-    case kFloat16:
-      return backward_rows<float16>(a, threads);
-    default:
-      return backward_rows<float>(a, threads);
-  }
+  return by_dtype(a.dtype, [&](auto element) { return backward_rows<decltype(element)>(a, threads); });
 }
 
 }  // namespace GK_ISA

@@ -5,6 +5,7 @@
 // The sums run over the aligned buffer and never over the caller's memory, so neither addresses nor other rows decide
 // their order.
 
+#include "common/cpu_dtype.h"
 #include "common/parallel.h"
 #include "token_log_probs/formula.h"
 
@@ -23,15 +24,6 @@ constexpr int64_t kStrip = 256;
 constexpr int64_t kPadding = 64;               // a row's last strip is cut to a multiple of it: small vocabularies stay cheap
 constexpr int64_t kElementsPerChunk = 32768;   // per task
 constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
-
-template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
 
 template <typename A>
 A infinity() {
@@ -283,29 +275,11 @@ int64_t backward(const TokenLogProbsBackwardArgs& a, int threads) {
 }  // namespace
 
 int64_t token_log_probs_cpu(const TokenLogProbsArgs& args, int threads) {
-  switch (args.layout.dtype) {
-    case kFloat64:
-      return forward<double>(args, threads);
-    case kBFloat16:
-      return forward<bfloat16>(args, threads);
-    case kFloat16:
-      return forward<float16>(args, threads);
-    default:
-      return forward<float>(args, threads);
-  }
+  return by_dtype(args.layout.dtype, [&](auto element) { return forward<decltype(element)>(args, threads); });
 }
 
 int64_t token_log_probs_backward_cpu(const TokenLogProbsBackwardArgs& args, int threads) {
-  switch (args.layout.dtype) {
-    case kFloat64:
-      return backward<double>(args, threads);
-    case kBFloat16:
-      return backward<bfloat16>(args, threads);
-    case kFloat16:
-      return backward<float16>(args, threads);
-    default:
-      return backward<float>(args, threads);
-  }
+  return by_dtype(args.layout.dtype, [&](auto element) { return backward<decltype(element)>(args, threads); });
 }
 
 }  // namespace GK_ISA
