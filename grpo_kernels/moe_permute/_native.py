@@ -54,20 +54,23 @@ def _weights(topk_weights: Tensor | None, like: Tensor) -> Tensor | None:
     return None if topk_weights is None else topk_weights.to(accumulation_dtype(like)).contiguous()
 
 
+def _moved(
+    values: Tensor, tokens: int, rows: int, row_id_map: Tensor, weights: Tensor | None
+) -> tuple[int, int, int, int, int, int, int]:
+    """What the moves have in common; `values` are tokens or rows."""
+    sizes = (tokens, values.shape[1], rows, row_id_map.shape[1])
+    return DTYPE_CODE[values.dtype], *sizes, row_id_map.data_ptr(), pointer(weights)
+
+
 def moe_permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor, topk_weights: Tensor | None) -> Tensor:
     out = empty_rows(x, row_id_map, inv_map, topk_weights)
     x, weights = dense_rows(x), _weights(topk_weights, x)
     row_id_map, inv_map = row_id_map.contiguous(), inv_map.contiguous()
     fault = _extension.extension().moe_permute(
+        _moved(x, x.shape[0], inv_map.shape[0], row_id_map, weights),
         x.data_ptr(),
         x.stride(0),
-        DTYPE_CODE[x.dtype],
-        *x.shape,
-        inv_map.shape[0],
-        row_id_map.shape[1],
-        row_id_map.data_ptr(),
         inv_map.data_ptr(),
-        pointer(weights),
         out.data_ptr(),
         *_extension.execution(x),
     )
@@ -81,14 +84,9 @@ def moe_unpermute(y: Tensor, row_id_map: Tensor, topk_weights: Tensor | None) ->
     y, weights = dense_rows(y), _weights(topk_weights, y)
     row_id_map = row_id_map.contiguous()
     fault = _extension.extension().moe_unpermute(
+        _moved(y, out.shape[0], y.shape[0], row_id_map, weights),
         y.data_ptr(),
         y.stride(0),
-        DTYPE_CODE[y.dtype],
-        *out.shape,
-        y.shape[0],
-        row_id_map.shape[1],
-        row_id_map.data_ptr(),
-        pointer(weights),
         out.data_ptr(),
         *_extension.execution(y),
     )
@@ -104,17 +102,12 @@ def moe_unpermute_backward(
     grad, y, weights = dense_rows(grad), dense_rows(y), _weights(topk_weights, y)
     row_id_map, inv_map = row_id_map.contiguous(), inv_map.contiguous()
     fault = _extension.extension().moe_unpermute_backward(
+        _moved(y, grad.shape[0], inv_map.shape[0], row_id_map, weights),
         grad.data_ptr(),
         grad.stride(0),
         y.data_ptr(),
         y.stride(0),
-        DTYPE_CODE[y.dtype],
-        *grad.shape,
-        inv_map.shape[0],
-        row_id_map.shape[1],
-        row_id_map.data_ptr(),
         inv_map.data_ptr(),
-        pointer(weights),
         grad_y.data_ptr(),
         grad_weights.data_ptr(),
         *_extension.execution(y),
