@@ -93,3 +93,12 @@ def scalar_argument(
         return torch.ones((), device=device, dtype=dtype) * value, 0.0
     check_number(op, name, value)
     return None, float(value)
+
+
+def position(name: str, shape: torch.Size, row: int) -> str:
+    """How messages name one element of a tensor, by its place in the flattened tensor."""
+    index: list[int] = []
+    for size in reversed(shape):
+        index.insert(0, row % size)
+        row //= size
+    return f"{name}{index}" if index else name

@@ -10,7 +10,8 @@ import torch.distributed
 from torch import Tensor
 
 from grpo_kernels import _checks
-from grpo_kernels.token_log_probs.layout import part_ids, position
+from grpo_kernels._checks import position
+from grpo_kernels._token_ids import live_rows, part_ids
 from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, finish, merge
 
 
@@ -169,7 +170,7 @@ def combine(
             row is NaN.
     """
     entropy, want_squared, want_top1 = wanted
-    live = token_ids >= 0 if mask is None else (token_ids >= 0) & mask
+    live = live_rows(token_ids, mask)
     gathered = _gather(shard, _payload(shard, live, token_ids, part, wanted))
     dtype = part[4].dtype
     values = gathered[:, :4].view(dtype).double()

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grpo_kernels._gemm import accumulation_dtype, multiply, without_autocast
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm.arguments import segment_ends
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, without_autocast
 
 _FEW_ROWS = 96
 

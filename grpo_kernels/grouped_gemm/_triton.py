@@ -6,12 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
+from grpo_kernels._gemm import without_autocast
 from grpo_kernels._launch import TILE, Matrix, architecture, loads, matrix, precision, programs, run
 from grpo_kernels.grouped_gemm import _library_triton as library
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm._config_triton import PANEL, launch_config, segments, wgrad_config
 from grpo_kernels.grouped_gemm._kernels_triton import grouped_kernel, row_sum_kernel, wgrad_kernel
-from grpo_kernels.linear_log_probs.gemm import without_autocast
 
 
 def _dense(weight: Tensor) -> bool:

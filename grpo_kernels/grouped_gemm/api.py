@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch
+from grpo_kernels._gemm import gemm_dtype
 from grpo_kernels.grouped_gemm import reference
 from grpo_kernels.grouped_gemm.arguments import check_present, segment_ends
 from grpo_kernels.grouped_gemm.function import Options, grouped_linear
-from grpo_kernels.linear_log_probs.function import gemm_dtype
 
 _OP = "grouped_gemm"
 _MAX_ROWS = 2**31 - 2**14

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
+from grpo_kernels._gemm import accumulation_dtype
 
 _PACKAGE = "grpo_kernels.grouped_gemm"
 

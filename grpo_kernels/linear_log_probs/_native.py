@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide, without_autocast
-from grpo_kernels.linear_log_probs.head import Head, live_rows, slices
+from grpo_kernels._gemm import accumulation_dtype, wide, without_autocast
+from grpo_kernels._token_ids import live_rows, part_ids
+from grpo_kernels.linear_log_probs.head import Head, slices
 from grpo_kernels.linear_log_probs.losses import implementations
 from grpo_kernels.linear_log_probs.ops import empty_gradients
 from grpo_kernels.linear_log_probs.partial import Part, Products, Slice
 from grpo_kernels.token_log_probs import ops as rows
 from grpo_kernels.token_log_probs.arguments import raise_if_outside
-from grpo_kernels.token_log_probs.layout import part_ids
 from grpo_kernels.token_log_probs.statistics import finish
 
 _BACKEND = "native"

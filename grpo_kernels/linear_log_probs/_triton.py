@@ -8,12 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
+from grpo_kernels._gemm import multiply, without_autocast
 from grpo_kernels._launch import architecture, loads, matrix, precision, programs, run
 from grpo_kernels._math_triton import host_factors
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.linear_log_probs._config_triton import MAX_SPLITS, LaunchConfig, launch_config, slice_width
 from grpo_kernels.linear_log_probs._kernels_triton import dlogits_kernel, forward_kernel, merge_kernel
-from grpo_kernels.linear_log_probs.gemm import multiply, without_autocast
-from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.linear_log_probs.losses import implementations
 from grpo_kernels.linear_log_probs.ops import empty_gradients, empty_outputs
 

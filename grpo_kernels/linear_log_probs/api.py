@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
+from grpo_kernels._gemm import accumulation_dtype, gemm_dtype
 from grpo_kernels.distributed import VocabShard
 from grpo_kernels.linear_log_probs.arguments import check_head
-from grpo_kernels.linear_log_probs.function import Options, Wanted, gemm_dtype
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
+from grpo_kernels.linear_log_probs.function import Options, Wanted
 from grpo_kernels.linear_log_probs.head import LoRAFactors
 from grpo_kernels.linear_log_probs.two_pass import rows_of_head
 from grpo_kernels.token_log_probs import TokenLogProbsOutput

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide
-from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels._gemm import accumulation_dtype, wide
+from grpo_kernels._token_ids import live_rows
+from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs, Sums, parts
 from grpo_kernels.linear_log_probs.whole import fits, one_pass_within

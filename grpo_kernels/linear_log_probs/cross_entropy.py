@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch
+from grpo_kernels._gemm import accumulation_dtype, gemm_dtype
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.distributed import VocabShard
 from grpo_kernels.linear_log_probs import ops_one_pass
 from grpo_kernels.linear_log_probs.arguments import check_head
 from grpo_kernels.linear_log_probs.attach import attach, cast, may_form_gradients, needs_gradient, requests
-from grpo_kernels.linear_log_probs.function import Options, Wanted, gemm_dtype
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
-from grpo_kernels.linear_log_probs.head import Head, LoRAFactors, live_rows
+from grpo_kernels.linear_log_probs.function import Options, Wanted
+from grpo_kernels.linear_log_probs.head import Head, LoRAFactors
 from grpo_kernels.linear_log_probs.sums import Gradients
 from grpo_kernels.linear_log_probs.two_pass import rows_of_head
 from grpo_kernels.token_log_probs.arguments import check_rows, check_transform, raise_if_outside

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from grpo_kernels._gemm import accumulation_dtype
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.distributed import vocab
 from grpo_kernels.linear_log_probs import ops
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
-from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL
 
 
@@ -47,14 +48,6 @@ class Options(NamedTuple):
     wanted: Wanted
     shard: vocab.VocabShard | None
     backend: str
-
-
-def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The operands' dtype of the products: autocast's, else the wider of the two."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def linear_rows(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch
+from grpo_kernels._gemm import accumulation_dtype, gemm_dtype
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.distributed import VocabShard
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics
 from grpo_kernels.grpo_loss.api import evaluate
@@ -17,8 +19,7 @@ from grpo_kernels.grpo_loss.reference import LossInputs, Rows, rows_of
 from grpo_kernels.linear_log_probs import chunks, ops_one_pass
 from grpo_kernels.linear_log_probs.arguments import check_head
 from grpo_kernels.linear_log_probs.attach import attach, cast, may_form_gradients, needs_gradient, requests
-from grpo_kernels.linear_log_probs.function import Options, Wanted, gemm_dtype
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
+from grpo_kernels.linear_log_probs.function import Options, Wanted
 from grpo_kernels.linear_log_probs.head import Head, LoRAFactors
 from grpo_kernels.linear_log_probs.sums import Gradients
 from grpo_kernels.linear_log_probs.token_terms import passes, token_terms
@@ -135,7 +136,7 @@ def linear_grpo_loss(
         num_items=num_items,
         max_length=max_length,
     )
-    live = token_ids >= 0 if inputs.mask is None else (token_ids >= 0) & (inputs.mask != 0)
+    live = live_rows(token_ids, None if inputs.mask is None else inputs.mask != 0)
     rows = rows_of(stand_in, live, cu_seqlens)
     inputs = inputs._replace(mask=rows.live)
     if vocab_shard is None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, wide
+from grpo_kernels._gemm import accumulation_dtype, multiply, wide
 
 WORKSPACE_BYTES = 32 << 20
 """Most bytes of logits that exist at a time on the CPU, unless there are too many rows for slices of 256 columns."""
@@ -88,8 +88,3 @@ def slices(rows: int, vocab: int, element_size: int, workspace: int | None = Non
         width += 64
     for start in range(0, vocab, width):
         yield start, min(start + width, vocab)
-
-
-def live_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] bool. The rows that count."""
-    return token_ids >= 0 if mask is None else (token_ids >= 0) & mask

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_kernels._gemm import without_autocast
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.grpo_loss import ops as loss_ops
 from grpo_kernels.linear_log_probs.chunks import one_pass
-from grpo_kernels.linear_log_probs.gemm import without_autocast
-from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.linear_log_probs.ops import empty_gradients
 from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs

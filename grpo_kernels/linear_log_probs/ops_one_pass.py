@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype
+from grpo_kernels._gemm import accumulation_dtype
 from grpo_kernels.linear_log_probs.ops import GRADIENTS, HEAD, PACKAGE, ROWS, empty_gradients
 
 for _op in ("linear_cross_entropy", "linear_grpo_loss"):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.gemm import multiply, wide
+from grpo_kernels._gemm import multiply, wide
 from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, TOTAL, merge
 

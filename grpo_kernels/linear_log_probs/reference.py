@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.head import Head, live_rows
+from grpo_kernels._token_ids import live_rows
+from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.token_log_probs import reference as rows
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, wide
+from grpo_kernels._gemm import accumulation_dtype, multiply, wide
 from grpo_kernels.linear_log_probs.head import Head, slices
 
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, wide
+from grpo_kernels._gemm import accumulation_dtype, wide
+from grpo_kernels._token_ids import part_ids
 from grpo_kernels.linear_log_probs.head import Head, slices
 from grpo_kernels.linear_log_probs.partial import Part, Products, Slice
 from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.token_log_probs import ops as row_ops
-from grpo_kernels.token_log_probs.layout import part_ids
 from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL, finish
 
 _SLICE_BYTES = (16 << 20, 64 << 20)

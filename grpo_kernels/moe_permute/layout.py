@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from grpo_kernels._checks import position
 from grpo_kernels.moe_permute.reference import row_bound
-from grpo_kernels.token_log_probs.layout import position
 
 MAX_EXPERTS = 1024
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels.token_log_probs.layout import position
+from grpo_kernels._checks import position
 
 
 def readable(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.token_log_probs.layout import raise_outside
 
 OUTPUTS = ("entropy", "sum_squared_probs", "top1_ids")
@@ -71,7 +72,7 @@ def raise_if_outside(op: str, ids: Tensor, mask: Tensor | None, vocab: int, name
     """On the CPU, where looking is free: raises where the id of a live row is >= `vocab`."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    live = ids >= 0 if mask is None else (ids >= 0) & mask
+    live = live_rows(ids, mask)
     outside = (live & (ids >= vocab)).reshape(-1)
     if outside.any():
         raise_outside(op, ids, int(outside.to(torch.uint8).argmax()), vocab, name)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels._checks import position
+
 
 class RowLayout(NamedTuple):
     """Row r starts at element (r // inner) * outer_stride + (r % inner) * inner_stride; its elements are neighbours."""
@@ -63,21 +65,6 @@ def overwritable(logits: Tensor) -> bool:
             return False
         extent += stride * (size - 1)
     return True
-
-
-def part_ids(token_ids: Tensor, start: int, end: int, absent: int) -> Tensor:
-    """The ids relative to the part [start, end) of a vocabulary; `absent` for those outside. Negative ones stay."""
-    inside = (token_ids >= start) & (token_ids < end)
-    return torch.where(token_ids < 0, token_ids, torch.where(inside, token_ids - start, absent))
-
-
-def position(name: str, shape: torch.Size, row: int) -> str:
-    """How messages name one element of a tensor, by its place in the flattened tensor."""
-    index: list[int] = []
-    for size in reversed(shape):
-        index.insert(0, row % size)
-        row //= size
-    return f"{name}{index}" if index else name
 
 
 def raise_outside(op: str, token_ids: Tensor, row: int, vocab: int, name: str = "token_ids") -> None:

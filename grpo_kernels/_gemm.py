@@ -1,4 +1,4 @@
-"""Matrix products with float32 accumulation and a result of any dtype."""
+"""The dtypes of matrix products, and products with float32 accumulation and a result of any dtype."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from torch import Tensor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The operands' dtype of the products: autocast's, else the wider of the two."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
