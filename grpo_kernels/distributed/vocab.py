@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_kernels import _checks
 from grpo_kernels._checks import position
+from grpo_kernels._sharded import is_dtensor
 from grpo_kernels._token_ids import live_rows, part_ids
 from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, finish, merge
 
@@ -63,17 +64,6 @@ class VocabShard(NamedTuple):
         size = -(-columns // mesh.size(index))
         start = min(mesh.get_local_rank(index) * size, columns)
         return cls(start, min(start + size, columns), mesh.get_group(index), reduce_hidden_grad)
-
-
-def is_dtensor(value: object) -> bool:
-    """Imports torch.distributed.tensor, which is slow, only for tensors of an unusual class."""
-    if type(value) in (Tensor, torch.nn.Parameter) or not isinstance(value, Tensor):
-        return False
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
 
 
 def _mesh_index(op: str, mesh: Any, mesh_dim: int | str) -> int:

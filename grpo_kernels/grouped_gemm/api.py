@@ -87,13 +87,13 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accu
     _checks.check_ndim(_OP, "x", x, "[R, K]")
     if x.shape[0] > _MAX_ROWS:
         raise ValueError(f"{_OP}: x must have at most R = 2^31 - 1024 rows, got {x.shape[0]}")
+    check_present(_OP, "weight", weight, "[E, N, K]")
     _checks.check_ndim(_OP, "weight", weight, "[E, N, K]")
     experts, columns, width = weight.shape
     if width != x.shape[1] or 0 in (experts, columns, width):
         wanted = f"[E, N, K] = [E, N, {x.shape[1]}] with E, N, K >= 1"
         raise ValueError(f"{_OP}: weight must have shape {wanted}, got {list(weight.shape)}")
     _checks.check_same_device(_OP, "weight", weight, "x", x)
-    check_present(_OP, "weight", weight)
     _checks.check_tensor(_OP, "offsets", offsets)
     _checks.check_dtype(_OP, "offsets", offsets, _checks.INTEGER)
     _checks.check_shape(_OP, "offsets", offsets, ("[E]", (experts,)))

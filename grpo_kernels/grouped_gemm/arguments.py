@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grpo_kernels.distributed.vocab import is_dtensor
+from grpo_kernels import _sharded
 
 _REMEDY = "call the op in the forward of the module that owns it, as grpo_kernels.MoE does"
 
 
-def check_present(op: str, name: str, tensor: Tensor) -> None:
+def check_present(op: str, name: str, tensor: Tensor, shape: str = "") -> None:
     """The tensor is whole and in memory, not what a sharding library leaves of it between forwards.
+
+    Args:
+        shape: of a parameter, such as "[E, N, K]".
 
     Raises:
         TypeError: it is a DTensor.
-        ValueError: its memory is freed.
+        ValueError: it is not gathered, or its memory is freed.
     """
-    if is_dtensor(tensor):
-        placements = ", ".join(map(str, tensor.placements))  # type: ignore[attr-defined]
-        raise TypeError(f"{op}: {name} must not be a DTensor, got one with placements ({placements}): {_REMEDY}")
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta":
-        return
-    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
-        raise ValueError(f"{op}: the memory of {name} {list(tensor.shape)} is freed, as FSDP does: {_REMEDY}")
+    _sharded.check_present(op, name, tensor, _REMEDY, shape=shape)
 
 
 def segment_ends(op: str, offsets: Tensor, rows: int) -> list[int]:

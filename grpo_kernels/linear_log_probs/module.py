@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grpo_kernels import _checks
-from grpo_kernels.distributed.vocab import is_dtensor
+from grpo_kernels._sharded import is_dtensor
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput
 from grpo_kernels.linear_log_probs.api import linear_token_log_probs
 from grpo_kernels.linear_log_probs.cross_entropy import linear_cross_entropy

@@ -16,6 +16,7 @@ OP = "moe_experts"
 ACTIVATIONS = ("swiglu", "clamped_swiglu")
 SAVES = ("preact", "input")
 RECIPES = ("bf16",)
+_SHAPES = {"gate_up": "[E, 2I, H]", "down": "[E, H, I]"}
 
 
 class Experts(NamedTuple):
@@ -54,7 +55,7 @@ def check_experts(experts: Experts) -> None:
         tensor = cast(Tensor, value)
         _checks.check_dtype(OP, name, tensor)
         _checks.check_same_device(OP, name, tensor, "x", x)
-        check_present(OP, name, tensor)
+        check_present(OP, name, tensor, _SHAPES.get(name, ""))
     _checks.check_ndim(OP, "x", x, "[T, H]")
     _checks.check_ndim(OP, "gate_up", gate_up, "[E, 2I, H]")
     count, twice, hidden = gate_up.shape[0], gate_up.shape[1], x.shape[1]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import _checks, _dispatch
+from grpo_kernels import _checks, _dispatch, _sharded
 from grpo_kernels.distributed import vocab
 from grpo_kernels.token_log_probs import ops, reference
 from grpo_kernels.token_log_probs.arguments import (
@@ -22,6 +22,10 @@ from grpo_kernels.token_log_probs.function import token_rows
 from grpo_kernels.token_log_probs.layout import overwritable
 
 _OP = "token_log_probs"
+_OF_DTENSOR = (
+    "where each rank has a part of the vocabulary, logits.to_local() and "
+    "vocab_shard=VocabShard.from_dtensor(logits, mesh_dim, dim=-1)"
+)
 
 
 class TokenLogProbsOutput(NamedTuple):
@@ -128,12 +132,7 @@ def _check(
 ) -> tuple[bool, bool, bool]:
     """Raises on a bad argument; returns which outputs are wanted."""
     _checks.check_tensor(_OP, "logits", logits)
-    if vocab.is_dtensor(logits):
-        placements = ", ".join(map(str, logits.placements))  # type: ignore[attr-defined]
-        raise TypeError(
-            f"{_OP}: logits must not be a DTensor, got one with placements ({placements}). Where each rank has a part "
-            "of the vocabulary: logits.to_local() and vocab_shard=VocabShard.from_dtensor(logits, mesh_dim, dim=-1)"
-        )
+    _sharded.refuse_dtensor(_OP, "logits", logits, _OF_DTENSOR)
     _checks.check_dtype(_OP, "logits", logits)
     if logits.ndim == 0 or (logits.shape[-1] == 0 and vocab_shard is None):
         raise ValueError(f"{_OP}: logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")

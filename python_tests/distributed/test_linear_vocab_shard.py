@@ -178,7 +178,7 @@ def _shard(case: Case, rank: int, world: int) -> VocabShard:
         weight = distribute_tensor(case.inputs()["weight"], init_device_mesh("cpu", (world,)), [Shard(0)])
         shard = VocabShard.from_dtensor(weight, 0, reduce_hidden_grad=case.reduce)
         assert torch.equal(weight.to_local(), case.inputs()["weight"][shard.start : shard.end])
-        with pytest.raises(ValueError, match=r"weight is a DTensor.*VocabShard.from_dtensor"):
+        with pytest.raises(TypeError, match=r"weight must not be a DTensor.*VocabShard.from_dtensor"):
             grpo_kernels.linear_token_log_probs(case.inputs()["hidden"], weight, case.inputs()["ids"])
         return shard
     cuts = CUTS[world][case.cuts]
