@@ -179,7 +179,11 @@ def combine(
     whole = torch.where(wrong, math.nan, whole)
     results = finish(whole, squared, top1, live, entropy)
     log_probs, *others = (whole.new_empty(0) if result is None else result for result in results)
-    return log_probs.to(dtype), others[0].to(dtype), others[1].to(dtype), others[2].long(), whole.to(dtype)
+    if (
+        dtype != torch.float64
+    ):  # compiled by torch 2.11, a forward that ends with a cast to no other dtype has no gradient
+        log_probs, others[0], others[1], whole = (x.to(dtype) for x in (log_probs, *others[:2], whole))
+    return log_probs, others[0], others[1], others[2].long(), whole
 
 
 def _payload(

@@ -173,10 +173,11 @@ def _check_dtensors(rank: int, world: int) -> None:
     if world == 4:
         _check_mesh_of_two_dimensions(rank)
     else:
-        _check_compiled(rank)
+        for dtype in (torch.float32, torch.float64):
+            _check_compiled(rank, dtype)
 
 
-def _check_compiled(rank: int) -> None:
+def _check_compiled(rank: int, dtype: torch.dtype) -> None:
     case = Case(spoil=True, padding=2, options=(("softcap", 6.0), ("temperature", 0.7)))
     cuts = CUTS[2][0]
     shard = VocabShard(cuts[rank], cuts[rank + 1], dist.group.WORLD)
@@ -188,7 +189,7 @@ def _check_compiled(rank: int) -> None:
         options = {"outputs": EVERY_OUTPUT, **dict(case.options)}
         return token_log_probs(logits, ids, mask=mask, vocab_shard=shard, **options)
 
-    leaf = part["logits"].requires_grad_()
+    leaf = part["logits"].to(dtype).requires_grad_()
     out = torch.compile(call, fullgraph=True, backend="aot_eager")(leaf, part["token_ids"], part["mask"])
     gradient = torch.autograd.grad(out.log_probs.nansum() + out.entropy.nansum(), leaf)[0]
     for value in out[:3]:
@@ -199,6 +200,7 @@ def _check_compiled(rank: int) -> None:
     others = torch.ones(ROWS, dtype=torch.bool)
     others[1, 1] = False
     assert all(torch.equal(a[others], b[others]) for a, b in zip(out, eager, strict=True))
+    assert expected[others].any()
     assert torch.equal(gradient[others], expected[others])
 
 
