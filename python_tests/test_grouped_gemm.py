@@ -384,8 +384,8 @@ def test_compilation_knows_no_rows_and_no_offsets() -> None:
 def test_the_cpu_multiplies_narrow_only_where_sums_stay_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways are exact to the last rounding; which one a machine takes is its own affair."""
     for dtype in (torch.bfloat16, torch.float16):
-        for fast in (True, False):
-            monkeypatch.setattr(_native, "_fast", lambda *_, fast=fast: fast)
+        for narrow in (True, False):
+            monkeypatch.setattr(_native, "_as_it_is", lambda *_, narrow=narrow: narrow)
             p = problem([0, 2, 150], 150, 700, 40, dtype)
             check(p, *run(p))
 
