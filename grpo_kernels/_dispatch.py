@@ -157,9 +157,14 @@ def _choose(op: str, forced: str | None, device_type: str, index: int, dtype: to
 
 
 def candidates(op: str, device_type: str) -> tuple[str, ...]:
-    """The backends that `op` tries on a type of device, in order; "reference" is last and always works."""
+    """The backends that `op` tries on a type of device, in order; "reference" is last and always works.
+
+    Meta tensors take those of the CPU, of which nothing runs but what says how the outputs look: plain PyTorch could
+    not look at their data.
+    """
     backends = _registered[op]
-    return (*{"cpu": backends.cpu, "cuda": backends.cuda}.get(device_type, ()), "reference")
+    found = {"cpu": backends.cpu, "cuda": backends.cuda, "meta": backends.cpu}
+    return (*found.get(device_type, ()), "reference")
 
 
 def problem(op: str, name: str, device_type: str, index: int, dtype: torch.dtype) -> str:
@@ -169,6 +174,8 @@ def problem(op: str, name: str, device_type: str, index: int, dtype: torch.dtype
     interpreted = name == "triton" and device_type == "cpu" and _registered[op].interpretable
     if name not in candidates(op, device_type) and not interpreted:
         return f"{op} has no {name} kernel for this device"
+    if device_type == "meta":
+        return ""
     if dtype == torch.float64 and (device_type != "cpu" or name == "triton"):
         return "its kernels do not take float64"
     if name == "native":

@@ -9,15 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from grpo_kernels._autocast import autocast_dtype, no_autocast
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The operands' dtype of the products: autocast's, else the wider of the two."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device)
+    autocast = autocast_dtype(hidden.device.type)
+    if autocast is not None and torch.float64 not in (hidden.dtype, weight.dtype):
+        return autocast
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
@@ -31,7 +33,7 @@ def without_autocast(function: _F) -> _F:
 
     @functools.wraps(function)
     def call(hidden: Tensor, *arguments: Any) -> Any:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device.type):
             return function(hidden, *arguments)
 
     return call  # type: ignore[return-value]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch
+from grpo_kernels._autocast import no_autocast
 from grpo_kernels._gemm import gemm_dtype
 from grpo_kernels.grouped_gemm import reference
 from grpo_kernels.grouped_gemm.arguments import check_present, segment_ends
@@ -75,7 +76,7 @@ def grouped_gemm(
         raise _dispatch.BackendUnavailable(f"{_OP}: weight_grad_accumulator needs kernels")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         segment_ends(_OP, offsets, x.shape[0])
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         cast_bias = None if bias is None else bias.to(dtype)
         return reference.grouped_gemm(x.to(dtype), weight.to(dtype), offsets, cast_bias, out_dtype)
 

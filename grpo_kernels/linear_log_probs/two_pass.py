@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
+from grpo_kernels._autocast import no_autocast
 from grpo_kernels.linear_log_probs import reference
 from grpo_kernels.linear_log_probs.function import LinearRows, Options, linear_rows
 from grpo_kernels.linear_log_probs.head import Head
@@ -28,7 +28,7 @@ def rows_of_head(
         raise _dispatch.BackendUnavailable(f"{options.op}: vocab_shard and weight_grad_accumulator need kernels")
     raise_if_outside(options.op, token_ids, mask, len(head.weight))
     divisor = options.temperature if temperatures is None else temperatures
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         results = reference.linear_token_log_probs(
             hidden.to(options.gemm_dtype), head.to(options.gemm_dtype), token_ids, mask, divisor, options.logit_scale,
             options.softcap, options.wanted[:3], options.wanted.log_sum_exp,

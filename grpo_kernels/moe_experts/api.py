@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
+from grpo_kernels._autocast import no_autocast
 from grpo_kernels.moe_experts import reference
 from grpo_kernels.moe_experts.arguments import (
     OP,
@@ -117,5 +117,5 @@ def moe_experts(
         return routed_experts(options, accumulators, experts, weights, ids)
     if accumulators != (None, None):
         raise _dispatch.BackendUnavailable(f"{OP}: weight_grad_accumulators need kernels")
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return reference.moe_experts(*experts.to(dtype), weights, ids, kind, first)

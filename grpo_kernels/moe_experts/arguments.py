@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels._autocast import autocast_dtype
 from grpo_kernels.grouped_gemm.arguments import check_present
 from grpo_kernels.moe_experts.reference import Activation
 
@@ -31,10 +32,8 @@ class Experts(NamedTuple):
     def product_dtype(self) -> torch.dtype:
         """The operands' dtype of the products: autocast's, else the widest."""
         dtype = functools.reduce(torch.promote_types, (t.dtype for t in self if t is not None))
-        device = self.x.device.type
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            return torch.get_autocast_dtype(device)
-        return dtype
+        autocast = autocast_dtype(self.x.device.type)
+        return autocast if autocast is not None and dtype != torch.float64 else dtype
 
     def of_dtype(self, dtype: torch.dtype) -> Tensor:
         """One of the tensors that stands for products of this dtype."""

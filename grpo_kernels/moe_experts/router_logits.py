@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo_kernels._autocast import no_autocast
+
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[T, E] float32 (float64 if an input is): x weight^T + bias, whatever autocast says.
@@ -20,7 +22,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         weight: [E, H] float.
         bias: [E] float.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         logits: Tensor = _RouterLogits.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return logits
 
@@ -39,7 +41,7 @@ class _RouterLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             if ctx.needs_input_grad[0]:
                 grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
             if ctx.needs_input_grad[1]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch, _sharded
+from grpo_kernels._autocast import no_autocast
 from grpo_kernels.distributed import vocab
 from grpo_kernels.token_log_probs import ops, reference
 from grpo_kernels.token_log_probs.arguments import (
@@ -162,7 +163,7 @@ def _reference(
     wanted: tuple[bool, bool, bool],
 ) -> TokenLogProbsOutput:
     raise_if_outside(_OP, token_ids, mask, logits.shape[-1])
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits.device.type):
         return TokenLogProbsOutput(
             *reference.token_log_probs(logits, token_ids, mask, temperature, logit_scale, softcap, wanted)
         )

@@ -79,6 +79,13 @@ def test_backends_agree(call: Call) -> None:
     assert_gradients_agree(call, native[1], reference[1])
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_meta_tensors_give_what_others_do_but_for_the_data(call: Call) -> None:
+    found, expected = _run(call, call.function, "meta"), _run(call, call.function)
+    for meta_list, list_ in zip(found, expected, strict=True):
+        assert [(a.shape, a.dtype, a.device.type) for a in meta_list] == [(b.shape, b.dtype, "meta") for b in list_]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
 def test_compiles_without_a_graph_break(call: Call, backend: str) -> None:
