@@ -110,12 +110,12 @@ def moe_experts(
     weights = weights.to(reference.exact_dtype(dtype))
     stand_in = experts.of_dtype(dtype)
     backend = _dispatch.resolve(OP, stand_in)
-    raise_if_no_expert(ids, total)
     if backend != "reference":
         parts, own = Parts.of(backend, stand_in), (first, first + gate_up.shape[0])
         options = Options(backend, parts, dtype, kind, save == "preact", own, total, alignment)
         return routed_experts(options, accumulators, experts, weights, ids)
     if accumulators != (None, None):
         raise _dispatch.BackendUnavailable(f"{OP}: weight_grad_accumulators need kernels")
+    raise_if_no_expert(ids, total)
     with no_autocast(x.device.type):
         return reference.moe_experts(*experts.to(dtype), weights, ids, kind, first)

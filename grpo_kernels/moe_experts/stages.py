@@ -10,6 +10,7 @@ from torch import Tensor
 from grpo_kernels import _dispatch
 from grpo_kernels.grouped_gemm import function as grouped
 from grpo_kernels.grouped_gemm import ops as gemm_ops
+from grpo_kernels.moe_experts.arguments import raise_if_no_expert
 from grpo_kernels.moe_permute import ops as permute_ops
 from grpo_kernels.moe_permute import reference as permute_reference
 
@@ -68,5 +69,10 @@ def build_maps(topk_ids: Tensor, num_experts: int, expert_range: tuple[int, int]
     chosen = _dispatch.resolve_part("build_permutation", topk_ids, backend)
     arguments = (topk_ids, num_experts, *expert_range, alignment)
     if chosen == "reference":
+        raise_if_no_expert(topk_ids, num_experts)
         return Maps(*permute_reference.build_permutation(*arguments)[:3])
-    return Maps(*permute_ops.build_permutation(*arguments, chosen)[:3])
+    try:
+        return Maps(*permute_ops.build_permutation(*arguments, chosen)[:3])
+    except ValueError:  # it has looked at the ids, and names itself
+        raise_if_no_expert(topk_ids, num_experts)
+        raise
