@@ -365,31 +365,11 @@ int64_t backward(const MoeRouterBackwardArgs& a, int threads) {
 }  // namespace router_kernels
 
 int64_t moe_router_cpu(const MoeRouterArgs& args, int threads) {
-  using namespace router_kernels;
-  switch (args.rows.dtype) {
-    case kFloat64:
-      return forward<double>(args, threads);
-    case kBFloat16:
-      return forward<bfloat16>(args, threads);
-    case kFloat16:
-      return forward<float16>(args, threads);
-    default:
-      return forward<float>(args, threads);
-  }
+  return by_dtype(args.rows.dtype, [&](auto element) { return router_kernels::forward<decltype(element)>(args, threads); });
 }
 
 int64_t moe_router_backward_cpu(const MoeRouterBackwardArgs& args, int threads) {
-  using namespace router_kernels;
-  switch (args.rows.dtype) {
-    case kFloat64:
-      return backward<double>(args, threads);
-    case kBFloat16:
-      return backward<bfloat16>(args, threads);
-    case kFloat16:
-      return backward<float16>(args, threads);
-    default:
-      return backward<float>(args, threads);
-  }
+  return by_dtype(args.rows.dtype, [&](auto element) { return router_kernels::backward<decltype(element)>(args, threads); });
 }
 
 }  // namespace GK_ISA

@@ -1,20 +1,12 @@
 // One token's logits on the CPU, in buffers of the first-level cache.
 #pragma once
 
+#include "common/cpu_dtype.h"
 #include "moe_router/cpu_select.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
 namespace router_kernels {
-
-template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
 
 // The loops run over whole blocks, so that no element depends on where a vector ends: what follows the last expert is -inf, of
 // which every score is 0.
