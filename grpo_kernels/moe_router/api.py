@@ -114,7 +114,7 @@ def moe_router(
     """
     arguments.check_logits(logits)
     coefficients = (z_loss_coef, aux_loss_coef, seq_aux_loss_coef)
-    asked = tuple(isinstance(value, Tensor) or value != 0 for value in coefficients)
+    asked = [isinstance(value, Tensor) or value != 0 for value in coefficients]
     options = RouterOptions(
         top_k, scoring_func, n_group, topk_group, group_score, norm_topk_prob, routed_scaling_factor, *asked
     )
@@ -143,7 +143,7 @@ def moe_router(
     return RouterOutput(weights, ids, per_expert, z_loss, aux_loss, seq_aux_loss, mismatch)
 
 
-def _factors(coefficients: tuple[Tensor | float, ...], asked: tuple[bool, ...], logits: Tensor) -> list[Tensor | float]:
+def _factors(coefficients: tuple[Tensor | float, ...], asked: list[bool], logits: Tensor) -> list[Tensor | float]:
     """What the losses are multiplied by; 1 where nothing is asked for and the loss is 0."""
     names = ("z_loss_coef", "aux_loss_coef", "seq_aux_loss_coef")
     factors: list[Tensor | float] = []
