@@ -227,9 +227,7 @@ def grpo_loss(
     stream_or_threads: int,
     /,
 ) -> int: ...
-def moe_router_sizes(
-    tokens: int, experts: int, sequences: int, losses: Sequence[bool], cuda: bool, /
-) -> tuple[int, int]: ...
+def moe_router_workspace(tokens: int, experts: int, sequences: int, losses: Sequence[bool], cuda: bool, /) -> int: ...
 def moe_router(
     logits: int,
     tokens: int,
@@ -252,7 +250,6 @@ def moe_router(
     replay: int,
     replay_type: int,
     workspace: int,
-    counters: int,
     outputs: Sequence[int],
     device: int,
     stream_or_threads: int,

@@ -17,18 +17,21 @@ RouterOptions make_options(int scoring, bool normalize, double scaling, const Lo
   return options;
 }
 
-// How many doubles of workspace and how many counters the forward needs.
-std::pair<int64_t, int64_t> moe_router_sizes(int64_t tokens, int experts, int64_t sequences, const Losses& losses, bool cuda) {
-  using namespace GK_ISA::router_kernels;
-  const int64_t counters = cuda ? 0 : counters_size(experts, sequences, losses.data());
-  return {workspace_size(tokens, experts, sequences, losses.data(), cuda), counters};
+// Where the counters begin in the workspace of the forward, in doubles.
+int64_t sums_size(int64_t tokens, int experts, int64_t sequences, const Losses& losses, bool cuda) {
+  return GK_ISA::router_kernels::workspace_size(tokens, experts, sequences, losses.data(), cuda);
+}
+
+// How many doubles of workspace the forward needs: one block, because each costs the caller an allocation.
+int64_t moe_router_workspace(int64_t tokens, int experts, int64_t sequences, const Losses& losses, bool cuda) {
+  const int64_t counters = cuda ? 0 : GK_ISA::router_kernels::counters_size(experts, sequences, losses.data());
+  return sums_size(tokens, experts, sequences, losses, cuda) + (counters + 1) / 2;
 }
 
 int64_t moe_router(Address logits, int64_t tokens, int64_t row_stride, int experts, int top_k, int dtype, int scoring,
                    bool normalize, double scaling, const Losses& losses, Address cu_seqlens, bool wide, int64_t sequences,
                    int n_group, int topk_group, int group_score, Address bias, Address mask, Address replay, int replay_type,
-                   Address workspace, Address counters, const std::array<Address, 7>& outputs, int device,
-                   Address stream_or_threads) {
+                   Address workspace, const std::array<Address, 7>& outputs, int device, Address stream_or_threads) {
   MoeRouterArgs args{};
   args.rows = {pointer<const void>(logits), tokens, row_stride, experts, top_k, dtype};
   args.options = make_options(scoring, normalize, scaling, losses);
@@ -41,7 +44,7 @@ int64_t moe_router(Address logits, int64_t tokens, int64_t row_stride, int exper
   args.replay = pointer<const void>(replay);
   args.replay_type = replay_type;
   args.workspace = pointer<double>(workspace);
-  args.counters = pointer<uint32_t>(counters);
+  args.counters = reinterpret_cast<uint32_t*>(args.workspace + sums_size(tokens, experts, sequences, losses, device >= 0));
   args.topk_weights = pointer<void>(outputs[0]);
   args.topk_ids = pointer<int32_t>(outputs[1]);
   args.per_expert = pointer<int32_t>(outputs[2]);
@@ -74,7 +77,7 @@ int64_t moe_router_backward(Address logits, int64_t tokens, int64_t row_stride, 
 }  // namespace
 
 void bind_moe_router(py::module_& module) {
-  module.def("moe_router_sizes", &moe_router_sizes);
+  module.def("moe_router_workspace", &moe_router_workspace);
   module.def("moe_router", &moe_router);
   module.def("moe_router_backward", &moe_router_backward);
 }

@@ -19,7 +19,8 @@ _REPLAY = {torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.
 
 
 def _rows(logits: Tensor, top_k: int) -> tuple[Any, ...]:
-    return (logits.data_ptr(), logits.shape[0], logits.stride(0), logits.shape[1], top_k, DTYPE_CODE[logits.dtype])
+    tokens, experts = logits.shape
+    return (logits.data_ptr(), tokens, logits.stride(0), experts, top_k, DTYPE_CODE[logits.dtype])
 
 
 def _dense_rows(logits: Tensor) -> Tensor:
@@ -57,9 +58,8 @@ def moe_router(
     native, execution = _extension.extension(), _extension.execution(logits)
     asked = (z_loss, aux_loss, seq_aux_loss)
     sequences = _sequences(ends)
-    sizes = native.moe_router_sizes(*logits.shape, sequences[2], asked, execution[0] >= 0)
-    workspace = logits.new_empty(sizes[0], dtype=torch.float64)
-    counters = logits.new_empty(sizes[1], dtype=torch.int32)
+    size = native.moe_router_workspace(*logits.shape, sequences[2], asked, execution[0] >= 0)
+    workspace = logits.new_empty(size, dtype=torch.float64)
     bad = native.moe_router(
         *_rows(rows, top_k),
         _SCORING[scoring_func],
@@ -75,8 +75,7 @@ def moe_router(
         pointer(replay),
         0 if replay is None else _REPLAY[replay.dtype],
         workspace.data_ptr(),
-        counters.data_ptr(),
-        tuple(output.data_ptr() for output in outputs),
+        [output.data_ptr() for output in outputs],
         *execution,
     )
     if bad >= logits.shape[0] and ends is not None:

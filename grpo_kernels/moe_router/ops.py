@@ -26,16 +26,19 @@ def balance_rows(cu_seqlens: Tensor | None, aux_loss: bool, seq_aux_loss: bool) 
 def empty_outputs(
     logits: Tensor, cu_seqlens: Tensor | None, top_k: int, aux_loss: bool, seq_aux_loss: bool
 ) -> tuple[Tensor, ...]:
-    """The forward's outputs, not yet written."""
-    dtype, slots, experts = result_dtype(logits), (logits.shape[0], top_k), logits.shape[1]
+    """The forward's outputs, not yet written. Each after the first of its dtype takes it from that one, which is
+    cheaper than to name it."""
+    tokens, experts = logits.shape
+    weights = logits.new_empty((tokens, top_k), dtype=result_dtype(logits))
+    ids = logits.new_empty((tokens, top_k), dtype=torch.int32)
     return (
-        logits.new_empty(slots, dtype=dtype),
-        logits.new_empty(slots, dtype=torch.int32),
-        logits.new_empty((experts,), dtype=torch.int32),
-        logits.new_empty((3,), dtype=dtype),
-        logits.new_empty((), dtype=torch.int32),
-        logits.new_empty((balance_rows(cu_seqlens, aux_loss, seq_aux_loss), experts), dtype=dtype),
-        logits.new_empty((), dtype=torch.int32),
+        weights,
+        ids,
+        ids.new_empty((experts,)),
+        weights.new_empty((3,)),
+        ids.new_empty(()),
+        weights.new_empty((balance_rows(cu_seqlens, aux_loss, seq_aux_loss), experts)),
+        ids.new_empty(()),
     )
 
 
