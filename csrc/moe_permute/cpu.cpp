@@ -61,48 +61,46 @@ A weight_of(const void* topk_weights, int64_t slot) {
   return topk_weights == nullptr ? A(1) : static_cast<const A*>(topk_weights)[slot];
 }
 
-int64_t copy_rows(const MoePermuteArgs& a, int64_t element_bytes, int threads) {
+// Writes rows: body(slot, row, streamed) for every slot, with row -1 where it has none, and zeroes in the padding of `out`.
+// Returns the fault.
+template <typename Args, typename Body>
+int64_t write_rows(const Args& a, void* out, int64_t element_bytes, int threads, const Body& body) {
   int64_t fault = -1;
   const int64_t bytes = a.hidden * element_bytes;
   const bool streamed = a.rows * bytes >= kStreamedBytes;
   for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      const char* x = static_cast<const char*>(a.x) + token * a.x_stride * element_bytes;
-      for (int k = 0; k < a.top_k; ++k) {
-        const int64_t row = row_of(a, token * a.top_k + k, fault);
-        if (row >= 0) copy_bytes(static_cast<char*>(a.out) + row * bytes, x, bytes, streamed);
-      }
-    }
+    for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) body(slot, row_of(a, slot, fault), streamed);
     if (streamed) stream_end();
   });
-  zero_padding(a, a.out, bytes, threads, fault);
+  zero_padding(a, out, bytes, threads, fault);
   return fault;
+}
+
+int64_t copy_rows(const MoePermuteArgs& a, int64_t element_bytes, int threads) {
+  const int64_t bytes = a.hidden * element_bytes;
+  return write_rows(a, a.out, element_bytes, threads, [&](int64_t slot, int64_t row, bool streamed) {
+    if (row < 0) return;
+    const char* x = static_cast<const char*>(a.x) + slot / a.top_k * a.x_stride * element_bytes;
+    copy_bytes(static_cast<char*>(a.out) + row * bytes, x, bytes, streamed);
+  });
 }
 
 template <typename T>
 int64_t scale_rows(const MoePermuteArgs& a, int threads) {
   using A = typename Arithmetic<T>::type;
-  int64_t fault = -1;
-  const bool streamed = a.rows * a.hidden * int64_t(sizeof(T)) >= kStreamedBytes;
-  for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
+  return write_rows(a, a.out, sizeof(T), threads, [&](int64_t slot, int64_t row, bool streamed) {
+    if (row < 0) return;
     alignas(kLine) T scaled[kBlock];
-    for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) {
-      const int64_t row = row_of(a, slot, fault);
-      if (row < 0) continue;
-      const T* x = static_cast<const T*>(a.x) + slot / a.top_k * a.x_stride;
-      T* out = static_cast<T*>(a.out) + row * a.hidden;
-      const A weight = weight_of<A>(a.topk_weights, slot);
-      for (int64_t start = 0; start < a.hidden; start += kBlock) {
-        const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
+    const T* x = static_cast<const T*>(a.x) + slot / a.top_k * a.x_stride;
+    T* out = static_cast<T*>(a.out) + row * a.hidden;
+    const A weight = weight_of<A>(a.topk_weights, slot);
+    for (int64_t start = 0; start < a.hidden; start += kBlock) {
+      const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) from_arithmetic(to_arithmetic(x[start + i]) * weight, scaled[i]);
-        copy_bytes(out + start, scaled, count * int64_t(sizeof(T)), streamed);
-      }
+      for (int64_t i = 0; i < count; ++i) from_arithmetic(to_arithmetic(x[start + i]) * weight, scaled[i]);
+      copy_bytes(out + start, scaled, count * int64_t(sizeof(T)), streamed);
     }
-    if (streamed) stream_end();
   });
-  zero_padding(a, a.out, a.hidden * int64_t(sizeof(T)), threads, fault);
-  return fault;
 }
 
 // Adds weight * source, and fetches as much of the row that comes next: rows lie far apart, no processor foresees that.
@@ -176,26 +174,18 @@ double backward_block(const T* grad, const T* y, int64_t count, A weight, T* gra
 template <typename T>
 int64_t backward_rows(const MoeUnpermuteBackwardArgs& a, int threads) {
   using A = typename Arithmetic<T>::type;
-  int64_t fault = -1;
-  const bool streamed = a.rows * a.hidden * int64_t(sizeof(T)) >= kStreamedBytes;
-  for_tokens(a.tokens, a.hidden, a.top_k, threads, [&](int64_t begin, int64_t end) {
+  return write_rows(a, a.grad_y, sizeof(T), threads, [&](int64_t slot, int64_t row, bool streamed) {
     alignas(kLine) T grad_y[kBlock];
-    for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) {
-      const int64_t row = row_of(a, slot, fault);
-      double product = 0.0;
-      for (int64_t start = 0; start < a.hidden && row >= 0; start += kBlock) {
-        const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
-        const T* grad = static_cast<const T*>(a.grad) + slot / a.top_k * a.grad_stride + start;
-        const T* y = static_cast<const T*>(a.y) + row * a.y_stride + start;
-        product += backward_block(grad, y, count, weight_of<A>(a.topk_weights, slot), grad_y);
-        copy_bytes(static_cast<T*>(a.grad_y) + row * a.hidden + start, grad_y, count * int64_t(sizeof(T)), streamed);
-      }
-      static_cast<A*>(a.grad_weights)[slot] = A(product);
+    double product = 0.0;
+    for (int64_t start = 0; start < a.hidden && row >= 0; start += kBlock) {
+      const int64_t count = a.hidden - start < kBlock ? a.hidden - start : kBlock;
+      const T* grad = static_cast<const T*>(a.grad) + slot / a.top_k * a.grad_stride + start;
+      const T* y = static_cast<const T*>(a.y) + row * a.y_stride + start;
+      product += backward_block(grad, y, count, weight_of<A>(a.topk_weights, slot), grad_y);
+      copy_bytes(static_cast<T*>(a.grad_y) + row * a.hidden + start, grad_y, count * int64_t(sizeof(T)), streamed);
     }
-    if (streamed) stream_end();
+    static_cast<A*>(a.grad_weights)[slot] = A(product);
   });
-  zero_padding(a, a.grad_y, a.hidden * int64_t(sizeof(T)), threads, fault);
-  return fault;
 }
 
 // Counts the experts of a tile. Returns its first slot with an id out of range, -1 if there is none.
