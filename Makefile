@@ -14,8 +14,11 @@ export CUDAARCHS ?= 80-real;90-real
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Test processes: one for each core, eight at most. JOBS=1 runs the tests in pytest's own process.
+JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores : 8)))
+
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
-PYTEST := $(PY) -m pytest -q
+PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
 .PHONY: help demo demo-moe demo-check test test-slow gates bench lint format wheel gpu-check clean
 
@@ -44,7 +47,7 @@ demo-moe: $(STAMP)/build  ## the same with a mixture of experts, its routes repl
 	$(PY) -m examples.r1 --model moe --output outputs/r1-moe
 
 demo-check: $(STAMP)/build  ## the demo with three seeds, and a control with shuffled rewards
-	$(PY) -m examples.r1.check --output outputs/r1-check
+	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS)
 
 test: $(STAMP)/build  ## every test that needs no GPU and no long training
 	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests

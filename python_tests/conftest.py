@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 
 from grpo_kernels import _extension
 
+# Everywhere: one core tests the parallel code too, and on many the test processes leave each other room.
+torch.set_num_threads(2)
+
 settings.register_profile(
     "ci", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
