@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -388,6 +389,18 @@ def test_the_cpu_multiplies_narrow_only_where_sums_stay_wide(monkeypatch: pytest
             monkeypatch.setattr(_native, "_as_it_is", lambda *_, narrow=narrow: narrow)
             p = problem([0, 2, 150], 150, 700, 40, dtype)
             check(p, *run(p))
+
+
+def test_what_is_widened_follows_from_the_sizes_of_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where instructions for bfloat16 are no faster than float32's: what multiplies an element often, whichever of its
+    sizes are the large ones."""
+    for where, small, large in (("always", True, True), ("small", True, False), ("never", False, False)):
+        monkeypatch.setattr(_native, "_narrow", lambda _, where=where: where)
+        for n, k, m in itertools.permutations((64, 360, 720)):
+            assert _native._as_it_is(torch.bfloat16, n, k, m) == small
+        for n, k, m in itertools.permutations((256, 1024, 2048)):
+            assert _native._as_it_is(torch.bfloat16, n, k, m) == large
+        assert _native._as_it_is(torch.float32, 256, 1024, 2048)
 
 
 # --- rules of the GPU kernels ----------------------------------------------------------------------------------------

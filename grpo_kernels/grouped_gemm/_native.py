@@ -7,6 +7,7 @@ region, and what can be done for all experts at once is.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def _as_it_is(dtype: torch.dtype, n: int, k: int, m: int) -> bool:
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """out = a @ b, or out += that, rounded once."""
-    if out.dtype != a.dtype or not _as_it_is(a.dtype, *a.shape, b.shape[1]):
+    if out.dtype != a.dtype or not _as_it_is(a.dtype, a.shape[0], a.shape[1], b.shape[1]):
         multiply(out, a, b, add=add)
     elif add:
         torch.addmm(out, a, b, out=out)
@@ -74,42 +75,46 @@ def grouped_gemm(
     sizes = _sizes("grouped_gemm", offsets, len(x))
     out = ops.empty_output(x, weight, out_dtype)
     sums = out if bias is None else _biases(bias, sizes, out)
-    experts = weight.transpose(1, 2).unbind(0)
-    for size, rows, expert, product in zip(sizes, x.split(sizes), experts, sums.split(sizes), strict=False):
+    segments, results = x.split_with_sizes(sizes), sums.split_with_sizes(sizes)
+    for size, rows, expert, result in zip(sizes, segments, weight.transpose(1, 2).unbind(0), results, strict=False):
         if size > 0:
-            _product(product, rows, expert, add=bias is not None)
+            _product(result, rows, expert, add=bias is not None)
     if sums is not out:
         out.copy_(sums)
     out[len(x) - sizes[-1] :].zero_()
     return out
 
 
+def _gradient_products(x: Tensor, grad: Tensor, sizes: list[int], weights: Tensor) -> zip[tuple[Any, ...]]:
+    """Of every expert: its rows' number, the columns of their gradients, the rows, and what their product is for."""
+    columns, rows = grad.t().split_with_sizes(sizes, 1), x.split_with_sizes(sizes)
+    return zip(sizes, columns, rows, weights.unbind(0), strict=False)
+
+
 @without_autocast
 def grouped_gemm_wgrad(x: Tensor, grad: Tensor, offsets: Tensor, weight_dtype: torch.dtype) -> Tensor:
     result = ops.empty_weight_gradient(x, grad, offsets, weight_dtype)
     sizes = _sizes("grouped_gemm_wgrad", offsets, len(x))
-    segments = zip(sizes, grad.t().split(sizes, 1), x.split(sizes), result.unbind(0), strict=False)
-    for size, columns, rows, expert in segments:
+    for size, columns, rows, weight in _gradient_products(x, grad, sizes, result):
         if size > 0:
-            _product(expert, columns, rows)
+            _product(weight, columns, rows)
         else:
-            expert.zero_()
+            weight.zero_()
     return result
 
 
 @without_autocast
 def grouped_gemm_wgrad_add_(x: Tensor, grad: Tensor, offsets: Tensor, accumulator: Tensor) -> None:
     sizes = _sizes("grouped_gemm_wgrad_add_", offsets, len(x))
-    segments = zip(sizes, grad.t().split(sizes, 1), x.split(sizes), accumulator.unbind(0), strict=False)
-    for size, columns, rows, expert in segments:
+    for size, columns, rows, weight in _gradient_products(x, grad, sizes, accumulator):
         if size > 0:
-            multiply(expert, columns, rows, add=True)
+            multiply(weight, columns, rows, add=True)
     torch.autograd.graph.increment_version(accumulator)
 
 
 def grouped_row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
     result = ops.empty_row_sum(grad, offsets)
     sizes = _sizes("grouped_row_sum", offsets, len(grad))
-    for rows, expert in zip(grad.split(sizes), result.unbind(0), strict=False):
+    for rows, expert in zip(grad.split_with_sizes(sizes), result.unbind(0), strict=False):
         torch.sum(rows, 0, dtype=result.dtype, out=expert)
     return result

@@ -26,18 +26,18 @@ def balance_rows(cu_seqlens: Tensor | None, aux_loss: bool, seq_aux_loss: bool) 
 def empty_outputs(
     logits: Tensor, cu_seqlens: Tensor | None, top_k: int, aux_loss: bool, seq_aux_loss: bool
 ) -> tuple[Tensor, ...]:
-    """The forward's outputs, not yet written. Each after the first of its dtype takes it from that one, which is
-    cheaper than to name it."""
+    """The forward's outputs, not yet written. To take the dtype from another tensor is cheaper than to name it, and
+    sizes as they are than as a tuple."""
     tokens, experts = logits.shape
-    weights = logits.new_empty((tokens, top_k), dtype=result_dtype(logits))
-    ids = logits.new_empty((tokens, top_k), dtype=torch.int32)
+    weights = logits.new_empty(tokens, top_k, dtype=result_dtype(logits))
+    ids = logits.new_empty(tokens, top_k, dtype=torch.int32)
     return (
         weights,
         ids,
-        ids.new_empty((experts,)),
-        weights.new_empty((3,)),
+        ids.new_empty(experts),
+        weights.new_empty(3),
         ids.new_empty(()),
-        weights.new_empty((balance_rows(cu_seqlens, aux_loss, seq_aux_loss), experts)),
+        weights.new_empty(balance_rows(cu_seqlens, aux_loss, seq_aux_loss), experts),
         ids.new_empty(()),
     )
 
