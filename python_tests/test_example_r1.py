@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -343,6 +344,23 @@ def test_check_fails_where_it_should(
     console = Console(record=True, width=120, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     verdicts.print(console)
     assert f"{before:.3f} -> {after:.3f}" in console.export_text()
+
+
+def _check_that_seeds_are_small(settings: Settings, console: Console) -> check.Verdicts:
+    verdicts = check.Verdicts()
+    console.print(f"seed {settings.seed}")
+    verdicts.add(f"seed {settings.seed}", "seed < 2", str(settings.seed), settings.seed < 2)
+    return verdicts
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("last", [1, 2])
+def test_checks_run_in_order_or_at_once(jobs: int, last: int) -> None:
+    text = io.StringIO()
+    checks = [(_check_that_seeds_are_small, Settings(seed=seed)) for seed in (0, last)]
+    verdicts = check.run_checks(checks, jobs, Console(file=text, width=120))
+    assert text.getvalue() == f"seed 0\nseed {last}\n"
+    assert verdicts.failed is (last == 2)
 
 
 def test_command_line() -> None:
