@@ -6,6 +6,7 @@ The ops run on NVIDIA GPUs (CUDA C++ and Triton), on CPUs (C++), and anywhere el
 
 from grpo_kernels._dispatch import BackendUnavailable, backend
 from grpo_kernels._version import __version__
+from grpo_kernels.fp8_quantize import ScaledTensor, fp8_dequantize, fp8_quantize
 from grpo_kernels.group_advantages import (
     BestOfGroupOutput,
     GroupAdvantagesOutput,
@@ -44,11 +45,14 @@ __all__ = [
     "Permutation",
     "RouterOutput",
     "RouterReplay",
+    "ScaledTensor",
     "TokenLogProbsOutput",
     "__version__",
     "backend",
     "best_of_group",
     "build_permutation",
+    "fp8_dequantize",
+    "fp8_quantize",
     "group_advantages",
     "grouped_gemm",
     "grpo_loss",

@@ -1,0 +1,162 @@
+"""The Triton kernels that quantise and dequantise, and how they cut a matrix."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from grpo_kernels._fp8_triton import decode, encode, magnitude, quantize, scaled, tile_scale
+
+TILE = tl.constexpr(128)
+
+
+class LaunchConfig(NamedTuple):
+    """The piece of a matrix that a program owns. No result depends on it."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def launch_config(square: bool, rows: bool, columns: bool) -> LaunchConfig:
+    """Whole tiles. Where they lie along rows alone a few rows are enough to fill a multiprocessor with loads.
+
+    Args:
+        square: tiles of 128x128.
+        rows: whether the matrix itself is wanted.
+        columns: whether its transpose is wanted.
+    """
+    if not square and not columns:
+        return LaunchConfig(32, 128, 4)
+    if not square and not rows:
+        return LaunchConfig(128, 64, 4)
+    return LaunchConfig(128, 128, 8)
+
+
+@triton.jit
+def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(batch, first row, first column) of a program, 64 bits. Neighbours have neighbouring columns: they share pages."""
+    across = tl.cdiv(columns, COLUMNS)
+    down = tl.cdiv(rows, ROWS)
+    program = tl.program_id(0)
+    rest = program // across
+    return (rest // down).to(tl.int64), (rest % down).to(tl.int64) * ROWS, (program % across) * COLUMNS
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x,
+    data,
+    scale,
+    rows,
+    columns,
+    x_batch,
+    x_stride,
+    data_stride,
+    scale_stride,
+    eps,
+    POWER_OF_TWO: tl.constexpr,
+    ENCODE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    # A program owns ROWS rows of one tile's width: reads them once, 16 bytes a thread, keeps them in registers, writes the
+    # codes and one scale a row, the scales of neighbouring rows side by side. 3.03 bytes an element of bf16.
+    batch, first, start = _place(rows, columns, ROWS, TILE)
+    row = first + tl.arange(0, ROWS)
+    column = start + tl.arange(0, TILE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + batch * x_batch + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    code, found = quantize(value, eps, 1, POWER_OF_TWO, ENCODE)
+    tl.store(data + (batch * rows + row)[:, None] * data_stride + column[None, :], code, mask=inside)
+    line = batch * tl.cdiv(columns, TILE) + start // TILE
+    tl.store(scale + line * scale_stride + row, found, mask=row < rows)
+
+
+@triton.jit
+def quantize_tiles_kernel(
+    x,
+    data,
+    scale,
+    data_t,
+    scale_t,
+    rows,
+    columns,
+    x_batch,
+    x_stride,
+    data_stride,
+    scale_stride,
+    data_t_stride,
+    scale_t_stride,
+    eps,
+    SQUARE: tl.constexpr,
+    ON_ROWS: tl.constexpr,
+    ON_COLUMNS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    ENCODE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # A program owns 128 rows of COLUMNS columns: reads them once, 16 bytes a thread, and writes what is wanted of the codes
+    # and, turned through shared memory, of the transpose's codes, each with its scales. Both of bf16: 4.06 bytes an
+    # element.
+    batch, first, start = _place(rows, columns, TILE, COLUMNS)
+    row = first + tl.arange(0, TILE)
+    column = start + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + batch * x_batch + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    to = (batch * rows + row)[:, None] * data_stride + column[None, :]
+    turned = (batch * columns + column)[:, None] * data_t_stride + row[None, :]
+    inside_turned = (column < columns)[:, None] & (row < rows)[None, :]
+    across, down = tl.cdiv(columns, TILE), tl.cdiv(rows, TILE)
+    if SQUARE:
+        found, factor = tile_scale(tl.max(magnitude(value)), eps, POWER_OF_TWO)
+        code = encode(scaled(value, factor, POWER_OF_TWO), ENCODE)
+        if ON_ROWS:
+            tl.store(data + to, code, mask=inside)
+            tl.store(scale + (batch * down + first // TILE) * across + start // TILE, found)
+        if ON_COLUMNS:
+            tl.store(data_t + turned, tl.trans(code), mask=inside_turned)
+            tl.store(scale_t + (batch * across + start // TILE) * down + first // TILE, found)
+    else:
+        if ON_ROWS:
+            code, found = quantize(value, eps, 1, POWER_OF_TWO, ENCODE)
+            tl.store(data + to, code, mask=inside)
+            tl.store(scale + (batch * across + start // TILE) * scale_stride + row, found, mask=row < rows)
+        if ON_COLUMNS:
+            code, found = quantize(value, eps, 0, POWER_OF_TWO, ENCODE)
+            tl.store(data_t + turned, tl.trans(code), mask=inside_turned)
+            line = batch * down + first // TILE
+            tl.store(scale_t + line * scale_t_stride + column, found, mask=column < columns)
+
+
+@triton.jit
+def dequantize_kernel(
+    data,
+    scale,
+    out,
+    rows,
+    columns,
+    data_batch,
+    data_stride,
+    scale_batch,
+    scale_stride_m,
+    scale_stride_k,
+    SQUARE: tl.constexpr,
+    ENCODE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    # A program owns ROWS rows of one tile's width: reads the codes 16 bytes a thread, and their scales, and writes the
+    # products. 3.03 bytes an element of bf16.
+    batch, first, start = _place(rows, columns, ROWS, TILE)
+    row = first + tl.arange(0, ROWS)
+    column = start + tl.arange(0, TILE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    code = tl.load(data + batch * data_batch + row[:, None] * data_stride + column[None, :], mask=inside, other=0)
+    line = row // TILE if SQUARE else row
+    of = scale + batch * scale_batch + line * scale_stride_m + (start // TILE).to(tl.int64) * scale_stride_k
+    factor = tl.load(of, mask=row < rows, other=0.0)
+    value = decode(code, ENCODE) * factor[:, None]
+    to = out + (batch * rows + row)[:, None] * columns + column[None, :]
+    tl.store(to, value.to(out.dtype.element_ty), mask=inside)
