@@ -46,7 +46,7 @@ def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return (rest // down).to(tl.int64), (rest % down).to(tl.int64) * ROWS, (program % across) * COLUMNS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "scale_stride"])
 def quantize_rows_kernel(
     x,
     data,
@@ -75,7 +75,7 @@ def quantize_rows_kernel(
     tl.store(scale + line * scale_stride + row, found, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride", "scale_t_stride"])
 def quantize_tiles_kernel(
     x,
     data,
@@ -131,7 +131,7 @@ def quantize_tiles_kernel(
             tl.store(scale_t + line * scale_t_stride + column, found, mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "scale_batch", "scale_stride_m", "scale_stride_k"])
 def dequantize_kernel(
     data,
     scale,
@@ -143,20 +143,24 @@ def dequantize_kernel(
     scale_batch,
     scale_stride_m,
     scale_stride_k,
-    SQUARE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
     ENCODE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     # A program owns ROWS rows of one tile's width: reads the codes 16 bytes a thread, and their scales, and writes the
-    # products. 3.03 bytes an element of bf16.
+    # products. ROW_TILES, COLUMN_TILES: a scale serves 128 rows, columns; otherwise one. 3.03 bytes an element of bf16.
     batch, first, start = _place(rows, columns, ROWS, TILE)
     row = first + tl.arange(0, ROWS)
     column = start + tl.arange(0, TILE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     code = tl.load(data + batch * data_batch + row[:, None] * data_stride + column[None, :], mask=inside, other=0)
-    line = row // TILE if SQUARE else row
-    of = scale + batch * scale_batch + line * scale_stride_m + (start // TILE).to(tl.int64) * scale_stride_k
-    factor = tl.load(of, mask=row < rows, other=0.0)
-    value = decode(code, ENCODE) * factor[:, None]
+    line = row // TILE if ROW_TILES else row
+    factors = scale + batch * scale_batch + line[:, None] * scale_stride_m
+    if COLUMN_TILES:
+        factor = tl.load(factors + (start // TILE).to(tl.int64) * scale_stride_k, mask=(row < rows)[:, None], other=0.0)
+    else:
+        factor = tl.load(factors + column.to(tl.int64)[None, :] * scale_stride_k, mask=inside, other=0.0)
+    value = decode(code, ENCODE) * factor
     to = out + (batch * rows + row)[:, None] * columns + column[None, :]
     tl.store(to, value.to(out.dtype.element_ty), mask=inside)

@@ -80,7 +80,7 @@ def fp8_dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = empty_dequantized(data, scale, dtype)
     if out.numel() == 0:
         return out
-    square = scale.shape[-2] != data.shape[-2]
+    row_tiles, column_tiles = (scale.shape[axis] != data.shape[axis] for axis in (-2, -1))
     data, scale = _matrices(data.view(torch.uint8)), scale if scale.ndim == 3 else scale[None]
     batches, height, width = data.shape
     config = launch_config(False, True, False)
@@ -95,7 +95,8 @@ def fp8_dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
             data.stride(0),
             data.stride(1),
             *scale.stride(),
-            SQUARE=square,
+            ROW_TILES=row_tiles,
+            COLUMN_TILES=column_tiles,
             ENCODE=encoding(data),
             ROWS=config.rows,
             num_warps=config.num_warps,
