@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grpo_kernels.fp8_quantize import ops as fp8_ops
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm.arguments import segment_ends
 from grpo_kernels.linear_log_probs.gemm import accumulation_dtype, multiply, without_autocast
@@ -68,6 +69,23 @@ def grouped_gemm(
             _product(out[rows], x[rows], weight[expert].t(), end - rows.start)
         else:
             _biased_product(out[rows], x[rows], weight[expert].t(), bias[expert])
+    out[end:].zero_()
+    return out
+
+
+@without_autocast
+def fp8_grouped_gemm(
+    data: Tensor, scale: Tensor, weight_data: Tensor, weight_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """Widens the rows and the weight of one expert at a time."""
+    out = ops.empty_output(data, weight_data, out_dtype)
+    end = 0
+    for expert, rows in _segments("grouped_gemm", offsets, len(data)):
+        end = rows.stop
+        if rows.start < end:
+            x = fp8_ops.fp8_dequantize(data[rows], scale[rows], torch.float32, "native")
+            weight = fp8_ops.fp8_dequantize(weight_data[expert], weight_scale[expert], torch.float32, "native")
+            multiply(out[rows], x, weight.t())
     out[end:].zero_()
     return out
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from grpo_kernels import _checks
 from grpo_kernels.distributed.vocab import is_dtensor
 
+_MAX_ROWS = 2**31 - 2**14
+"""Kernels count rows in 32 bits, those that the next turn of a program would take included."""
 _REMEDY = "call the op in the forward of the module that owns it, as grpo_kernels.MoE does"
 
 
@@ -24,6 +27,20 @@ def check_present(op: str, name: str, tensor: Tensor) -> None:
         return
     if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
         raise ValueError(f"{op}: the memory of {name} {list(tensor.shape)} is freed, as FSDP does: {_REMEDY}")
+
+
+def check_rows(op: str, name: str, x: Tensor) -> None:
+    """There are not too many."""
+    if x.shape[0] > _MAX_ROWS:
+        raise ValueError(f"{op}: {name} must have at most R = 2^31 - 1024 rows, got {x.shape[0]}")
+
+
+def check_offsets(op: str, offsets: Tensor, experts: int, name: str, x: Tensor) -> None:
+    """One integer for each expert, on the device of the rows `x`."""
+    _checks.check_tensor(op, "offsets", offsets)
+    _checks.check_dtype(op, "offsets", offsets, _checks.INTEGER)
+    _checks.check_shape(op, "offsets", offsets, ("[E]", (experts,)))
+    _checks.check_same_device(op, "offsets", offsets, name, x)
 
 
 def segment_ends(op: str, offsets: Tensor, rows: int) -> list[int]:
