@@ -87,8 +87,8 @@ def fp8_quantize(
         first. Empty tensors give empty ones. No host synchronisation.
 
     Source:
-        DeepSeek-V3 (arXiv 2412.19437), section 3.3; the memory format of the scales is DeepGEMM's. Scales that are powers
-        of two are TransformerEngine's default, too.
+        DeepSeek-V3 (arXiv 2412.19437), section 3.3; the memory format of the scales is DeepGEMM's. TransformerEngine
+        rounds scales up to powers of two by default, too.
     """
     op = "fp8_quantize"
     check_quantize(op, x, block, power_of_two_scales, transpose, eps)

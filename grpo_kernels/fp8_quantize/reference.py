@@ -76,7 +76,7 @@ def _quantize(x: Tensor, square: bool, power_of_two: bool, eps: float) -> tuple[
     values = x.to(torch.float32)
     data, scale = empty_data(x, batch, rows, width), empty_scale(x, batch, rows, width, square)
     if values.numel() == 0:
-        return data, scale.zero_()
+        return data, scale
     found, factor = tile_scale(_blocks(values.abs(), square).amax(-1), power_of_two, eps)
     factor = _spread(factor, rows, width, square)
     codes = encode(values * factor if power_of_two else values / factor)
