@@ -25,7 +25,13 @@ from grpo_kernels.linear_log_probs import (
 )
 from grpo_kernels.moe_experts import moe_experts
 from grpo_kernels.moe_experts.module import MoE, MoEOutput
-from grpo_kernels.moe_permute import Permutation, build_permutation, moe_permute, moe_unpermute
+from grpo_kernels.moe_permute import (
+    Permutation,
+    build_permutation,
+    moe_permute,
+    moe_permute_quantize,
+    moe_unpermute,
+)
 from grpo_kernels.moe_router import RouterOutput, moe_router
 from grpo_kernels.moe_router.balance import update_expert_bias
 from grpo_kernels.moe_router.replay import RouterReplay
@@ -62,6 +68,7 @@ __all__ = [
     "linear_token_log_probs",
     "moe_experts",
     "moe_permute",
+    "moe_permute_quantize",
     "moe_router",
     "moe_unpermute",
     "token_log_probs",

@@ -104,7 +104,34 @@ def decode(code, ENCODE: tl.constexpr):
 
 
 @triton.jit
-def quantize(value, eps, AXIS: tl.constexpr, POWER_OF_TWO: tl.constexpr, ENCODE: tl.constexpr):
-    """(codes, scale) of values whose tiles lie along AXIS; a scale for each place along the other one."""
-    scale, factor = tile_scale(tl.max(magnitude(value), axis=AXIS), eps, POWER_OF_TWO)
-    return encode(scaled(value, tl.expand_dims(factor, AXIS), POWER_OF_TWO), ENCODE), scale
+def write_tiles(
+    value,
+    data,
+    scale,
+    line,
+    place,
+    lines,
+    places,
+    data_stride,
+    scale_stride,
+    tile,
+    eps,
+    AXIS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    ENCODE: tl.constexpr,
+):
+    """Quantises values whose tiles lie along AXIS and fill it, and writes them with that axis dense: turned where it is 0.
+
+    line, place: indices across and along the tiles, of which `lines` and `places` exist. Scales of neighbouring lines lie
+    side by side, those of the next tile scale_stride further.
+    """
+    found, factor = tile_scale(tl.max(magnitude(value), axis=AXIS), eps, POWER_OF_TWO)
+    code = encode(scaled(value, tl.expand_dims(factor, AXIS), POWER_OF_TWO), ENCODE)
+    if AXIS == 0:
+        code = tl.trans(code)
+    exists = line < lines
+    line = line.to(tl.int64)
+    tl.store(
+        data + line[:, None] * data_stride + place[None, :], code, mask=exists[:, None] & (place < places)[None, :]
+    )
+    tl.store(scale + tile.to(tl.int64) * scale_stride + line, found, mask=exists)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from grpo_kernels._fp8_triton import decode, encode, magnitude, quantize, scaled, tile_scale
+from grpo_kernels._fp8_triton import decode, encode, magnitude, scaled, tile_scale, write_tiles
 
 TILE = tl.constexpr(128)
 
@@ -69,10 +69,12 @@ def quantize_rows_kernel(
     column = start + tl.arange(0, TILE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     value = tl.load(x + batch * x_batch + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-    code, found = quantize(value, eps, 1, POWER_OF_TWO, ENCODE)
-    tl.store(data + (batch * rows + row)[:, None] * data_stride + column[None, :], code, mask=inside)
-    line = batch * tl.cdiv(columns, TILE) + start // TILE
-    tl.store(scale + line * scale_stride + row, found, mask=row < rows)
+    data += batch * rows * data_stride
+    scale += batch * tl.cdiv(columns, TILE) * scale_stride
+    tile = start // TILE
+    write_tiles(
+        value, data, scale, row, column, rows, columns, data_stride, scale_stride, tile, eps, 1, POWER_OF_TWO, ENCODE
+    )
 
 
 @triton.jit(do_not_specialize=["scale_stride", "scale_t_stride"])
@@ -106,29 +108,36 @@ def quantize_tiles_kernel(
     column = start + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     value = tl.load(x + batch * x_batch + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-    to = (batch * rows + row)[:, None] * data_stride + column[None, :]
-    turned = (batch * columns + column)[:, None] * data_t_stride + row[None, :]
-    inside_turned = (column < columns)[:, None] & (row < rows)[None, :]
     across, down = tl.cdiv(columns, TILE), tl.cdiv(rows, TILE)
+    if ON_ROWS:
+        data += batch * rows * data_stride
+    if ON_COLUMNS:
+        data_t += batch * columns * data_t_stride
     if SQUARE:
         found, factor = tile_scale(tl.max(magnitude(value)), eps, POWER_OF_TWO)
         code = encode(scaled(value, factor, POWER_OF_TWO), ENCODE)
         if ON_ROWS:
-            tl.store(data + to, code, mask=inside)
+            tl.store(data + row[:, None] * data_stride + column[None, :], code, mask=inside)
             tl.store(scale + (batch * down + first // TILE) * across + start // TILE, found)
         if ON_COLUMNS:
-            tl.store(data_t + turned, tl.trans(code), mask=inside_turned)
+            turned = column.to(tl.int64)[:, None] * data_t_stride + row[None, :]
+            tl.store(data_t + turned, tl.trans(code), mask=(column < columns)[:, None] & (row < rows)[None, :])
             tl.store(scale_t + (batch * across + start // TILE) * down + first // TILE, found)
     else:
         if ON_ROWS:
-            code, found = quantize(value, eps, 1, POWER_OF_TWO, ENCODE)
-            tl.store(data + to, code, mask=inside)
-            tl.store(scale + (batch * across + start // TILE) * scale_stride + row, found, mask=row < rows)
+            scale += batch * across * scale_stride
+            tile = start // TILE
+            write_tiles(
+                value, data, scale, row, column, rows, columns, data_stride, scale_stride, tile, eps, 1,
+                POWER_OF_TWO, ENCODE,
+            )  # fmt: skip
         if ON_COLUMNS:
-            code, found = quantize(value, eps, 0, POWER_OF_TWO, ENCODE)
-            tl.store(data_t + turned, tl.trans(code), mask=inside_turned)
-            line = batch * down + first // TILE
-            tl.store(scale_t + line * scale_t_stride + column, found, mask=column < columns)
+            scale_t += batch * down * scale_t_stride
+            tile = first // TILE
+            write_tiles(
+                value, data_t, scale_t, column, row, columns, rows, data_t_stride, scale_t_stride, tile, eps, 0,
+                POWER_OF_TWO, ENCODE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "scale_batch", "scale_stride_m", "scale_stride_k"])
