@@ -14,6 +14,8 @@ from grpo_kernels.moe_permute import ops
 def moe_permute_quantize(
     x: Tensor, row_id_map: Tensor, inv_map: Tensor, power_of_two: bool, columns: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.shape[1] == 0:
+        return ops.empty_quantized_rows(x, row_id_map, inv_map, power_of_two, columns, eps)
     if columns:
         rows = ops.moe_permute(x, row_id_map, inv_map, None, "native")
         both: tuple[Tensor, Tensor, Tensor, Tensor] = fp8.fp8_quantize(
