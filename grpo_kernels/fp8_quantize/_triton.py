@@ -32,6 +32,9 @@ def _matrices(values: Tensor) -> Tensor:
 def fp8_quantize(
     x: Tensor, square: bool, power_of_two: bool, rows: bool, columns: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.stride(-1) != 1 and x.stride(-2) == 1:  # the transpose of what lies dense in memory
+        turned = fp8_quantize(x.mT, square, power_of_two, columns, rows, eps)
+        return (*turned[2:], *turned[:2])
     data, scale, data_t, scale_t = out = empty_quantized(x, square, power_of_two, rows, columns, eps)
     if x.numel() == 0:
         return out
