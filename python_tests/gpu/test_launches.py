@@ -88,6 +88,15 @@ def test_build_permutation_is_two_launches(alignment: int) -> None:
     assert len(names) <= 2, names
 
 
+@pytest.mark.parametrize("block", [(1, 128), (128, 128)])
+@pytest.mark.parametrize("transpose", [False, True, "both"])
+def test_quantisation_is_one_launch(transpose: Any, block: tuple[int, int]) -> None:
+    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+    assert len(launches(lambda: grpo_kernels.fp8_quantize(x, block, transpose=transpose))) == 1
+    scaled = grpo_kernels.fp8_quantize(x, block)
+    assert len(launches(lambda: grpo_kernels.fp8_dequantize(scaled))) == 1
+
+
 def test_moves_of_rows_are_one_launch_each_way() -> None:
     permutation = grpo_kernels.build_permutation(torch.rand(512, 64, device="cuda").topk(8).indices, 64)
     x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
