@@ -16,7 +16,7 @@ _TORCHAO = "torchao.prototype.blockwise_fp8_training.kernels"
 
 
 def torchao_rows(device: str, shape: tuple[int, ...], both: bool) -> Peer | None:
-    """torchao's tiles of 1 x 128 of a matrix, and in a second pass those of its transpose; scales are no powers of two."""
+    """torchao's tiles of 1 x 128 of a matrix, and in a second pass of its transpose; scales are no powers of two."""
     rows = attribute(_TORCHAO, "triton_fp8_blockwise_act_quant_lhs")
     transposed = attribute(_TORCHAO, "triton_fp8_blockwise_act_quant_transposed_lhs")
     fits = len(shape) == 2 and all(size % 128 == 0 for size in shape)
