@@ -227,6 +227,13 @@ def _moves(device: str, back: bool) -> Callable[[], list[Tensor]]:
     return lambda: run(call, inputs_of(call, device))
 
 
+def _moved_and_quantized(device: str, **options: Any) -> Callable[[], list[Tensor]]:
+    ids, experts = _routes(device)
+    permutation = grpo_kernels.build_permutation(ids, experts, alignment=128)
+    x = torch.randn(len(ids), 1_024 if device == "cuda" else 24, device=device).bfloat16()
+    return lambda: tensors(grpo_kernels.moe_permute_quantize(x, permutation, **options))
+
+
 def _quantized(device: str, back: bool, **options: Any) -> Callable[[], list[Tensor]]:
     x = torch.randn((4_099, 2_880) if device == "cuda" else (131, 260), device=device).bfloat16()
     if back:
@@ -301,6 +308,8 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "build_permutation-aligned": lambda device: _build_permutation(device, alignment=16, expert_range=(4, 20)),
     "moe_permute": lambda device: _moves(device, back=False),
     "moe_unpermute": lambda device: _moves(device, back=True),
+    "moe_permute_quantize": lambda device: _moved_and_quantized(device),
+    "moe_permute_quantize-both": lambda device: _moved_and_quantized(device, transpose="both"),
     "fp8_quantize": lambda device: _quantized(device, back=False),
     "fp8_quantize-both": lambda device: _quantized(device, back=False, transpose="both"),
     "fp8_quantize-square": lambda device: _quantized(device, back=False, block=(128, 128), transpose="both"),

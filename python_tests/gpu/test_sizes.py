@@ -222,6 +222,29 @@ def test_fp8_quantize(block: tuple[int, int], device: str) -> None:
 
 
 @ON_DEVICES
+def test_moe_permute_quantize(device: str) -> None:
+    _need(device, 24)
+    tokens, width, ids = _routes(device)
+    x = torch.empty(tokens, width, device=device, dtype=torch.bfloat16).normal_()
+    permutation = grpo_kernels.build_permutation(ids, _EXPERTS, alignment=128)
+    alone = grpo_kernels.moe_permute_quantize(x, permutation)
+    rows, transposed = grpo_kernels.moe_permute_quantize(x, permutation, transpose="both")
+    assert_identical([rows.scale, rows.data.view(torch.uint8)], [alone.scale, alone.data.view(torch.uint8)])
+    for which in _ends(tokens):
+        places = permutation.row_id_map[which].long()
+        few = grpo_kernels.fp8_quantize(x[which])
+        copies = few.data.view(torch.uint8)[:, None].expand(-1, _SLOTS, -1)
+        assert_identical([alone.data.view(torch.uint8)[places]], [copies])
+        assert_identical([alone.scale[places]], [few.scale[:, None].expand(-1, _SLOTS, -1)])
+    last = permutation.offsets[-1] - 128 + torch.arange(128, device=device)
+    slots = permutation.inv_map[last]
+    tile = torch.where((slots >= 0)[:, None], x[slots.clamp(min=0) // _SLOTS], 0.0)
+    few = grpo_kernels.fp8_quantize(tile, transpose=True)
+    assert_identical([transposed.data.view(torch.uint8)[:, last]], [few.data.view(torch.uint8)])
+    assert_identical([transposed.scale[:, last[:1] // 128]], [few.scale])
+
+
+@ON_DEVICES
 @pytest.mark.parametrize("wide", ["inputs", "outputs"])
 def test_grouped_gemm(wide: str, device: str) -> None:
     """Rows of the first and of the last expert, with gradients of their own alone."""

@@ -1,7 +1,7 @@
 """The Triton kernels of fp8_quantize, run by Triton's interpreter on CPU tensors: the definition's bits.
 
 The interpreter's own conversion to FP8 is wrong, so that the kernels compute codes with integers here, as on devices
-without FP8; python_tests/gpu/test_fp8.py compares the two. It truncates float32 to bfloat16 where a GPU rounds.
+without FP8; python_tests/gpu/test_fp8_quantize.py compares the two. It truncates float32 to bfloat16 where a GPU rounds.
 """
 
 from __future__ import annotations
