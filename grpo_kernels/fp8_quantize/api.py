@@ -65,7 +65,7 @@ def fp8_quantize(
         data  = e4m3(x / scale), clamped to +-448, rounded to nearest, ties to even
 
     Args:
-        x: [M, K] or [E, M, K] bf16, fp16, fp32 or fp64. A view with a dense last axis is not copied.
+        x: [M, K] or [E, M, K] bf16, fp16, fp32 or fp64. A view is not copied if one of its last two axes is dense.
         block: rows and columns of a tile: (1, 128) for activations and gradients, (128, 128) for weights. At the end of
             an axis tiles are smaller; nothing is padded.
         power_of_two_scales: the division is then exact, and so is a second quantisation with tiles of another shape
