@@ -14,6 +14,7 @@ from torch import Tensor
 
 import grpo_kernels
 
+from . import fp8_products
 from . import moe_definitions as definitions
 from . import moe_peers as peers
 from .case import Case, Inputs, Provider, Rows, Target
@@ -129,4 +130,4 @@ def cases(device: str) -> list[Case]:
         models = (DEEPSEEK.thinner(16), QWEN.thinner(4), GPT_OSS_SMALL.thinner(8))
         dtypes = (torch.float32, torch.float32, torch.bfloat16)
     found = [_case(device, model, dtype) for model, dtype in zip(models, dtypes, strict=True)]
-    return [_case(device, models[0], dtypes[0], backward=False), *found]
+    return [_case(device, models[0], dtypes[0], backward=False), *found, *fp8_products.cases(device)]

@@ -88,15 +88,23 @@ def copy_bandwidth(device: str) -> float:
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """Floating-point operations per second of the fastest of a few large square matrix products, as `torch.mm` does
-    them: sums in float32, random operands (zeros run faster on a GPU, which then draws less power). On a CPU the size
-    grows until a product takes a hundredth of a second.
+    them, and `torch._scaled_mm` those of FP8, with one scale: sums in float32, random operands (zeros run faster on a
+    GPU, which then draws less power). On a CPU the size grows until a product takes a hundredth of a second.
     """
     rate = 0.0
     for size in (_GPU_MATMUL,) if device == "cuda" else _CPU_MATMULS:
         left, right = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-        product = torch.empty_like(left)
-        seconds = _fastest(lambda a=left, b=right, c=product: torch.mm(a, b, out=c), device, 5)  # type: ignore[misc]
+        if dtype == torch.float8_e4m3fn:
+            seconds = _fastest(lambda a=left, b=right: _scaled_product(a, b), device, 5)  # type: ignore[misc]
+        else:
+            product = torch.empty_like(left)
+            seconds = _fastest(lambda a=left, b=right, c=product: torch.mm(a, b, out=c), device, 5)  # type: ignore[misc]
         rate = max(rate, 2 * size**3 / seconds)
         if seconds >= _CPU_LONG_ENOUGH:
             break
     return rate
+
+
+def _scaled_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    one = torch.ones((), device=left.device)
+    return torch._scaled_mm(left, right.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -27,7 +27,7 @@ _BLOCKS = {
 }
 
 
-def _attribute(module: str, name: str) -> Any:
+def attribute(module: str, name: str) -> Any:
     """What the module calls so; None where it is not installed, does not load, or has no such name."""
     try:
         return getattr(importlib.import_module(module), name)
@@ -84,8 +84,8 @@ def transformers_block(model: Model, implementation: str) -> Peer | None:
     """The block of the model in transformers: "eager" loops over the experts, "grouped_mm" sorts tokens by expert."""
     folder, prefix, name = _BLOCKS[model.name.partition(" 1/")[0]]
     package = f"transformers.models.{folder}"
-    block = _attribute(f"{package}.modeling_{folder}", name)
-    configuration = _attribute(f"{package}.configuration_{folder}", f"{prefix}Config")
+    block = attribute(f"{package}.modeling_{folder}", name)
+    configuration = attribute(f"{package}.configuration_{folder}", f"{prefix}Config")
     if block is None or configuration is None:
         return None
 
@@ -107,7 +107,7 @@ def transformers_block(model: Model, implementation: str) -> Peer | None:
 
 def liger_experts(model: Model, device: str) -> Peer | None:
     """Liger's fused experts behind the baseline's router; its Triton kernels have no biases and no clamp."""
-    function = _attribute("liger_kernel.ops", "LigerFusedMoEFunction")
+    function = attribute("liger_kernel.ops", "LigerFusedMoEFunction")
     if function is None or device != "cuda" or model.clamped:
         return None
 
@@ -120,8 +120,8 @@ def liger_experts(model: Model, device: str) -> Peer | None:
 
 def scattermoe_experts(model: Model, device: str) -> Peer | None:
     """ScatterMoE's products of rows scattered by expert, behind the baseline's router."""
-    linear = _attribute("scattermoe.parallel_experts", "parallel_linear")
-    count = _attribute("scattermoe.parallel_experts", "flatten_sort_count")
+    linear = attribute("scattermoe.parallel_experts", "parallel_linear")
+    count = attribute("scattermoe.parallel_experts", "flatten_sort_count")
     if linear is None or count is None or device != "cuda" or model.clamped:
         return None
 
@@ -138,7 +138,7 @@ def scattermoe_experts(model: Model, device: str) -> Peer | None:
 
 def megablocks_gemm(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """The grouped GEMM that MegaBlocks uses, which wants sizes on the host: rows, weights [E, N, K], sizes in."""
-    function = _attribute("grouped_gemm.ops", "gmm")
+    function = attribute("grouped_gemm.ops", "gmm")
     if function is None or device != "cuda":
         return None
     return lambda x, weight, sizes: function(x, weight, sizes.cpu().long(), True)
@@ -149,7 +149,7 @@ def megablocks_gemm(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
 
 def te_permute(device: str) -> Callable[[Tensor, Tensor], Tensor] | None:
     """TransformerEngine's map and move in one: tokens and ids in."""
-    function = _attribute("transformer_engine.pytorch", "moe_permute")
+    function = attribute("transformer_engine.pytorch", "moe_permute")
     if function is None or device != "cuda":
         return None
     return lambda x, ids: function(x, ids, ids.numel(), -1, map_type="index")[0]  # type: ignore[no-any-return]
@@ -157,7 +157,7 @@ def te_permute(device: str) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def te_unpermute(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """TransformerEngine's weighted sum; its map has all first slots, then all second ones."""
-    function = _attribute("transformer_engine.pytorch", "moe_unpermute")
+    function = attribute("transformer_engine.pytorch", "moe_unpermute")
     if function is None or device != "cuda":
         return None
     return lambda y, slots_first, weights: function(y, slots_first, weights, map_type="index")  # type: ignore[no-any-return]

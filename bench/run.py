@@ -23,6 +23,8 @@ MODULES = (
     "linear_log_probs",
     "moe_router",
     "moe_permute",
+    "fp8_quantize",
+    "moe_permute_quantize",
     "grouped_gemm",
     "moe_experts",
 )

@@ -12,6 +12,36 @@ openmp: bool
 
 def cpu_isa() -> str: ...
 def cuda_device_problem(device: int, /) -> str: ...
+def fp8_quantize(
+    x: int,
+    batch_stride: int,
+    row_stride: int,
+    dtype: int,
+    batch: int,
+    rows: int,
+    columns: int,
+    square: bool,
+    power_of_two: bool,
+    eps: float,
+    plain: Sequence[int],
+    transposed: Sequence[int],
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
+def fp8_dequantize(
+    scaled: Sequence[int],
+    batch: int,
+    rows: int,
+    columns: int,
+    row_tile: int,
+    column_tile: int,
+    dtype: int,
+    out: int,
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
 def group_advantages(
     rewards: int,
     dtype: int,

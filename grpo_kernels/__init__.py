@@ -6,6 +6,7 @@ The ops run on NVIDIA GPUs (CUDA C++ and Triton), on CPUs (C++), and anywhere el
 
 from grpo_kernels._dispatch import BackendUnavailable, backend
 from grpo_kernels._version import __version__
+from grpo_kernels.fp8_quantize import ScaledTensor, fp8_dequantize, fp8_quantize
 from grpo_kernels.group_advantages import (
     BestOfGroupOutput,
     GroupAdvantagesOutput,
@@ -24,7 +25,13 @@ from grpo_kernels.linear_log_probs import (
 )
 from grpo_kernels.moe_experts import moe_experts
 from grpo_kernels.moe_experts.module import MoE, MoEOutput
-from grpo_kernels.moe_permute import Permutation, build_permutation, moe_permute, moe_unpermute
+from grpo_kernels.moe_permute import (
+    Permutation,
+    build_permutation,
+    moe_permute,
+    moe_permute_quantize,
+    moe_unpermute,
+)
 from grpo_kernels.moe_router import RouterOutput, moe_router
 from grpo_kernels.moe_router.balance import update_expert_bias
 from grpo_kernels.moe_router.replay import RouterReplay
@@ -44,11 +51,14 @@ __all__ = [
     "Permutation",
     "RouterOutput",
     "RouterReplay",
+    "ScaledTensor",
     "TokenLogProbsOutput",
     "__version__",
     "backend",
     "best_of_group",
     "build_permutation",
+    "fp8_dequantize",
+    "fp8_quantize",
     "group_advantages",
     "grouped_gemm",
     "grpo_loss",
@@ -58,6 +68,7 @@ __all__ = [
     "linear_token_log_probs",
     "moe_experts",
     "moe_permute",
+    "moe_permute_quantize",
     "moe_router",
     "moe_unpermute",
     "token_log_probs",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 ARCHITECTURES = (80, 90, 100)
 
-# Per multiprocessor of sm_80, sm_90 and sm_100: shared memory, and what one block may have of it.
-_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+# Per multiprocessor of each architecture: shared memory, warps and blocks.
+_SHARED = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+_WARPS, _BLOCKS = {80: 64, 89: 48, 90: 64, 100: 64}, {80: 32, 89: 24, 90: 32, 100: 32}
 _RESERVED = 1024  # bytes that the system takes from every block
-_REGISTERS, _WARPS, _BLOCKS, _WARP = 65536, 64, 32, 32
+_REGISTERS, _WARP = 65536, 32
 
 
 def largest_block(architecture: int) -> int:
@@ -93,9 +94,9 @@ def violations(gate: Gate, measured: Measured, architecture: int) -> list[str]:
 
 
 def resident_warps(registers: int, shared: int, threads: int, architecture: int) -> int:
-    """Warps that a multiprocessor of 64 holds, as far as registers, shared memory and the number of blocks decide."""
+    """Warps that a multiprocessor of 64 (sm_89: 48) holds, as far as registers, shared memory and its blocks decide."""
     warps = -(-threads // _WARP)
     registers_of_warp = -(-registers // 8) * 8 * _WARP
     by_registers = _REGISTERS // 4 // registers_of_warp * 4 // warps  # each quarter has its own register file
     by_shared = _SHARED[architecture] // (shared + _RESERVED)
-    return min(by_registers, by_shared, _WARPS // warps, _BLOCKS) * warps
+    return min(by_registers, by_shared, _WARPS[architecture] // warps, _BLOCKS[architecture]) * warps

@@ -60,12 +60,14 @@ def cuda_gate(op: str, kernel: str) -> Gate:
 def launches_for(op: str, quick: bool, architecture: int) -> list[triton_kernels.Launch]:
     """What the launchers of an op launch on an architecture; the same list in every process."""
     kernels = ops.modules()[op].TRITON
-    return triton_kernels.record(lambda: kernels.launch(quick), architecture)
+    launched = triton_kernels.record(lambda: kernels.launch(quick), architecture)
+    return [launch for launch in launched if launch.specialisation.kernel in kernels.kernels(architecture)]
 
 
 def triton_launches(op: str, quick: bool) -> list[triton_kernels.Launch]:
     """What they launch on any architecture, each specialisation once."""
-    found = [launch for architecture in ARCHITECTURES for launch in launches_for(op, quick, architecture)]
+    architectures = ops.modules()[op].TRITON.architectures()
+    found = [launch for architecture in architectures for launch in launches_for(op, quick, architecture)]
     return list({launch.specialisation: launch for launch in found}.values())
 
 
@@ -74,11 +76,13 @@ def _compile(op: str, quick: bool, index: int, architecture: int) -> Measured:
 
 
 def triton_results(chosen: Collection[str], architectures: Sequence[int], jobs: int, quick: bool) -> list[Result]:
-    """Every specialisation of the Triton kernels of these ops, for every architecture."""
+    """Every specialisation of the Triton kernels of these ops, for every architecture, and for those that some kernels
+    begin with if no choice was made."""
     keys = []
     for op, module in ops.modules().items():
         if op in chosen and hasattr(module, "TRITON"):
-            keys += [(op, quick, i, a) for a in architectures for i in range(len(launches_for(op, quick, a)))]
+            wanted = module.TRITON.architectures() if set(architectures) == set(ARCHITECTURES) else architectures
+            keys += [(op, quick, i, a) for a in wanted for i in range(len(launches_for(op, quick, a)))]
     results = []
     for (op, _, index, architecture), measured in zip(keys, _map(_compile, keys, jobs), strict=True):
         specialisation = launches_for(op, quick, architecture)[index].specialisation

@@ -12,13 +12,13 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 from bench.gates import binary
-from bench.gates.gate import Gate, Measured
+from bench.gates.gate import ARCHITECTURES, Gate, Measured
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,27 @@ class TritonKernels:
         launch: calls the launchers on meta tensors with every shipped combination (argument True: a few of them).
         gate: the limits of a specialisation.
         constants: kernel -> its constexpr arguments -> the values that the launchers give them, all of them.
+        first: kernel -> the first architecture that it is launched on, where that is not sm_80. It is compiled for that
+            one, too.
     """
 
     launch: Callable[[bool], None]
     gate: Callable[[Specialisation], Gate]
     constants: Mapping[str, Mapping[str, frozenset[object]]]
+    first: Mapping[str, int] = field(default_factory=dict)
+
+    def architectures(self) -> tuple[int, ...]:
+        """Those that its kernels are compiled for."""
+        return tuple(sorted({*ARCHITECTURES, *self.first.values()}))
+
+    def kernels(self, architecture: int) -> frozenset[str]:
+        """Those that are compiled for an architecture."""
+        common = architecture in ARCHITECTURES
+        return frozenset(
+            name
+            for name in self.constants
+            if (self.first.get(name, 0) <= architecture if common else self.first.get(name) == architecture)
+        )
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class DeviceGuard {
   } while (false)
 
 // One function per op, each in its own file.
+void bind_fp8_quantize(py::module_& module);
 void bind_group_advantages(py::module_& module);
 void bind_grpo_loss(py::module_& module);
 void bind_moe_experts(py::module_& module);

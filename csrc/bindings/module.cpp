@@ -58,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_isa", &cpu_isa_name);
   m.def("cuda_device_problem", &cuda_device_problem);
+  bind_fp8_quantize(m);
   bind_group_advantages(m);
   bind_grpo_loss(m);
   bind_moe_experts(m);

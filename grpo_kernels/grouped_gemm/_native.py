@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels._gemm import multiply, without_autocast
+from grpo_kernels.fp8_quantize import ops as fp8_ops
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm.arguments import segment_ends
 
@@ -89,6 +90,25 @@ def _gradient_products(x: Tensor, grad: Tensor, sizes: list[int], weights: Tenso
     """Of every expert: its rows' number, the columns of their gradients, the rows, and what their product is for."""
     columns, rows = grad.t().split_with_sizes(sizes, 1), x.split_with_sizes(sizes)
     return zip(sizes, columns, rows, weights.unbind(0), strict=False)
+
+
+@without_autocast
+def fp8_grouped_gemm(
+    data: Tensor, scale: Tensor, weight_data: Tensor, weight_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """Widens the rows and the weight of one expert at a time."""
+    sizes = _sizes("grouped_gemm", offsets, len(data))
+    out = ops.empty_output(data, weight_data, out_dtype)
+    segments = (data.split_with_sizes(sizes), scale.split_with_sizes(sizes), out.split_with_sizes(sizes))
+    for size, rows, of_rows, result, expert, of_expert in zip(
+        sizes, *segments, weight_data.unbind(0), weight_scale.unbind(0), strict=False
+    ):
+        if size > 0:
+            x = fp8_ops.fp8_dequantize(rows, of_rows, torch.float32, "native")
+            weight = fp8_ops.fp8_dequantize(expert, of_expert, torch.float32, "native")
+            multiply(result, x, weight.t())
+    out[len(data) - sizes[-1] :].zero_()
+    return out
 
 
 @without_autocast

@@ -8,18 +8,17 @@ from torch import Tensor
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels._autocast import no_autocast
 from grpo_kernels._gemm import gemm_dtype
-from grpo_kernels.grouped_gemm import reference
-from grpo_kernels.grouped_gemm.arguments import check_present, segment_ends
+from grpo_kernels.fp8_quantize import ScaledTensor
+from grpo_kernels.grouped_gemm import fp8, reference
+from grpo_kernels.grouped_gemm.arguments import check_offsets, check_present, check_rows, segment_ends
 from grpo_kernels.grouped_gemm.function import Options, grouped_linear
 
 _OP = "grouped_gemm"
-_MAX_ROWS = 2**31 - 2**14
-"""Kernels count rows in 32 bits, those that the next turn of a program would take included."""
 
 
 def grouped_gemm(
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | ScaledTensor,
+    weight: Tensor | ScaledTensor,
     offsets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -31,14 +30,16 @@ def grouped_gemm(
     out[r] = x[r] @ weight[e].T + bias[e] for the rows r of expert e, offsets[e - 1] <= r < offsets[e].
 
     Args:
-        x: [R, K] float. Rows, one expert's after the other's.
+        x: [R, K] float. Rows, one expert's after the other's. Or a ScaledTensor, quantised by tiles of 1 x 128, with a
+            weight that is one, too; then there is no bias, no accumulator and no gradient.
         weight: [E, N, K] float. As `nn.Linear`, one for each expert. One of the last two axes should be dense, whatever
-            the other strides: `parameter.transpose(1, 2)` of a parameter [E, K, N] is not copied.
+            the other strides: `parameter.transpose(1, 2)` of a parameter [E, K, N] is not copied. Or a ScaledTensor,
+            quantised by tiles of 128 x 128; K is its dense axis, so that a gradient of x takes the transposed weight's.
         offsets: [E] int32 or int64. The row behind the last one of each expert, not decreasing, at most R, as
             `build_permutation` and `torch.nn.functional.grouped_mm` have them. An expert whose offset equals the one
             before it has no rows.
         bias: [E, N] float. Added before the result is rounded.
-        out_dtype: dtype of the result; that of the product's operands by default.
+        out_dtype: dtype of the result; that of the product's operands by default, bfloat16 for ScaledTensors.
         weight_grad_accumulator: [E, N, K] float32 (float64 for a float64 weight), one of the last two axes dense. The
             backward adds the weight's gradient there, and `weight.grad` stays as it is: the main gradient of a trainer.
             Not on the reference backend.
@@ -57,12 +58,20 @@ def grouped_gemm(
         Operands have autocast's dtype, else the wider of those of x and weight, as with `F.linear`. Products
         accumulate in fp32 and are rounded once; the gradients of weight and bias likewise, over an expert's rows in a
         fixed order, and are exactly 0 for an expert without rows. An input that needs no gradient costs no product. No
-        atomics, no host synchronisation on a GPU: equal calls give equal bits.
+        atomics, no host synchronisation on a GPU: equal calls give equal bits. ScaledTensors: every 128 products of a
+        sum are scaled by their row's scale, then by their block's, and added in fp32; a NaN scale makes its row, or its
+        expert's 128 columns, NaN.
 
     Source:
         The grouped products of MegaBlocks (arXiv 2211.15841), and `torch.nn.functional.grouped_mm`, whose rows behind
         the last offset are uninitialised instead, in the value and in the gradient.
     """
+    if isinstance(x, ScaledTensor) and isinstance(weight, ScaledTensor):
+        unsupported = {"bias": bias, "weight_grad_accumulator": weight_grad_accumulator}
+        return fp8.product(x, weight, offsets, out_dtype, unsupported)
+    if isinstance(x, ScaledTensor) or isinstance(weight, ScaledTensor):
+        got = f"{type(x).__name__} and {type(weight).__name__}"
+        raise TypeError(f"{_OP}: x and weight must both be tensors or both ScaledTensors, got {got}")
     _check(x, weight, offsets, bias, weight_grad_accumulator)
     dtype = gemm_dtype(x, weight)
     out_dtype = dtype if out_dtype is None else out_dtype
@@ -86,8 +95,7 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accu
         _checks.check_tensor(_OP, name, value)
         _checks.check_dtype(_OP, name, value)
     _checks.check_ndim(_OP, "x", x, "[R, K]")
-    if x.shape[0] > _MAX_ROWS:
-        raise ValueError(f"{_OP}: x must have at most R = 2^31 - 1024 rows, got {x.shape[0]}")
+    check_rows(_OP, "x", x)
     check_present(_OP, "weight", weight, "[E, N, K]")
     _checks.check_ndim(_OP, "weight", weight, "[E, N, K]")
     experts, columns, width = weight.shape
@@ -95,10 +103,7 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accu
         wanted = f"[E, N, K] = [E, N, {x.shape[1]}] with E, N, K >= 1"
         raise ValueError(f"{_OP}: weight must have shape {wanted}, got {list(weight.shape)}")
     _checks.check_same_device(_OP, "weight", weight, "x", x)
-    _checks.check_tensor(_OP, "offsets", offsets)
-    _checks.check_dtype(_OP, "offsets", offsets, _checks.INTEGER)
-    _checks.check_shape(_OP, "offsets", offsets, ("[E]", (experts,)))
-    _checks.check_same_device(_OP, "offsets", offsets, "x", x)
+    check_offsets(_OP, offsets, experts, "x", x)
     if bias is not None:
         _checks.check_tensor(_OP, "bias", bias)
         _checks.check_dtype(_OP, "bias", bias)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo_kernels import _sharded
+from grpo_kernels import _checks, _sharded
 
+_MAX_ROWS = 2**31 - 2**14
+"""Kernels count rows in 32 bits, those that the next turn of a program would take included."""
 _REMEDY = "call the op in the forward of the module that owns it, as grpo_kernels.MoE does"
 
 
@@ -20,6 +22,20 @@ def check_present(op: str, name: str, tensor: Tensor, shape: str = "") -> None:
         ValueError: it is not gathered, or its memory is freed.
     """
     _sharded.check_present(op, name, tensor, _REMEDY, shape=shape)
+
+
+def check_rows(op: str, name: str, x: Tensor) -> None:
+    """There are not too many."""
+    if x.shape[0] > _MAX_ROWS:
+        raise ValueError(f"{op}: {name} must have at most R = 2^31 - 2^14 rows, got {x.shape[0]}")
+
+
+def check_offsets(op: str, offsets: Tensor, experts: int, name: str, x: Tensor) -> None:
+    """One integer for each expert, on the device of the rows `x`."""
+    _checks.check_tensor(op, "offsets", offsets)
+    _checks.check_dtype(op, "offsets", offsets, _checks.INTEGER)
+    _checks.check_shape(op, "offsets", offsets, ("[E]", (experts,)))
+    _checks.check_same_device(op, "offsets", offsets, name, x)
 
 
 def segment_ends(op: str, offsets: Tensor, rows: int) -> list[int]:

@@ -36,6 +36,16 @@ grouped_gemm = _dispatch.define(
 """[R, N]: x[rows of e] @ weight[e].T + bias[e], and 0 in rows of no expert. x [R, K], weight [E, N, K] and bias [E, N]
 are of one dtype. The gradient of x is the same product of the rows' gradients and weight.transpose(1, 2)."""
 
+fp8_grouped_gemm = _dispatch.define(
+    "fp8_grouped_gemm(Tensor data, Tensor scale, Tensor weight_data, Tensor weight_scale, Tensor offsets, "
+    "ScalarType out_dtype, str backend) -> Tensor",
+    package=_PACKAGE,
+    fake=lambda data, scale, weight_data, weight_scale, offsets, out_dtype: empty_output(data, weight_data, out_dtype),
+)
+"""[R, N]: the same without a bias, of e4m3 rows [R, K] with a scale for 1 x 128 of them, [R, K/128], and e4m3 weights
+[E, N, K] with one for 128 x 128, [E, N/128, K/128]. The gradient of x is the same product with the quantised rows of
+gradients and the quantised transpose of the weights."""
+
 grouped_gemm_wgrad = _dispatch.define(
     "grouped_gemm_wgrad(Tensor x, Tensor grad, Tensor offsets, ScalarType weight_dtype, str backend) -> Tensor",
     package=_PACKAGE,

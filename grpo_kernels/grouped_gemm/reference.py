@@ -35,6 +35,25 @@ def grouped_gemm(
     return results.to(out_dtype)
 
 
+def fp8_grouped_gemm(
+    data: Tensor, scale: Tensor, weight_data: Tensor, weight_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """[R, N]. The product of what the operands stand for, formed in float32.
+
+    Args:
+        data: [R, K] e4m3.
+        scale: [R, K/128] float32. Of 1 x 128 numbers.
+        weight_data: [E, N, K] e4m3.
+        weight_scale: [E, N/128, K/128] float32. Of 128 x 128 numbers.
+        offsets: [E] int. End rows.
+    """
+    columns, width = weight_data.shape[1:]
+    x = data.float() * scale.repeat_interleave(128, 1)[:, :width]
+    of_rows = weight_scale.repeat_interleave(128, 1)[:, :columns]
+    weight = weight_data.float() * of_rows.repeat_interleave(128, 2)[..., :width]
+    return grouped_gemm(x, weight, offsets, None, out_dtype)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = x @ weight.t()
     return product if bias is None else product + bias

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from grpo_kernels import _extension
 from grpo_kernels._extension import DTYPE_CODE, pointer
+from grpo_kernels.moe_permute._quantize_native import moe_permute_quantize
 from grpo_kernels.moe_permute.layout import dense_rows, raise_outside
 from grpo_kernels.moe_permute.maps import check_maps, check_rows
 from grpo_kernels.moe_permute.ops import accumulation_dtype, empty_gradients, empty_maps, empty_rows, empty_tokens
+
+__all__ = ["build_permutation", "moe_permute", "moe_permute_quantize", "moe_unpermute", "moe_unpermute_backward"]
 
 _CPU_TILE = 8192  # slots; below that a second thread costs more than it brings
 _CUDA_TILE = 1024

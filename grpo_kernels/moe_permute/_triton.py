@@ -15,8 +15,11 @@ from grpo_kernels.moe_permute._kernels_triton import (
     unpermute_backward_kernel,
     unpermute_kernel,
 )
+from grpo_kernels.moe_permute._quantize_triton import moe_permute_quantize
 from grpo_kernels.moe_permute.layout import dense_rows
 from grpo_kernels.moe_permute.ops import empty_gradients, empty_rows, empty_tokens
+
+__all__ = ["moe_permute", "moe_permute_quantize", "moe_unpermute", "moe_unpermute_backward"]
 
 
 def _aligned(rows: Tensor) -> bool:

@@ -103,7 +103,7 @@ def moe_permute(x: Tensor, permutation: Permutation) -> Tensor:
         `moe_permute` of TransformerEngine, `permute` of Megatron-LM.
     """
     op = "moe_permute"
-    _check_rows(op, "x", x, permutation, "[T, H]", "row_id_map")
+    check_rows(op, "x", x, permutation, "[T, H]", "row_id_map")
     backend = _dispatch.resolve(op, x)
     row_id_map, inv_map = permutation.row_id_map, permutation.inv_map
     if backend == "reference":
@@ -142,7 +142,7 @@ def moe_unpermute(y: Tensor, permutation: Permutation, topk_weights: Tensor | No
         `moe_unpermute` of TransformerEngine, `unpermute` of Megatron-LM.
     """
     op = "moe_unpermute"
-    _check_rows(op, "y", y, permutation, "[R, H]", "inv_map")
+    check_rows(op, "y", y, permutation, "[R, H]", "inv_map")
     row_id_map, inv_map = permutation.row_id_map, permutation.inv_map
     if topk_weights is not None:
         _checks.check_tensor(op, "topk_weights", topk_weights)
@@ -181,7 +181,7 @@ def _check_experts(op: str, topk_ids: Tensor, num_experts: int, alignment: int, 
     return first, last
 
 
-def _check_rows(op: str, name: str, values: Tensor, permutation: Permutation, shape: str, map_name: str) -> None:
+def check_rows(op: str, name: str, values: Tensor, permutation: Permutation, shape: str, map_name: str) -> None:
     """`values` has a row for each of the map that is named."""
     _checks.check_tensor(op, name, values)
     _checks.check_dtype(op, name, values)

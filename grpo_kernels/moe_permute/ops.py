@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
+from grpo_kernels.fp8_quantize.layout import empty_data, empty_quantized, empty_scale
 from grpo_kernels.moe_permute.reference import row_bound
 
 _PACKAGE = "grpo_kernels.moe_permute"
 
 _dispatch.register_backends("build_permutation", cpu=("native",), cuda=("native",))
-for _name in ("moe_permute", "moe_unpermute"):
+for _name in ("moe_permute", "moe_permute_quantize", "moe_unpermute"):
     _dispatch.register_backends(_name, cpu=("native",), cuda=("triton",), interpretable=True)
 
 
@@ -50,6 +51,17 @@ def empty_gradients(
     return y.new_empty(y.shape), y.new_empty(row_id_map.shape, dtype=accumulation_dtype(y))
 
 
+def empty_quantized_rows(
+    x: Tensor, row_id_map: Tensor, inv_map: Tensor, power_of_two: bool, columns: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of moe_permute_quantize, not yet written."""
+    rows, hidden = inv_map.shape[0], x.shape[1]
+    plain = empty_data(x, (), rows, hidden), empty_scale(x, (), rows, hidden, False)
+    if not columns:
+        return (*plain, *empty_quantized(x, False, power_of_two, False, False, eps)[2:])
+    return (*plain, empty_data(x, (), hidden, rows), empty_scale(x, (), hidden, rows, False))
+
+
 build_permutation = _dispatch.define(
     "build_permutation(Tensor topk_ids, int num_experts, int first, int last, int alignment, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -78,3 +90,11 @@ moe_unpermute_backward = _dispatch.define(
     fake=empty_gradients,
 )
 """The gradient of the rows, as moe_permute gives it with weights, and in the same pass that of the weights."""
+
+moe_permute_quantize = _dispatch.define(
+    "moe_permute_quantize(Tensor x, Tensor row_id_map, Tensor inv_map, bool power_of_two, bool columns, float eps, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    package=_PACKAGE,
+    fake=empty_quantized_rows,
+)
+"""data, scale of the rows, as fp8_quantize gives them, and of their transpose where `columns`; [0] where not."""

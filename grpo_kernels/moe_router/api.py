@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels._autocast import no_autocast
 from grpo_kernels._dispatch import resolve
 from grpo_kernels.moe_router import arguments, ops, reference
 from grpo_kernels.moe_router.function import route
@@ -130,7 +131,7 @@ def moe_router(
     backend = resolve(_OP, logits)
     if backend == "reference":
         arguments.raise_faults(logits, mask, replay_ids, inputs[-1])
-        with torch.autocast(logits.device.type, enabled=False):
+        with no_autocast(logits.device.type):
             results = reference.moe_router(*inputs, options)
     else:
         results = route(*inputs, options, backend)  # type: ignore[assignment]

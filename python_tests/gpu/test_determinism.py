@@ -12,7 +12,7 @@ from torch import Tensor
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, _dispatch
 from python_tests.gpu.devices import CALLS, DEVICES, assert_same_bits, inputs_of, run, synchronize
-from python_tests.samples import Call
+from python_tests.samples import Call, tensors
 
 RUNS = 20
 ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
@@ -227,6 +227,21 @@ def _moves(device: str, back: bool) -> Callable[[], list[Tensor]]:
     return lambda: run(call, inputs_of(call, device))
 
 
+def _moved_and_quantized(device: str, **options: Any) -> Callable[[], list[Tensor]]:
+    ids, experts = _routes(device)
+    permutation = grpo_kernels.build_permutation(ids, experts, alignment=128)
+    x = torch.randn(len(ids), 1_024 if device == "cuda" else 24, device=device).bfloat16()
+    return lambda: tensors(grpo_kernels.moe_permute_quantize(x, permutation, **options))
+
+
+def _quantized(device: str, back: bool, **options: Any) -> Callable[[], list[Tensor]]:
+    x = torch.randn((4_099, 2_880) if device == "cuda" else (131, 260), device=device).bfloat16()
+    if back:
+        scaled = grpo_kernels.fp8_quantize(x)
+        return lambda: [grpo_kernels.fp8_dequantize(scaled)]
+    return lambda: tensors(grpo_kernels.fp8_quantize(x, **options))
+
+
 def _parameters(device: str, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """gate_up, down and a bias of gate_up; bf16 on a GPU."""
     hidden, width = (1_024, 256) if device == "cuda" else (24, 12)
@@ -293,6 +308,12 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "build_permutation-aligned": lambda device: _build_permutation(device, alignment=16, expert_range=(4, 20)),
     "moe_permute": lambda device: _moves(device, back=False),
     "moe_unpermute": lambda device: _moves(device, back=True),
+    "moe_permute_quantize": lambda device: _moved_and_quantized(device),
+    "moe_permute_quantize-both": lambda device: _moved_and_quantized(device, transpose="both"),
+    "fp8_quantize": lambda device: _quantized(device, back=False),
+    "fp8_quantize-both": lambda device: _quantized(device, back=False, transpose="both"),
+    "fp8_quantize-square": lambda device: _quantized(device, back=False, block=(128, 128), transpose="both"),
+    "fp8_dequantize": lambda device: _quantized(device, back=True),
     "grouped_gemm": _grouped_gemm,
     "moe_experts": lambda device: _moe_experts(device),
     "moe_experts-recomputed": lambda device: _moe_experts(device, save="input", activation="clamped_swiglu"),

@@ -88,6 +88,15 @@ def test_build_permutation_is_two_launches(alignment: int) -> None:
     assert len(names) <= 2, names
 
 
+@pytest.mark.parametrize("block", [(1, 128), (128, 128)])
+@pytest.mark.parametrize("transpose", [False, True, "both"])
+def test_quantisation_is_one_launch(transpose: Any, block: tuple[int, int]) -> None:
+    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+    assert len(launches(lambda: grpo_kernels.fp8_quantize(x, block, transpose=transpose))) == 1
+    scaled = grpo_kernels.fp8_quantize(x, block)
+    assert len(launches(lambda: grpo_kernels.fp8_dequantize(scaled))) == 1
+
+
 def test_moves_of_rows_are_one_launch_each_way() -> None:
     permutation = grpo_kernels.build_permutation(torch.rand(512, 64, device="cuda").topk(8).indices, 64)
     x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -102,3 +111,14 @@ def test_moves_of_rows_are_one_launch_each_way() -> None:
         upstream = torch.randn_like(forward())
         both = launches(lambda forward=forward, leaves=leaves, g=upstream: torch.autograd.grad(forward(), leaves, g))
         assert len([name for name in both if "fill" not in name.lower()]) == 2, both
+
+
+def test_moving_and_quantising_is_one_launch() -> None:
+    ids = torch.rand(512, 64, device="cuda").topk(8).indices
+    permutation = grpo_kernels.build_permutation(ids, 64, alignment=128)
+    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+    for transpose in (False, "both"):
+        names = launches(
+            lambda transpose=transpose: grpo_kernels.moe_permute_quantize(x, permutation, transpose=transpose)
+        )
+        assert len(names) == 1, names

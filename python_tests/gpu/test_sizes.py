@@ -202,6 +202,49 @@ def test_moe_unpermute(device: str) -> None:
 
 
 @ON_DEVICES
+@pytest.mark.parametrize("block", [(1, 128), (128, 128)])
+def test_fp8_quantize(block: tuple[int, int], device: str) -> None:
+    """Of the matrix and of its transpose; rows that tiles of 128 end with, as many as a multiple of 128 has."""
+    _need(device, 24)
+    width = 2880
+    rows = 128 * _beyond_int32(2**31 // width // 128 + 2, 128 * width, device)
+    x = torch.empty(rows, width, device=device, dtype=torch.bfloat16).normal_()
+    plain, transposed = grpo_kernels.fp8_quantize(x, block, transpose="both")
+    values = grpo_kernels.fp8_dequantize(plain)
+    for which in (slice(0, 128), slice(rows - 128, rows)):
+        with grpo_kernels.backend("reference"):
+            one, turned = grpo_kernels.fp8_quantize(x[which], block, transpose="both")
+        tile = slice(which.start // 128, which.stop // 128)
+        scales = plain.scale[which] if block[0] == 1 else plain.scale[tile]
+        assert_identical([plain.data[which], scales], [one.data, one.scale])
+        assert_identical([transposed.data[:, which], transposed.scale[:, tile]], [turned.data, turned.scale])
+        assert_identical([values[which]], [grpo_kernels.fp8_dequantize(one)])
+
+
+@ON_DEVICES
+def test_moe_permute_quantize(device: str) -> None:
+    _need(device, 24)
+    tokens, width, ids = _routes(device)
+    x = torch.empty(tokens, width, device=device, dtype=torch.bfloat16).normal_()
+    permutation = grpo_kernels.build_permutation(ids, _EXPERTS, alignment=128)
+    alone = grpo_kernels.moe_permute_quantize(x, permutation)
+    rows, transposed = grpo_kernels.moe_permute_quantize(x, permutation, transpose="both")
+    assert_identical([rows.scale, rows.data.view(torch.uint8)], [alone.scale, alone.data.view(torch.uint8)])
+    for which in _ends(tokens):
+        places = permutation.row_id_map[which].long()
+        few = grpo_kernels.fp8_quantize(x[which])
+        copies = few.data.view(torch.uint8)[:, None].expand(-1, _SLOTS, -1)
+        assert_identical([alone.data.view(torch.uint8)[places]], [copies])
+        assert_identical([alone.scale[places]], [few.scale[:, None].expand(-1, _SLOTS, -1)])
+    last = permutation.offsets[-1] - 128 + torch.arange(128, device=device)
+    slots = permutation.inv_map[last]
+    tile = torch.where((slots >= 0)[:, None], x[slots.clamp(min=0) // _SLOTS], 0.0)
+    few = grpo_kernels.fp8_quantize(tile, transpose=True)
+    assert_identical([transposed.data.view(torch.uint8)[:, last]], [few.data.view(torch.uint8)])
+    assert_identical([transposed.scale[:, last[:1] // 128]], [few.scale])
+
+
+@ON_DEVICES
 @pytest.mark.parametrize("wide", ["inputs", "outputs"])
 def test_grouped_gemm(wide: str, device: str) -> None:
     """Rows of the first and of the last expert, with gradients of their own alone."""

@@ -20,6 +20,10 @@ NARROW = OFFSETS.int()
 X[7:], GRAD[7:] = float("nan"), float("nan")
 TURNED = WEIGHT.transpose(1, 2).contiguous().transpose(1, 2)
 
+X8 = grpo_kernels.fp8_quantize(X)
+WEIGHT8, TURNED8 = grpo_kernels.fp8_quantize(WEIGHT, (128, 128), transpose="both")
+GRAD8 = grpo_kernels.fp8_quantize(GRAD, power_of_two_scales=False)
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPS = {
     "grouped_gemm": [
@@ -28,6 +32,11 @@ OPS = {
         (X.half(), TURNED.half(), NARROW, None, F32),
         (GRAD, WEIGHT.transpose(1, 2), OFFSETS, None, BF16),
         (X[:0], WEIGHT, OFFSETS * 0, BIAS, F32),
+    ],
+    "fp8_grouped_gemm": [
+        (*X8, *WEIGHT8, OFFSETS, BF16),
+        (*GRAD8, *TURNED8, NARROW, F32),
+        (X8.data[:0], X8.scale[:0], *WEIGHT8, OFFSETS * 0, F16),
     ],
     "grouped_gemm_wgrad": [
         (X, GRAD, OFFSETS, F32),
@@ -65,6 +74,13 @@ CALLS = [
         (0, 1),
     ),
     Call(
+        "fp8",
+        lambda x, w, o: grpo_kernels.grouped_gemm(
+            grpo_kernels.fp8_quantize(x), grpo_kernels.fp8_quantize(w, (128, 128)), o, out_dtype=torch.float32
+        ),
+        _make((2 * X).round(), (2 * WEIGHT).round(), OFFSETS),  # small integers: exact in any accumulator
+    ),
+    Call(
         "empty",
         lambda x, w, o, b: grpo_kernels.grouped_gemm(x, w, o, bias=b),
         _make(X[:0], WEIGHT, OFFSETS * 0, BIAS),
@@ -88,6 +104,12 @@ def _bad(
     )
 
 
+def _bad8(
+    name: str, error: type[Exception], *says: str, x: Any = X8, weight: Any = WEIGHT8, **options: Any
+) -> BadCall:  # fmt: skip
+    return _bad(f"fp8_{name}", error, *says, x=x, weight=weight, **options)
+
+
 def _trained(accumulator: Tensor) -> dict[str, Any]:
     return {"weight": WEIGHT.clone().requires_grad_(), "weight_grad_accumulator": accumulator}
 
@@ -102,7 +124,7 @@ BAD_CALLS = [
     _bad("list", TypeError, "x must be a torch.Tensor, got list", x=[1.0]),
     _bad("integer", TypeError, "x must have dtype float32", "int64", x=OFFSETS[:, None]),
     _bad("rows", ValueError, "x must have shape [R, K], got [8]", x=X[0]),
-    _bad("many_rows", ValueError, "at most R = 2^31 - 1024 rows, got 2147483648", x=X[:1].expand(2**31, 8)),
+    _bad("many_rows", ValueError, "at most R = 2^31 - 2^14 rows, got 2147483648", x=X[:1].expand(2**31, 8)),
     _bad("matrix", ValueError, "weight must have shape [E, N, K], got [5, 8]", weight=WEIGHT[0]),
     _bad("width", ValueError, "weight must have shape [E, N, K] = [E, N, 8]", "[4, 8, 5]", weight=WEIGHT.mT),
     _bad("no_experts", ValueError, "E, N, K >= 1, got [0, 5, 8]", weight=WEIGHT[:0], offsets=OFFSETS[:0]),
@@ -125,6 +147,44 @@ BAD_CALLS = [
     _bad("bias_device", ValueError, "bias must be on cpu like x", bias=BIAS.to("meta")),
     _bad("out_dtype", TypeError, "out_dtype must be float32, bfloat16 or float16", "int32", out_dtype=torch.int32),
     _bad("out_wide", TypeError, "float64 for float64 operands", out_dtype=torch.float64),
+    _bad("fp8_rows", TypeError, "both ScaledTensors, got ScaledTensor and Tensor", x=X8),
+    _bad("fp8_weight", TypeError, "both ScaledTensors, got Tensor and ScaledTensor", weight=WEIGHT8),
+    _bad8("bias", ValueError, "bias cannot be given with ScaledTensors", bias=BIAS),
+    _bad8("accumulator", ValueError, "weight_grad_accumulator cannot be given", weight_grad_accumulator=WEIGHT),
+    _bad8(
+        "out_dtype", ValueError, "out_dtype must be one of torch.bfloat16", "got torch.float64", out_dtype=torch.float64
+    ),
+    _bad8("list", TypeError, "x.scale must be a torch.Tensor, got list", x=X8._replace(scale=[1.0])),
+    _bad8("data", TypeError, "x.data must have dtype float8_e4m3fn, got float32", x=X8._replace(data=X)),
+    _bad8(
+        "fnuz",
+        TypeError,
+        "weight.data must have dtype float8_e4m3fn, got float8_e4m3fnuz",
+        weight=WEIGHT8._replace(data=WEIGHT.to(torch.float8_e4m3fnuz)),
+    ),
+    _bad8("scale", TypeError, "x.scale must have dtype float32, got float64", x=X8._replace(scale=X8.scale.double())),
+    _bad8("matrix", ValueError, "weight.data must have shape [E, N, K], got [9, 8]", weight=X8),
+    _bad8("width", ValueError, "weight.data must have shape [E, N, K] = [E, N, 8]", "[4, 8, 5]", weight=TURNED8),
+    _bad8(
+        "tiles",
+        ValueError,
+        "x.scale must have shape [R, K/128] = [9, 1], got [1, 1]",
+        x=X8._replace(scale=X8.scale[:1]),
+    ),
+    _bad8(
+        "blocks",
+        ValueError,
+        "weight.scale must have shape [E, N/128, K/128] = [4, 1, 1], got [4, 5, 1]",
+        weight=grpo_kernels.fp8_quantize(WEIGHT),
+    ),
+    _bad8(
+        "device",
+        ValueError,
+        "weight.scale must be on cpu like x.data",
+        weight=WEIGHT8._replace(scale=WEIGHT8.scale.to("meta")),
+    ),
+    _bad8("offsets", ValueError, "offsets must have shape [E] = [4], got [3]", offsets=OFFSETS[:3]),
+    _bad8("offset_order", ValueError, "offsets[1] must be >= 2", "got 1", offsets=torch.tensor([2, 1, 6, 7])),
     _bad("accumulator_dtype", TypeError, "weight_grad_accumulator must have dtype float32", **_trained(WEIGHT.half())),
     _bad("accumulator_shape", ValueError, "must have shape [E, N, K] = [4, 5, 8]", **_trained(WEIGHT[0])),
     _bad("accumulator_dense", ValueError, "one of the last two axes dense", **_trained(torch.ones(4, 5, 16)[..., ::2])),

@@ -1,4 +1,4 @@
-"""Samples of build_permutation, moe_permute and moe_unpermute."""
+"""Samples of build_permutation, moe_permute, moe_permute_quantize and moe_unpermute."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ ROW_MAP, INV_MAP = MAPS[:2]
 Y = torch.randn(INV_MAP.shape[0], 7, generator=GENERATOR)
 Y[INV_MAP < 0] = float("nan")
 NOTHING = (ROW_MAP[:0], INV_MAP[:0])
+WIDE = torch.randn(5, 144, generator=GENERATOR)
+SPOILED = WIDE.bfloat16()
+SPOILED[3, 130] = float("inf")
+TILES = reference.build_permutation(IDS, 6, 0, 6, 128)
 
 OPS = {
     "build_permutation": [
@@ -34,6 +38,11 @@ OPS = {
         (torch.randn(5, 9, generator=GENERATOR)[:, 1:8].bfloat16(), ROW_MAP, INV_MAP, WEIGHTS),
         (X.double(), ROW_MAP, INV_MAP, WEIGHTS),
         (X[:0], *NOTHING, None),
+    ],
+    "moe_permute_quantize": [
+        (WIDE.bfloat16(), ROW_MAP, INV_MAP, True, False, 1e-12),
+        (WIDE.double()[:, 1:], *TILES[:2], False, True, 1e-6),
+        (X[:0], *NOTHING, True, True, 1e-12),
     ],
     "moe_unpermute": [
         (Y, ROW_MAP, None),
@@ -72,10 +81,18 @@ def there_and_back(x: Tensor, y: Tensor, weights: Tensor, *maps: Tensor) -> tupl
     return rows, plain, grpo_kernels.moe_unpermute(y, permutation, weights)
 
 
+def quantized(x: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+    """Rows, and the same with their transpose."""
+    permutation = Permutation(*maps)
+    plain, transposed = grpo_kernels.moe_permute_quantize(x, permutation, power_of_two_scales=False, transpose="both")
+    return (*grpo_kernels.moe_permute_quantize(x, permutation, eps=1e-6), *plain, *transposed)
+
+
 CALLS = [
     Call("layer", layer, lambda device: (X.to(device), WEIGHTS.to(device), IDS.to(device)), (0, 1)),
     Call("moves_bf16", there_and_back, lambda device: moves(device, torch.bfloat16), (0, 1, 2), rounds=torch.bfloat16),
     Call("moves_nothing", there_and_back, lambda device: moves(device, torch.float32, 0), (0, 1, 2)),
+    Call("quantized_bf16", quantized, lambda device: tuple(t.to(device) for t in (SPOILED, *TILES))),
     Call(
         "map_of_a_rank",
         lambda ids: tuple(grpo_kernels.build_permutation(ids, 6, alignment=4, expert_range=(2, 6))),
@@ -95,6 +112,13 @@ def _bad_map(
 
 def _bad_move(name: str, error: type[Exception], *says: str, x: Any = X, permutation: Any = _MAP) -> BadCall:
     return BadCall(f"moe_permute_{name}", lambda: grpo_kernels.moe_permute(x, permutation), error, says)
+
+
+def _bad_tiles(
+    name: str, error: type[Exception], *says: str, x: Any = X, permutation: Any = _MAP, **options: Any
+) -> BadCall:
+    call = lambda: grpo_kernels.moe_permute_quantize(x, permutation, **options)  # noqa: E731
+    return BadCall(f"moe_permute_quantize_{name}", call, error, says)
 
 
 def _bad_sum(name: str, error: type[Exception], *says: str, y: Any = Y, weights: Any = None) -> BadCall:
@@ -136,6 +160,27 @@ BAD_CALLS = [
         ValueError,
         "permutation.row_id_map must be on cpu like x, got meta",
         permutation=_MAP._replace(row_id_map=ROW_MAP.to("meta")),
+    ),
+    _bad_tiles("dtype", TypeError, "moe_permute_quantize: x must have dtype", "got int64", x=X.long()),
+    _bad_tiles("tokens", ValueError, "x must have shape [T, H] = [5, 7], got [4, 7]", x=X[:4]),
+    _bad_tiles("tuple", TypeError, "permutation must be a Permutation, got tuple", permutation=tuple(_MAP)),
+    _bad_tiles("transpose", ValueError, "transpose must be one of False, 'both', got True", transpose=True),
+    _bad_tiles("power", TypeError, "power_of_two_scales must be a bool, got int", power_of_two_scales=1),
+    _bad_tiles("eps", ValueError, "eps must be finite and >= 1e-30 and <= 1, got 0.0", eps=0.0),
+    _bad_tiles(
+        "alignment",
+        ValueError,
+        "permutation must have an alignment that is a multiple of 128",
+        "R = 16",
+        transpose="both",
+    ),
+    _bad_tiles(
+        "segments",
+        ValueError,
+        "permutation must have an alignment that is a multiple of 128",
+        "got offsets [64, ",
+        permutation=Permutation(*reference.build_permutation(IDS, 6, 0, 6, 64)),
+        transpose="both",
     ),
     _bad_sum("rows", ValueError, "y must have shape [R, H] = [", "got [5, 7]", y=X),
     _bad_sum("weights", ValueError, "topk_weights must have shape [T, K] = [5, 2], got [5]", weights=WEIGHTS[:, 0]),

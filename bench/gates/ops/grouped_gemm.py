@@ -45,6 +45,27 @@ def _cases() -> Iterator[Case]:
     yield Case(4095, 1537, "float32", accumulate=True)
 
 
+class Fp8Case(NamedTuple):
+    """The same of FP8 operands."""
+
+    width: int = 7168
+    columns: int = 4096
+    stride: int = 0  # of the rows, 0: the width
+    experts: int = 8
+    few: bool = False
+    out: str = "bfloat16"
+    offsets: str = "int32"
+
+
+def _fp8_cases(quick: bool) -> Iterator[Fp8Case]:
+    yield Fp8Case()
+    yield Fp8Case(200, 1537, 208, few=True, out="float16", offsets="int64")
+    if not quick:
+        yield Fp8Case(2880, 2880, experts=32, out="float32")
+        yield Fp8Case(2048, 1536, experts=128, few=True)
+        yield Fp8Case(200, 1537, 208, out="float32")
+
+
 def _few() -> Iterator[Case]:
     yield Case(library=True)
     yield Case(4095, 1537, "float32", bias=True, accumulate=True)
@@ -81,9 +102,29 @@ def _launch(case: Case) -> None:
         library.grouped_gemm_wgrad(x, grad, offsets)
 
 
+def _launch_fp8(case: Fp8Case) -> None:
+    import torch
+
+    from grpo_kernels.fp8_quantize.layout import empty_scale, tiles
+    from grpo_kernels.grouped_gemm import _triton
+
+    rows, stride = case.experts * (64 if case.few else 1024), case.stride or case.width
+
+    def data(*shape: int) -> torch.Tensor:
+        return torch.empty((*shape, stride), dtype=torch.float8_e4m3fn, device="meta")[..., : case.width]
+
+    x, weight = data(rows), data(case.experts, case.columns)
+    scale = empty_scale(x, (), rows, case.width, square=False)
+    weight_scale = torch.empty((case.experts, tiles(case.columns), tiles(case.width)), device="meta")
+    offsets = torch.empty(case.experts, dtype=getattr(torch, case.offsets), device="meta")
+    inspect.unwrap(_triton.fp8_grouped_gemm)(x, scale, weight, weight_scale, offsets, getattr(torch, case.out))
+
+
 def launch(quick: bool) -> None:
     for case in _few() if quick else _cases():
         _launch(case)
+    for fp8_case in _fp8_cases(quick):
+        _launch_fp8(fp8_case)
 
 
 _ASYNCHRONOUS = (
@@ -109,12 +150,39 @@ def gate(of: Specialisation) -> Gate:
         return Gate(
             of.kernel, 128, of.warps * 32, 16 * 1024, (WIDE_LOADS,) if wide else (), "" if wide else "narrow loads"
         )
+    if of.kernel == "tile_table_kernel":
+        return Gate(of.kernel, 64, of.warps * 32, 4096)
+    if of.kernel == "fp8_grouped_kernel":
+        return _fp8_gate(of)
     loads = of.constant("LOADS")
     instructions = {"tma": _ASYNCHRONOUS, "vector": (*_OTHER, *_WIDE_COPIES), "scalar": _OTHER}[loads]
     wide = of.aligned("columns" if of.kernel == "grouped_kernel" else "stride_n")
     variant = {"tma": "TMA", "vector": "16-byte loads", "scalar": "narrow loads"}[loads]
     shared = (220 if loads == "tma" else 99) * 1024
     return Gate(of.kernel, 255, of.warps * 32, shared, (*instructions, WIDE_STORES) if wide else instructions, variant)
+
+
+_QMMA = Instructions("QMMA", r"QMMA\b.*", at_least=32)
+
+
+def _fp8_gate(of: Specialisation) -> Gate:
+    """Products of FP8 numbers, and warps that give up registers where they are said to be specialised."""
+    loads, specialized = of.constant("LOADS"), of.constant("SPECIALIZED")
+    asynchronous = Instructions("QGMMA or UTCQMMA", r"(QGMMA|UTCQMMA)\b.*", at_least=4)
+    instructions = {
+        "tma": (asynchronous, _ASYNCHRONOUS[1]),
+        "vector": (_QMMA, *_WIDE_COPIES[:2]),
+        "scalar": (_QMMA,),
+    }[loads]
+    variant = {"tma": "TMA", "vector": "16-byte loads", "scalar": "narrow loads"}[loads]
+    registers, warps = 255, of.warps
+    if specialized:
+        instructions += (Instructions("USETMAXREG", r"USETMAXREG\b.*", at_least=1),)
+        variant, registers, warps = "TMA, specialised warps", 168, 3 * of.warps
+    if of.aligned("columns"):
+        instructions += (WIDE_STORES,)
+    shared = 232448 if loads == "tma" else 99 * 1024
+    return Gate(of.kernel, registers, warps * 32, shared, instructions, variant)
 
 
 TRITON = TritonKernels(
@@ -146,5 +214,19 @@ TRITON = TritonKernels(
         "ends_kernel": {"SEGMENTS": frozenset({256})},
         "clear_tail_kernel": {"BLOCK": frozenset({2048})},
         "clear_empty_kernel": {"BLOCK": frozenset({2048})},
+        "tile_table_kernel": {
+            "SEGMENTS": frozenset({16, 64, 256}),
+            "BLOCK_M": frozenset({64, 128}),
+            "BLOCK": frozenset({128}),
+        },
+        "fp8_grouped_kernel": {
+            "LOADS": _OPERANDS["LOADS"],
+            "PRECISION": frozenset({"ieee"}),
+            "SPECIALIZED": _BOTH,
+            "BLOCK_M": frozenset({64, 128}),
+            "TILE": frozenset({128}),
+            "PIECES": frozenset({1, 2}),
+        },
     },
+    first={"tile_table_kernel": 89, "fp8_grouped_kernel": 89},
 )

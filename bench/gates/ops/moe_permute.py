@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bench.gates.gate import NO_BARRIER, WIDE_LOADS, WIDE_STORES, Gate, Instructions
+from bench.gates.ops.fp8_quantize import CONVERSION
 from bench.gates.triton_kernels import Specialisation, TritonKernels
 
 _BOTH = frozenset({False, True})
@@ -61,17 +62,68 @@ def _launch(form: Rows) -> None:
     _triton.moe_unpermute_backward(x, y, row_id_map, inv_map, weights)
 
 
+class Quantized(NamedTuple):
+    """What the code depends on where tokens are quantised on the way."""
+
+    hidden: int
+    top_k: int
+    dtype: str = "bfloat16"
+    power_of_two: bool = True
+    transpose: bool = True  # the transpose, too
+
+
+QUANTIZED = (
+    Quantized(7168, 8),
+    Quantized(2880, 4, power_of_two=False),
+    Quantized(512, 2, "float32"),
+    Quantized(1024, 1, "float16", transpose=False),
+    Quantized(1031, 8),  # rows that are not aligned
+)
+
+
+def _launch_quantized(form: Quantized) -> None:
+    import torch
+
+    from grpo_kernels.moe_permute import _triton
+
+    tokens = 64
+    x = torch.empty(tokens, form.hidden, dtype=getattr(torch, form.dtype), device="meta")
+    row_id_map = torch.empty(tokens, form.top_k, dtype=torch.int32, device="meta")
+    inv_map = torch.empty(128 * form.top_k, dtype=torch.int32, device="meta")
+    for columns in (False, True)[: 1 + form.transpose]:
+        _triton.moe_permute_quantize(x, row_id_map, inv_map, form.power_of_two, columns, 1e-12)
+
+
 def launch(quick: bool) -> None:
     for form in _FEW if quick else ROWS:
         _launch(form)
+    for quantized in QUANTIZED[:1] if quick else QUANTIZED:
+        _launch_quantized(quantized)
 
 
 _FEW_BARRIERS = Instructions("BAR", r"BAR\..*", at_most=8)  # older compilers add through shared memory
 
 
+def _quantized_gate(of: Specialisation) -> Gate:
+    """Rows that are gathered have both their codes in registers, as fp8_quantize has them."""
+    aligned = of.aligned("hidden")
+    instructions = (WIDE_LOADS, WIDE_STORES) if aligned else ()
+    if of.constant("ENCODE") == "hardware":
+        instructions += (CONVERSION,)
+    variant = "aligned rows" if aligned else "other rows"
+    if of.kernel == "permute_quantize_kernel":
+        return Gate(of.kernel, 96, of.warps * 32, 256, instructions, variant)
+    registers = 192
+    if not of.constant("POWER_OF_TWO"):
+        variant, registers = f"{variant}, divided", 255
+    return Gate(of.kernel, registers, of.warps * 32, 16 * 1024, instructions, variant)
+
+
 def gate(of: Specialisation) -> Gate:
     """Aligned rows are read and written 16 bytes a thread. Threads exchange the sums of the backward alone, after its
     loop; its warps are fewer than those of the others, and each has the rows of eight slots under way."""
+    if "quantize" in of.kernel:
+        return _quantized_gate(of)
     backward = of.kernel == "unpermute_backward_kernel"
     shared, barriers = (2304, _FEW_BARRIERS) if backward else (0, NO_BARRIER)
     if not of.aligned("hidden"):
@@ -82,6 +134,7 @@ def gate(of: Specialisation) -> Gate:
 
 _BLOCKS = frozenset({128, 256, 512, 1024})
 _SLOTS = {"SLOTS": frozenset({1, 2, 4, 8})}
+_ENCODE = frozenset({"hardware", "integer"})
 _PADDING = {"PADDING": frozenset({32})}
 
 TRITON = TritonKernels(
@@ -97,5 +150,13 @@ TRITON = TritonKernels(
             "WIDTH": frozenset({4, 8}),
             "NEIGHBOURS": _BOTH,
         },
+        "permute_quantize_kernel": {
+            "POWER_OF_TWO": _BOTH,
+            "ENCODE": _ENCODE,
+            **_SLOTS,
+            **_PADDING,
+            "TILES": frozenset({4, 8}),
+        },
+        "gather_quantize_kernel": {"POWER_OF_TWO": _BOTH, "ENCODE": _ENCODE},
     },
 )

@@ -1,4 +1,4 @@
-"""Cases of build_permutation, moe_permute and moe_unpermute."""
+"""Cases of build_permutation, moe_permute, moe_permute_quantize and moe_unpermute."""
 
 from __future__ import annotations
 
@@ -125,6 +125,30 @@ def _moves(name: str, dtypes: tuple[torch.dtype, ...], width: int = 40, wide: bo
     ]
 
 
+def _run_quantize(inputs: Inputs, wide: bool, both: bool, power_of_two: bool) -> Outputs:
+    """Codes as integers, which must be equal."""
+    x, permutation = _seen(inputs["x"], wide), _permutation(inputs)
+    found = {"rows": grpo_kernels.moe_permute_quantize(x, permutation, power_of_two_scales=power_of_two)}
+    if both:
+        found["rows of both"], found["transpose"] = grpo_kernels.moe_permute_quantize(
+            x, permutation, power_of_two_scales=power_of_two, transpose="both"
+        )
+    codes = {f"codes of the {name}": scaled.data.view(torch.uint8) for name, scaled in found.items()}
+    return codes | {f"scales of the {name}": scaled.scale for name, scaled in found.items()}
+
+
+def _quantized(name: str, width: int, wide: bool = False) -> list[Case]:
+    """With the transpose where the segments are wide enough."""
+    ids, options = _CHOICES[name]
+    make = functools.partial(_make_rows, ids=ids, options=options, width=width, back=False)
+    run = functools.partial(_run_quantize, wide=wide, both=options.get("alignment") == 128)
+    label = f"{name}, H={width}" + (" of more columns" if wide else "")
+    return [
+        Case("moe_permute_quantize", f"{label}, {kind}", make, functools.partial(run, power_of_two=power), EVERY_DTYPE)
+        for kind, power in (("powers of two", True), ("plain scales", False))
+    ]
+
+
 CASES = [
     *(
         Case("build_permutation", name, functools.partial(_make_ids, ids=ids),
@@ -141,4 +165,8 @@ CASES = [
     *_moves("one expert", _TRAINING),
     *_moves("one token", _TRAINING),
     *_moves("no tokens", _TRAINING),
+    *_quantized("holes", 133, wide=True),
+    *_quantized("one rank's experts", 272),
+    *_quantized("one token", 24),
+    *_quantized("no tokens", 40),
 ]  # fmt: skip

@@ -1,0 +1,137 @@
+"""The Triton kernels of grouped_gemm for FP8 operands."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grpo_kernels._fp8_triton import decode
+from grpo_kernels._gemm_triton import nothing, pieces, position
+from grpo_kernels.grouped_gemm._tiles_triton import rows_source, segment_ends, weight_source
+
+TABLE_ENTRY = tl.constexpr(4)
+"""Numbers of an entry of the table: expert, first row, end row, and one that is not used."""
+
+
+@triton.jit(do_not_specialize=["rows", "experts"])
+def tile_table_kernel(
+    offsets, table, rows, experts, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
+):
+    # One program for each expert, and one for the rows behind them, whose expert is -1: it writes the tiles of its
+    # segment, in order, at their places in the table. The last one writes in the first entry how many tiles there are.
+    # Every program reads the offsets and adds up the tiles of the segments before its own.
+    segment = tl.program_id(0)
+    index = tl.arange(0, SEGMENTS)
+    ends = segment_ends(offsets, 0, experts, rows, SEGMENTS)
+    starts = segment_ends(offsets, 1, experts, rows, SEGMENTS)
+    tiles = tl.cdiv(ends - starts, BLOCK_M)
+    before = tl.sum(tl.where(index < segment, tiles, 0), axis=0)
+    own = tl.sum(tl.where(index == segment, tiles, 0), axis=0)
+    start = tl.max(tl.where(index == segment, starts, 0), axis=0)
+    end = tl.max(tl.where(index == segment, ends, 0), axis=0)
+    if segment == experts:
+        tl.store(table, before + own)
+    for first in range(0, own, BLOCK):
+        tile = first + tl.arange(0, BLOCK)
+        row = start + tile * BLOCK_M
+        entry = table + (1 + before + tile) * TABLE_ENTRY
+        mask = tile < own
+        tl.store(entry, tl.where(segment < experts, segment, -1), mask=mask)
+        tl.store(entry + 1, row, mask=mask)
+        tl.store(entry + 2, row + tl.minimum(BLOCK_M, end - row), mask=mask)
+
+
+@triton.jit
+def fp8_dot(a, b, PRECISION: tl.constexpr):
+    """a b in float32. PRECISION "interpreted": the interpreter would multiply the codes."""
+    if PRECISION == "interpreted":
+        wide_a = decode(a.to(tl.uint8, bitcast=True), "integer")
+        found = tl.dot(wide_a, decode(b.to(tl.uint8, bitcast=True), "integer"))
+    else:
+        found = tl.dot(a, b)
+    return found
+
+
+@triton.jit(do_not_specialize=["rows", "experts", "group"])
+def fp8_grouped_kernel(
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    table,
+    out,
+    rows,
+    columns,
+    width,
+    experts,
+    x_stride,
+    x_scale_row,
+    x_scale_tile,
+    stride_e,
+    stride_n,
+    w_scale_e,
+    w_scale_n,
+    w_scale_tile,
+    group,
+    LOADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    # A work item is one tile of the result: up to BLOCK_M rows of one expert, by the table, and TILE columns, whose
+    # weights share a scale; a program takes every num_programs-th one. SPECIALIZED: one group of its warps only loads.
+    # The tensor core sums TILE products, with fewer bits than float32 has; such a sum is scaled, by its row's scale and
+    # then by its block's, since the product of both could underflow, and added to a float32 sum in registers.
+    # Read: a row and its scales once for each block of columns, a weight once for each block of its rows.
+    x_source = rows_source(x, rows, width, x_stride, LOADS, BLOCK_M, TILE)
+    w_source = weight_source(weight, experts, columns, width, stride_e, stride_n, 1, LOADS, False, TILE, TILE)
+    row_blocks = tl.load(table)
+    column_blocks = tl.cdiv(columns, TILE)
+    for item in tl.range(
+        tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), warp_specialize=SPECIALIZED
+    ):  # fmt: skip
+        row_block, column_block = position(item, row_blocks, column_blocks, group)
+        entry = table + (1 + row_block) * TABLE_ENTRY
+        owner = tl.load(entry)
+        row_start = tl.load(entry + 1)
+        live = tl.load(entry + 2) - row_start
+        expert = tl.maximum(owner, 0)
+        depth = tl.where(owner < 0, 0, width)
+        column_start = column_block * TILE
+        row = tl.arange(0, BLOCK_M)
+        scale_a = x_scale + tl.cast(row_start, tl.int64) * x_scale_row + row * x_scale_row
+        scale_b = weight_scale + tl.cast(expert, tl.int64) * w_scale_e + tl.cast(column_block, tl.int64) * w_scale_n
+        acc = tl.zeros((BLOCK_M, TILE), tl.float32)
+        for k in range(0, depth, TILE):
+            place = tl.cast(k // TILE, tl.int64)
+            if LOADS == "tma":
+                a = x_source.load([row_start, k])
+                b = w_source.load([expert, column_start, k]).reshape(TILE, TILE).T
+            else:
+                inner = tl.arange(0, TILE)
+                down = row[:, None] + nothing(column_start)
+                across = inner[None, :] + nothing(column_start)
+                a = tl.load(
+                    x_source + tl.cast(row_start, tl.int64) * x_stride + k + (down * x_stride + inner[None, :]),
+                    mask=(down < live) & (inner[None, :] < width - k),
+                    other=0.0,
+                )
+                b = tl.load(
+                    w_source + tl.cast(expert, tl.int64) * stride_e + tl.cast(column_start, tl.int64) * stride_n + k
+                    + (across * stride_n + inner[:, None]),
+                    mask=(across < columns - column_start) & (inner[:, None] < width - k),
+                    other=0.0,
+                )  # fmt: skip
+            of_rows = tl.load(scale_a + place * x_scale_tile, mask=row < live, other=0.0)
+            of_block = tl.load(scale_b + place * w_scale_tile)
+            acc += fp8_dot(a, b, PRECISION) * of_rows[:, None] * of_block
+        base = out + tl.cast(row_start, tl.int64) * columns
+        panels = pieces(acc, PIECES)
+        for piece in tl.static_range(PIECES):
+            column = column_start + piece * (TILE // PIECES) + tl.arange(0, TILE // PIECES)
+            inside = (row < live)[:, None] & (column < columns)[None, :]
+            place = base + (row[:, None] * columns + column[None, :])
+            tl.store(place, panels[piece].to(out.dtype.element_ty), mask=inside)

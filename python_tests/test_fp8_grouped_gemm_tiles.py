@@ -1,0 +1,71 @@
+"""How a GPU deals out the tiles of FP8 products: the rules of the host, and a model of what the device does."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_kernels.grouped_gemm._fp8_config_triton import FEW_ROWS, launch_config, row_tiles
+from python_tests.fp8_products import position, tile_list, walks
+
+_SIZES = st.lists(st.sampled_from([0, 0, 1, 63, 64, 65, 127, 128, 129, 300]), min_size=1, max_size=12)
+
+
+@given(
+    sizes=_SIZES, behind=st.sampled_from([0, 1, 128, 200]), block_m=st.sampled_from([64, 128]), faults=st.integers(0, 3)
+)
+def test_every_row_is_in_one_tile(sizes: list[int], behind: int, block_m: int, faults: int) -> None:
+    """Of its expert, or of none, also where offsets make no sense; and no more tiles than the table has room for."""
+    offsets = torch.tensor(sizes).cumsum(0)
+    rows = int(offsets[-1]) + behind
+    if faults and rows:
+        offsets[faults % len(sizes)] = [-5, 2**40, 0][faults - 1]
+    ends = offsets.clamp(0, rows).cummax(0).values
+    listed = tile_list(offsets.tolist(), rows, block_m)
+    assert len(listed) <= row_tiles(rows, len(sizes), block_m)
+    owners = [expert for expert, first, end in listed for _ in range(first, end)]
+    assert [row for _, first, end in listed for row in range(first, end)] == list(range(rows))
+    wanted = torch.bucketize(torch.arange(rows), ends, right=True)
+    assert owners == torch.where(wanted < len(sizes), wanted, -1).tolist()
+    assert all(0 < end - first <= block_m for _, first, end in listed)
+
+
+@given(
+    row_blocks=st.integers(0, 40), columns=st.integers(1, 20), group=st.integers(1, 50), programs=st.integers(1, 150)
+)  # fmt: skip
+def test_every_tile_is_formed_once(row_blocks: int, columns: int, group: int, programs: int) -> None:
+    """And no program has two tiles more than another."""
+    done = walks(row_blocks, columns, group, programs)
+    counts = Counter(place for walk in done for place in walk)
+    assert counts == {(row, column): 1 for row in range(row_blocks) for column in range(columns)}
+    lengths = {len(walk) for walk in done}
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_neighbours_share_a_weight() -> None:
+    """A group of row blocks goes through the columns before the next one does."""
+    assert [position(item, 5, 2, 3) for item in range(10)] == [
+        (0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (3, 0), (4, 0), (3, 1), (4, 1),
+    ]  # fmt: skip
+
+
+def test_launch_config_follows_from_what_the_host_knows() -> None:
+    assert list(inspect.signature(launch_config).parameters) == ["rows", "experts", "width", "architecture"]
+    many, few = 8 * FEW_ROWS + 1, 8 * FEW_ROWS
+    assert launch_config(many, 8, 7168, 90)[:5] == (128, 4, 5, True, 1)
+    assert launch_config(few, 8, 7168, 90)[:5] == (64, 4, 4, False, 2)
+    assert launch_config(many, 8, 7168, 100)[:5] == (128, 8, 4, False, 1)
+    for architecture in (89, 90, 100, 103, 120):
+        for rows in (1, few, many, 1 << 20):
+            config = launch_config(rows, 8, 7168, architecture)
+            large = architecture in (90, 100, 103)
+            stages = (config.block_m + 128) * 128 * config.num_stages * config.on_each
+            assert stages <= (227 if large else 99) * 1024
+            assert config.num_warps == 4 or not config.specialized  # with eight Triton ignores it without a word
+            assert config.specialized == (architecture == 90 and rows > few)
+    assert 1 <= launch_config(10, 1, 10**8, 90).group <= 1024
+    assert [row_tiles(*of, 128) for of in ((0, 8), (1, 8), (129, 8), (1024, 8))] == [0, 2, 11, 17]
