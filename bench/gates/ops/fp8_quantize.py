@@ -68,8 +68,8 @@ CONVERSION = Instructions("F2FP.E4M3", r"F2FP\..*E4M3.*", at_least=1)
 def _limits(of: Specialisation, aligned: bool) -> tuple[str, int, int]:
     """What is written, registers and bytes of shared memory.
 
-    A multiprocessor holds two blocks; one, where numbers are divided twice or codes are computed with integers twice, and
-    with older compilers, which encode a tile anew for its transpose.
+    A multiprocessor holds two blocks; one, where numbers are divided twice or codes are computed with integers twice,
+    and with older compilers, which encode a tile anew for its transpose.
     """
     if of.kernel == "quantize_rows_kernel":
         return "", 64 if aligned else 96, 128
