@@ -76,6 +76,37 @@ def exact(p: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.cat([*parts, x.new_zeros(len(x) - p.end, weight.shape[1])])
 
 
+class WgradProblem(NamedTuple):
+    """Transposed operands, x^T [K, R] and grad^T [N, R], whose tiles belong to one expert each. The rest holds NaN."""
+
+    x: ScaledTensor
+    grad: ScaledTensor
+    offsets: Tensor
+
+
+def wgrad_problem(ends: Sequence[int], rows: int, width: int = 72, columns: int = 40) -> WgradProblem:
+    made = []
+    for height in (width, columns):
+        data = spaced(torch.randn(height, rows) * 100)
+        scale = empty_scale(data, (), height, rows, square=False).copy_(torch.rand(height, tiles(rows)) + 0.1)
+        data.view(torch.uint8)[:, ends[-1] :] = NAN_CODE
+        scale[:, tiles(ends[-1]) :] = float("nan")
+        made.append(ScaledTensor(data, scale))
+    return WgradProblem(*made, torch.tensor(ends))
+
+
+def exact_wgrad(p: WgradProblem, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[E, N, K]."""
+    x, grad = widened_rows(p.x, dtype), widened_rows(p.grad, dtype)
+    segments = itertools.pairwise([0, *p.offsets.tolist()])
+    return torch.stack([grad[:, start:end] @ x[:, start:end].T for start, end in segments])
+
+
+def widened_rows(scaled: ScaledTensor, dtype: torch.dtype) -> Tensor:
+    """As `widened`, of a matrix that may have as few columns as tiles."""
+    return scaled.data.to(dtype) * scaled.scale.to(dtype).repeat_interleave(128, 1)[:, : scaled.data.shape[1]]
+
+
 # --- the model of the schedule ---------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,9 @@ import torch
 import grpo_kernels
 from grpo_kernels import fp8_quantize, grouped_gemm
 from grpo_kernels.fp8_quantize import ScaledTensor
+from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.testing import assert_as_accurate
-from python_tests.fp8_products import exact, problem, spaced, widened
+from python_tests.fp8_products import exact, exact_wgrad, problem, spaced, wgrad_problem, widened
 from python_tests.test_grouped_gemm import SEGMENTS
 
 BACKENDS = ["native", "reference"]
@@ -133,3 +134,36 @@ def test_operands_of_any_layout() -> None:
     turned = ScaledTensor(p.weight.data.mT.contiguous().mT, p.weight.scale.mT.contiguous().mT)
     assert torch.equal(grouped_gemm(*dense, p.offsets), out)
     assert torch.equal(grouped_gemm(p.x, turned, p.offsets), out)
+
+
+# --- the gradient of the weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("ends", "rows"), [([128, 128, 384], 500), ([0, 128, 150], 150), ([0, 0], 9), ([256], 256)])
+def test_weight_gradient(ends: list[int], rows: int, dtype: torch.dtype) -> None:
+    """Of experts without rows it is 0, and an accumulator is left as it was."""
+    p = wgrad_problem(ends, rows)
+    exact, plain = exact_wgrad(p), exact_wgrad(p, torch.float32)
+    out = ops.fp8_grouped_gemm_wgrad(*p.x, *p.grad, p.offsets, dtype, "native")
+    assert_as_accurate(out, exact, plain)
+    for turned in (False, True):
+        start = torch.randn(exact.shape)
+        buffer = start.mT.contiguous().mT if turned else start.clone()
+        version = buffer._version
+        ops.fp8_grouped_gemm_wgrad_add_(*p.x, *p.grad, p.offsets, buffer, "native")
+        assert buffer._version > version
+        assert_as_accurate(buffer, start.double() + exact, start + plain)
+        empty = p.offsets.diff(prepend=torch.zeros(1, dtype=torch.int64)) == 0
+        assert torch.equal(buffer[empty], start[empty])
+        assert not out[empty].any()
+
+
+def test_tiles_of_two_experts_raise() -> None:
+    p = wgrad_problem([100, 200], 200)
+    for op, last in (
+        ("fp8_grouped_gemm_wgrad", torch.float32),
+        ("fp8_grouped_gemm_wgrad_add_", torch.zeros(2, 40, 72)),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: expert 0 must end at a multiple of 128 or at R = 200, got 100"):
+            getattr(ops, op)(*p.x, *p.grad, p.offsets, last, "native")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_kernels.grouped_gemm._fp8_config_triton import FEW_ROWS, launch_config, row_tiles
+from grpo_kernels.grouped_gemm._fp8_config_triton import FEW_ROWS, launch_config, row_tiles, wgrad_config
 from python_tests.fp8_products import position, tile_list, walks
 
 _SIZES = st.lists(st.sampled_from([0, 0, 1, 63, 64, 65, 127, 128, 129, 300]), min_size=1, max_size=12)
@@ -69,3 +69,9 @@ def test_launch_config_follows_from_what_the_host_knows() -> None:
             assert config.specialized == (architecture == 90 and rows > few)
     assert 1 <= launch_config(10, 1, 10**8, 90).group <= 1024
     assert [row_tiles(*of, 128) for of in ((0, 8), (1, 8), (129, 8), (1024, 8))] == [0, 2, 11, 17]
+
+
+def test_wgrad_config() -> None:
+    assert wgrad_config(90, False)[:4] == (128, 4, 4, True)
+    assert wgrad_config(90, True)[:4] == (128, 8, 4, False)
+    assert wgrad_config(100, False)[:4] == (128, 8, 4, False)

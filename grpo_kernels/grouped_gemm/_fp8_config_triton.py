@@ -50,6 +50,18 @@ def launch_config(rows: int, experts: int, width: int, architecture: int) -> Lau
     return LaunchConfig(block_m, 8, 4, False, 1, group)
 
 
+def wgrad_config(architecture: int, narrow: bool) -> LaunchConfig:
+    """That of the weight's gradient, whose tiles have 128 rows and columns; for architectures with the TMA unit and much
+    shared memory.
+
+    Args:
+        narrow: it is added to an accumulator whose rows are not aligned: more addresses than specialised warps, which
+            have 168 registers, can hold.
+    """
+    specialized = architecture == 90 and not narrow
+    return LaunchConfig(TILE, 4 if specialized else 8, 4, specialized, 1, 1)
+
+
 def row_tiles(rows: int, experts: int, block_m: int) -> int:
     """Most tiles of rows that segments can have, whatever the offsets: the rows of no expert are a segment, too."""
     return -(-rows // block_m) + min(experts + 1, rows)

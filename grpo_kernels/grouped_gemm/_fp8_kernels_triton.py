@@ -135,3 +135,73 @@ def fp8_grouped_kernel(
             inside = (row < live)[:, None] & (column < columns)[None, :]
             place = base + (row[:, None] * columns + column[None, :])
             tl.store(place, panels[piece].to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "experts"])
+def fp8_wgrad_kernel(
+    x,
+    x_scale,
+    grad,
+    grad_scale,
+    ends,
+    out,
+    rows,
+    columns,
+    width,
+    experts,
+    x_stride,
+    x_scale_row,
+    x_scale_tile,
+    grad_stride,
+    grad_scale_row,
+    grad_scale_tile,
+    stride_e,
+    stride_n,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    # A work item is one TILE x TILE part of one expert's gradient; a program takes every num_programs-th one. It goes
+    # through the expert's rows in their order, TILE at a time, which share a scale in every row of both transposed
+    # operands, with the sum in float32 registers, and writes the part once, or adds it to the accumulator: zeros where
+    # the expert has no rows, NaN where its segment does not begin and end with a tile. Read: the segment of x once for
+    # each block of columns, that of grad once for each block of x's.
+    x_source = tl.make_tensor_descriptor(x, [width, rows], [x_stride, 1], [TILE, TILE])
+    grad_source = tl.make_tensor_descriptor(grad, [columns, rows], [grad_stride, 1], [TILE, TILE])
+    column_blocks = tl.cdiv(columns, TILE)
+    blocks = column_blocks * tl.cdiv(width, TILE)
+    for item in tl.range(tl.program_id(0), experts * blocks, tl.num_programs(0), warp_specialize=SPECIALIZED):
+        expert = item // blocks
+        column_start = item % blocks % column_blocks * TILE
+        width_start = item % blocks // column_blocks * TILE
+        first = tl.load(ends + tl.maximum(expert - 1, 0))
+        first = tl.where(expert == 0, 0, first)
+        end = tl.load(ends + expert)
+        whole = (first % TILE == 0) & ((end % TILE == 0) | (end == rows))
+        column = column_start + tl.arange(0, TILE)
+        inner = width_start + tl.arange(0, TILE)
+        acc = tl.zeros((TILE, TILE), tl.float32)
+        for row in range(first, tl.where(whole, end, first), TILE):
+            place = tl.cast(row // TILE, tl.int64)
+            g = grad_source.load([column_start, row])
+            v = x_source.load([width_start, row])
+            of_columns = tl.load(
+                grad_scale + place * grad_scale_tile + column * grad_scale_row, mask=column < columns, other=0.0
+            )
+            of_inner = tl.load(x_scale + place * x_scale_tile + inner * x_scale_row, mask=inner < width, other=0.0)
+            acc += fp8_dot(g, v.T, PRECISION) * of_columns[:, None] * of_inner[None, :]
+        fault = tl.where(whole | (first == end), 0.0, float("nan"))
+        down = tl.arange(0, TILE)[:, None]
+        base = out + tl.cast(expert, tl.int64) * stride_e + tl.cast(column_start, tl.int64) * stride_n
+        panels = pieces(acc, PIECES)
+        for piece in tl.static_range(PIECES):
+            value = panels[piece] + fault
+            right = width_start + piece * (TILE // PIECES) + tl.arange(0, TILE // PIECES)
+            place = base + (down * stride_n + right[None, :])
+            inside = (down < columns - column_start) & (right < width)[None, :]
+            if ACCUMULATE:
+                inside = inside & (first < end)
+                value += tl.load(place, mask=inside, other=0.0)
+            tl.store(place, value.to(out.dtype.element_ty), mask=inside)

@@ -32,7 +32,7 @@ def tile_table(offsets: Tensor, rows: int, block_m: int) -> Tensor:
     return table
 
 
-def _strides(data: Tensor) -> tuple[int, ...]:
+def strides(data: Tensor) -> tuple[int, ...]:
     """Of all axes but the last; an axis of one element lies anywhere, and may as well lie close."""
     found: list[int] = []
     extent = aligned(data.shape[-1], 16)
@@ -42,11 +42,11 @@ def _strides(data: Tensor) -> tuple[int, ...]:
     return tuple(found[::-1])
 
 
-def _loadable(data: Tensor) -> Tensor:
+def loadable(data: Tensor) -> Tensor:
     """Rows of K, K dense, at multiples of 16 bytes, as fp8_quantize writes them. Anything else is copied."""
     width = data.shape[-1]
-    strides = _strides(data)
-    apart = all(stride % 16 == 0 and stride > 0 for stride in strides) and width <= strides[-1] < 2**31 // TILE
+    outer = strides(data)
+    apart = all(stride % 16 == 0 and stride > 0 for stride in outer) and width <= outer[-1] < 2**31 // TILE
     if apart and (width == 1 or data.stride(-1) == 1) and pointer(data) % 16 == 0:
         return data
     return empty_data(data, tuple(data.shape[:-2]), *data.shape[-2:]).copy_(data)
@@ -66,7 +66,7 @@ def fp8_grouped_gemm(
     rows = len(data)
     if rows == 0:
         return out
-    data, weight_data = _loadable(data), _loadable(weight_data)
+    data, weight_data = loadable(data), loadable(weight_data)
     loads = "tma" if target >= 90 else "vector" if width % 16 == 0 else "scalar"
     config = launch_config(rows, experts, width, target)
     table = tile_table(offsets, rows, config.block_m)
@@ -84,9 +84,9 @@ def fp8_grouped_gemm(
             columns,
             width,
             experts,
-            *_strides(data),
+            *strides(data),
             *scale.stride(),
-            *_strides(weight_data),
+            *strides(weight_data),
             *weight_scale.stride(),
             config.group,
             LOADS=loads,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grpo_kernels._gemm import multiply, without_autocast
 from grpo_kernels.fp8_quantize import ops as fp8_ops
+from grpo_kernels.fp8_quantize.layout import TILE
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm.arguments import segment_ends
 
@@ -129,6 +130,52 @@ def grouped_gemm_wgrad_add_(x: Tensor, grad: Tensor, offsets: Tensor, accumulato
     for size, columns, rows, weight in _gradient_products(x, grad, sizes, accumulator):
         if size > 0:
             multiply(weight, columns, rows, add=True)
+    torch.autograd.graph.increment_version(accumulator)
+
+
+def _whole_tiles(op: str, offsets: Tensor, rows: int) -> Iterator[tuple[int, slice, slice]]:
+    """Every expert, its rows, and their tiles.
+
+    Raises:
+        ValueError: a segment does not consist of whole tiles.
+    """
+    for expert, segment in _segments(op, offsets, rows):
+        for place, row in (("begin", segment.start), ("end", segment.stop)):
+            if row % TILE and row != rows and segment.start < segment.stop:
+                raise ValueError(
+                    f"{op}: expert {expert} must {place} at a multiple of {TILE} or at R = {rows}, got {row}"
+                )
+        yield expert, segment, slice(segment.start // TILE, -(-segment.stop // TILE))
+
+
+def _wide_pair(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], segment: slice, tiles: slice
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The rows of an expert in float32: grad^T [N, r] and x [r, K]."""
+    data, scale, grad_data, grad_scale = tensors
+    x = fp8_ops.fp8_dequantize(data[:, segment], scale[:, tiles], torch.float32, "native")
+    return fp8_ops.fp8_dequantize(grad_data[:, segment], grad_scale[:, tiles], torch.float32, "native"), x.t()
+
+
+@without_autocast
+def fp8_grouped_gemm_wgrad(
+    data: Tensor, scale: Tensor, grad_data: Tensor, grad_scale: Tensor, offsets: Tensor, weight_dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    result = ops.empty_weight_gradient(data.t(), grad_data.t(), offsets, weight_dtype).zero_()
+    for expert, segment, tiles in _whole_tiles("fp8_grouped_gemm_wgrad", offsets, data.shape[1]):
+        if segment.start < segment.stop:
+            multiply(result[expert], *_wide_pair((data, scale, grad_data, grad_scale), segment, tiles))
+    return result
+
+
+@without_autocast
+def fp8_grouped_gemm_wgrad_add_(
+    data: Tensor, scale: Tensor, grad_data: Tensor, grad_scale: Tensor, offsets: Tensor, accumulator: Tensor
+) -> None:  # fmt: skip
+    for expert, segment, tiles in _whole_tiles("fp8_grouped_gemm_wgrad_add_", offsets, data.shape[1]):
+        if segment.start < segment.stop:
+            pair = _wide_pair((data, scale, grad_data, grad_scale), segment, tiles)
+            multiply(accumulator[expert], *pair, add=True)
     torch.autograd.graph.increment_version(accumulator)
 
 

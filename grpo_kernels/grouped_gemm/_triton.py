@@ -12,9 +12,18 @@ from grpo_kernels.grouped_gemm import _library_triton as library
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm._config_triton import PANEL, launch_config, segments, wgrad_config
 from grpo_kernels.grouped_gemm._fp8_triton import fp8_grouped_gemm
+from grpo_kernels.grouped_gemm._fp8_wgrad_triton import fp8_grouped_gemm_wgrad, fp8_grouped_gemm_wgrad_add_
 from grpo_kernels.grouped_gemm._kernels_triton import grouped_kernel, row_sum_kernel, wgrad_kernel
 
-__all__ = ["fp8_grouped_gemm", "grouped_gemm", "grouped_gemm_wgrad", "grouped_gemm_wgrad_add_", "grouped_row_sum"]
+__all__ = [
+    "fp8_grouped_gemm",
+    "fp8_grouped_gemm_wgrad",
+    "fp8_grouped_gemm_wgrad_add_",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_gemm_wgrad_add_",
+    "grouped_row_sum",
+]
 
 
 def _dense(weight: Tensor) -> bool:

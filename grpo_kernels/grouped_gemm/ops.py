@@ -61,6 +61,26 @@ grouped_gemm_wgrad_add_ = _dispatch.define(
 )
 """The same, added to an accumulator [E, N, K] of float32 (float64 for float64)."""
 
+fp8_grouped_gemm_wgrad = _dispatch.define(
+    "fp8_grouped_gemm_wgrad(Tensor data, Tensor scale, Tensor grad_data, Tensor grad_scale, Tensor offsets, "
+    "ScalarType weight_dtype, str backend) -> Tensor",
+    package=_PACKAGE,
+    fake=lambda data, scale, grad_data, grad_scale, offsets, weight_dtype: empty_weight_gradient(
+        data.t(), grad_data.t(), offsets, weight_dtype
+    ),
+)
+"""[E, N, K]: the same of e4m3 operands that are quantised by tiles of 1 x 128 of their transposes, x^T [K, R] and
+grad^T [N, R]. Segments with rows begin at multiples of 128 and end at one or at R: a tile belongs to one expert. Where
+one does not, the CPU raises, and products of FP8 on a GPU give its expert NaN."""
+
+fp8_grouped_gemm_wgrad_add_ = _dispatch.define(
+    "fp8_grouped_gemm_wgrad_add_(Tensor data, Tensor scale, Tensor grad_data, Tensor grad_scale, Tensor offsets, "
+    "Tensor(a!) accumulator, str backend) -> ()",
+    package=_PACKAGE,
+    fake=lambda *_: None,
+)
+"""The same, added to an accumulator [E, N, K] of float32."""
+
 grouped_row_sum = _dispatch.define(
     "grouped_row_sum(Tensor grad, Tensor offsets, str backend) -> Tensor",
     package=_PACKAGE,

@@ -13,8 +13,9 @@ import torch
 import grpo_kernels
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.fp8_quantize.layout import empty_data, empty_scale
+from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.grouped_gemm._fp8_config_triton import FEW_ROWS
-from python_tests.fp8_products import Problem, exact, problem
+from python_tests.fp8_products import Problem, exact, exact_wgrad, problem, wgrad_problem
 
 ACCUMULATOR = 2.0**-11
 """Of 14 bits that sums of 128 products have in the tensor core of sm_90, relative to all that is summed."""
@@ -48,6 +49,28 @@ def excess(p: Problem) -> float:
     return float((error / size - ACCUMULATOR).max()) if p.end else 0.0
 
 
+def wgrad_excess(generator: torch.Generator) -> float:
+    """The same of the weight's gradient of a random problem."""
+    tiles = torch.randint(0, 4, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
+    ends = (tiles.cumsum(0) * 128).tolist()
+    width, columns = (int(torch.randint(1, 500, (), generator=generator)) for _ in range(2))
+    p = wgrad_problem(ends, ends[-1] + 64, width, columns)
+    operands = []
+    for data, scale in (p.x, p.grad):
+        placed = empty_data(data.cuda(), (), *data.shape)
+        operands += [placed.copy_(data), empty_scale(placed, (), *data.shape, square=False).copy_(scale)]
+    offsets = p.offsets.cuda()
+    out, again = (ops.fp8_grouped_gemm_wgrad(*operands, offsets, torch.float32, "triton") for _ in range(2))
+    total = torch.ones_like(out)
+    ops.fp8_grouped_gemm_wgrad_add_(*operands, offsets, total, "triton")
+    if not torch.equal(out, again) or not torch.equal(total, out + 1.0):
+        raise AssertionError("equal calls differ, or an accumulator got another gradient")
+    sizes = (s._replace(data=s.data.float().abs().to(s.data.dtype)) for s in (p.x, p.grad))
+    size = exact_wgrad(p._replace(**dict(zip(("x", "grad"), sizes, strict=True)))).clamp_min(1e-30)
+    error = (out.cpu().double() - exact_wgrad(p)).abs()
+    return float((error.amax(-1) / size.amax(-1) - ACCUMULATOR).max())
+
+
 def random_problem(generator: torch.Generator) -> Problem:
     """Few and many rows for an expert, empty experts, widths and columns that are multiples of nothing."""
 
@@ -71,6 +94,10 @@ def main() -> int:
         if not found <= 0:
             shapes = list(p.x.data.shape), list(p.weight.data.shape), p.offsets.tolist()
             print(f"rows, weights, offsets {shapes}: error {found:.3e} above the accumulator's")
+            return 1
+        found = wgrad_excess(generator)
+        if not found <= 0:
+            print(f"weight's gradient: error {found:.3e} above the accumulator's")
             return 1
         count += 1
     print(f"{count} problems")

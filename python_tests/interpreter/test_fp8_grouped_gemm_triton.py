@@ -16,7 +16,7 @@ import grpo_kernels
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import ops, reference
 from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations, poisoned_allocations
-from python_tests.fp8_products import Problem, Tile, exact, problem, tile_list
+from python_tests.fp8_products import Problem, Tile, exact, exact_wgrad, problem, tile_list, wgrad_problem
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -227,3 +227,48 @@ def test_offsets_beyond_32_bits(width: int) -> None:
         spread.append(view.copy_(tensor))
     x, weight = ScaledTensor(*spread[:2]), ScaledTensor(*spread[2:])
     assert torch.equal(product(p._replace(x=x, weight=weight)), product(p))
+
+
+# --- the gradient of the weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [90, 100, 80])
+@pytest.mark.parametrize(("ends", "rows"), [([128, 128, 384], 390), ([0, 128, 150], 150), ([0, 0], 9)])
+def test_weight_gradient(ends: list[int], rows: int, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of no expert hold NaN. Experts without rows: 0, and an accumulator stays as it was, in either layout."""
+    from grpo_kernels.grouped_gemm import _fp8_wgrad_triton
+
+    monkeypatch.setattr(_fp8_wgrad_triton, "architecture", lambda tensor: architecture)
+    p = wgrad_problem(ends, rows, 136, 40)
+    if architecture == 80:  # scales that bfloat16 has
+        p = p._replace(
+            **{
+                name: of._replace(scale=of.scale.log2().round().exp2())
+                for name, of in p._asdict().items()
+                if name != "offsets"
+            }
+        )
+    wanted, plain = exact_wgrad(p), exact_wgrad(p, torch.float32)
+    out = ops.fp8_grouped_gemm_wgrad(*p.x, *p.grad, p.offsets, torch.float32, "triton")
+    assert_as_accurate(out, wanted, plain)
+    empty = p.offsets.diff(prepend=torch.zeros(1, dtype=torch.int64)) == 0
+    assert not out[empty].any()
+    turned = rows == 150
+    start = torch.randn(wanted.shape)
+    buffer = start.mT.contiguous().mT if turned else start.clone()
+    version = buffer._version
+    ops.fp8_grouped_gemm_wgrad_add_(*p.x, *p.grad, p.offsets, buffer, "triton")
+    assert buffer._version > version
+    assert_as_accurate(buffer, start.double() + wanted, start + plain)
+    assert torch.equal(buffer[empty], start[empty])
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_tiles_of_two_experts_are_nan(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_kernels.grouped_gemm import _fp8_wgrad_triton
+
+    monkeypatch.setattr(_fp8_wgrad_triton, "architecture", lambda tensor: architecture)
+    p = wgrad_problem([128, 200, 256, 256, 300], 300, 16, 24)
+    out = ops.fp8_grouped_gemm_wgrad(*p.x, *p.grad, p.offsets, torch.float32, "triton")
+    assert out.isnan().flatten(1).all(1).tolist() == [False, True, True, False, False]
+    assert_as_accurate(out[[0, 3, 4]], exact_wgrad(p)[[0, 3, 4]], exact_wgrad(p, torch.float32)[[0, 3, 4]])

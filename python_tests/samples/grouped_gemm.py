@@ -23,6 +23,9 @@ TURNED = WEIGHT.transpose(1, 2).contiguous().transpose(1, 2)
 X8 = grpo_kernels.fp8_quantize(X)
 WEIGHT8, TURNED8 = grpo_kernels.fp8_quantize(WEIGHT, (128, 128), transpose="both")
 GRAD8 = grpo_kernels.fp8_quantize(GRAD, power_of_two_scales=False)
+# Of transposes: x^T [8, 140] and grad^T [5, 140].
+WIDE8 = [grpo_kernels.fp8_quantize(torch.randn(140, width, generator=GENERATOR), transpose=True) for width in (8, 5)]
+EMPTY8 = [part[:, :0] for scaled in WIDE8 for part in scaled]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPS = {
@@ -37,6 +40,16 @@ OPS = {
         (*X8, *WEIGHT8, OFFSETS, BF16),
         (*GRAD8, *TURNED8, NARROW, F32),
         (X8.data[:0], X8.scale[:0], *WEIGHT8, OFFSETS * 0, F16),
+    ],
+    "fp8_grouped_gemm_wgrad": [
+        (*WIDE8[0], *WIDE8[1], torch.tensor([128, 128, 140]), F32),
+        (*WIDE8[0], *WIDE8[1], torch.tensor([0, 128, 128]).int(), BF16),
+        (*EMPTY8, torch.tensor([0, 0, 0]), F32),
+    ],
+    "fp8_grouped_gemm_wgrad_add_": [
+        (*WIDE8[0], *WIDE8[1], torch.tensor([128, 128, 140]), torch.ones(3, 5, 8)),
+        (*WIDE8[0], *WIDE8[1], torch.tensor([0, 128, 128]).int(), torch.ones(3, 8, 5).transpose(1, 2)),
+        (*EMPTY8, torch.tensor([0, 0, 0]), torch.ones(3, 5, 8)),
     ],
     "grouped_gemm_wgrad": [
         (X, GRAD, OFFSETS, F32),

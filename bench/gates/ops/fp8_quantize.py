@@ -65,28 +65,35 @@ def launch(quick: bool) -> None:
 CONVERSION = Instructions("F2FP.E4M3", r"F2FP\..*E4M3.*", at_least=1)
 
 
-def _tiles(of: Specialisation) -> tuple[str, int]:
-    """What is written, and the registers that this may take; two blocks share a multiprocessor but where numbers are
-    divided, twice each."""
+def _limits(of: Specialisation, aligned: bool) -> tuple[str, int, int]:
+    """What is written, registers and bytes of shared memory.
+
+    A multiprocessor holds two blocks; one, where numbers are divided twice or codes are computed with integers twice,
+    and with older compilers, which encode a tile anew for its transpose.
+    """
+    if of.kernel == "quantize_rows_kernel":
+        return "", 64 if aligned else 96, 128
+    if of.kernel == "dequantize_kernel":
+        return "", 80 if aligned else 224, 16 * 1024
     if of.constant("SQUARE"):
-        return "128x128", 128
+        return "128x128", 176 if aligned else 240, 32 * 1024
     if not of.constant("ON_ROWS"):
-        return "the transpose", 128
-    return ("both", 176) if of.constant("POWER_OF_TWO") else ("both, divided", 255)
+        return "the transpose", 160, 16 * 1024
+    if not of.constant("POWER_OF_TWO"):
+        return "both, divided", 255, 16 * 1024
+    return "both", 192 if aligned else 255, 16 * 1024
 
 
 def gate(of: Specialisation) -> Gate:
     """Aligned rows are read and written 16 bytes a thread. Codes come from the processor's conversion where it has one,
     and go back through it."""
-    tiles = of.kernel == "quantize_tiles_kernel"
-    aligned = of.aligned("columns", *(("rows",) if tiles else ()))
-    variant, registers = _tiles(of) if tiles else ("", 64)
+    aligned = of.aligned("columns", *(("rows",) if of.kernel == "quantize_tiles_kernel" else ()))
+    variant, registers, shared = _limits(of, aligned)
     instructions = (WIDE_LOADS, WIDE_STORES) if aligned else ()
     if of.constant("ENCODE") == "hardware":
         instructions += (CONVERSION,)
-    shared = {"quantize_rows_kernel": 128, "dequantize_kernel": 8192}.get(of.kernel, 16 * 1024)
     if not aligned:
-        variant, registers = f"{variant}{', ' if variant else ''}other rows", 176 if tiles else 112
+        variant = f"{variant}, other rows" if variant else "other rows"
     return Gate(of.kernel, registers, of.warps * 32, shared, instructions, variant)
 
 

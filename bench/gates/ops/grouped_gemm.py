@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.gates.gate import WIDE_LOADS, WIDE_STORES, Gate, Instructions
 from bench.gates.triton_kernels import Specialisation, TritonKernels
+
+if TYPE_CHECKING:
+    import torch
 
 _BOTH = frozenset({False, True})
 _OPERANDS = {
@@ -118,6 +121,25 @@ def _launch_fp8(case: Fp8Case) -> None:
     weight_scale = torch.empty((case.experts, tiles(case.columns), tiles(case.width)), device="meta")
     offsets = torch.empty(case.experts, dtype=getattr(torch, case.offsets), device="meta")
     inspect.unwrap(_triton.fp8_grouped_gemm)(x, scale, weight, weight_scale, offsets, getattr(torch, case.out))
+    _launch_fp8_wgrad(case, offsets)
+
+
+def _launch_fp8_wgrad(case: Fp8Case, offsets: torch.Tensor) -> None:
+    import torch
+
+    from grpo_kernels.fp8_quantize.layout import empty_data, empty_scale
+    from grpo_kernels.grouped_gemm import _triton
+
+    rows = case.experts * 1024
+    operands = []
+    for height in (case.width, case.columns):
+        data = empty_data(offsets, (), height, rows)
+        operands += [data, empty_scale(data, (), height, rows, square=False)]
+    if case.few:
+        accumulator = torch.empty((case.experts, case.columns, case.width), device="meta")
+        _triton.fp8_grouped_gemm_wgrad_add_(*operands, offsets, accumulator)
+    else:
+        _triton.fp8_grouped_gemm_wgrad(*operands, offsets, getattr(torch, case.out))
 
 
 def launch(quick: bool) -> None:
@@ -152,7 +174,7 @@ def gate(of: Specialisation) -> Gate:
         )
     if of.kernel == "tile_table_kernel":
         return Gate(of.kernel, 64, of.warps * 32, 4096)
-    if of.kernel == "fp8_grouped_kernel":
+    if of.kernel.startswith("fp8_"):
         return _fp8_gate(of)
     loads = of.constant("LOADS")
     instructions = {"tma": _ASYNCHRONOUS, "vector": (*_OTHER, *_WIDE_COPIES), "scalar": _OTHER}[loads]
@@ -167,7 +189,8 @@ _QMMA = Instructions("QMMA", r"QMMA\b.*", at_least=32)
 
 def _fp8_gate(of: Specialisation) -> Gate:
     """Products of FP8 numbers, and warps that give up registers where they are said to be specialised."""
-    loads, specialized = of.constant("LOADS"), of.constant("SPECIALIZED")
+    wgrad, specialized = of.kernel == "fp8_wgrad_kernel", of.constant("SPECIALIZED")
+    loads = "tma" if wgrad else of.constant("LOADS")
     asynchronous = Instructions("QGMMA or UTCQMMA", r"(QGMMA|UTCQMMA)\b.*", at_least=4)
     instructions = {
         "tma": (asynchronous, _ASYNCHRONOUS[1]),
@@ -179,7 +202,7 @@ def _fp8_gate(of: Specialisation) -> Gate:
     if specialized:
         instructions += (Instructions("USETMAXREG", r"USETMAXREG\b.*", at_least=1),)
         variant, registers, warps = "TMA, specialised warps", 168, 3 * of.warps
-    if of.aligned("columns"):
+    if of.aligned("stride_n" if wgrad else "columns"):
         instructions += (WIDE_STORES,)
     shared = 232448 if loads == "tma" else 99 * 1024
     return Gate(of.kernel, registers, warps * 32, shared, instructions, variant)
@@ -219,6 +242,13 @@ TRITON = TritonKernels(
             "BLOCK_M": frozenset({64, 128}),
             "BLOCK": frozenset({128}),
         },
+        "fp8_wgrad_kernel": {
+            "ACCUMULATE": _BOTH,
+            "PRECISION": frozenset({"ieee"}),
+            "SPECIALIZED": _BOTH,
+            "TILE": frozenset({128}),
+            "PIECES": frozenset({1, 2}),
+        },
         "fp8_grouped_kernel": {
             "LOADS": _OPERANDS["LOADS"],
             "PRECISION": frozenset({"ieee"}),
@@ -228,5 +258,5 @@ TRITON = TritonKernels(
             "PIECES": frozenset({1, 2}),
         },
     },
-    first={"tile_table_kernel": 89, "fp8_grouped_kernel": 89},
+    first={"tile_table_kernel": 89, "fp8_grouped_kernel": 89, "fp8_wgrad_kernel": 90},
 )

@@ -113,7 +113,7 @@ def _quantized_gate(of: Specialisation) -> Gate:
     variant = "aligned rows" if aligned else "other rows"
     if of.kernel == "permute_quantize_kernel":
         return Gate(of.kernel, 96, of.warps * 32, 256, instructions, variant)
-    registers = 192
+    registers = 192 if aligned else 255
     if not of.constant("POWER_OF_TWO"):
         variant, registers = f"{variant}, divided", 255
     return Gate(of.kernel, registers, of.warps * 32, 16 * 1024, instructions, variant)
