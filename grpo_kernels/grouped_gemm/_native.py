@@ -7,6 +7,7 @@ region, and what can be done for all experts at once is.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -139,13 +140,14 @@ def _whole_tiles(op: str, offsets: Tensor, rows: int) -> Iterator[tuple[int, sli
     Raises:
         ValueError: a segment does not consist of whole tiles.
     """
-    for expert, segment in _segments(op, offsets, rows):
-        for place, row in (("begin", segment.start), ("end", segment.stop)):
-            if row % TILE and row != rows and segment.start < segment.stop:
+    ends = segment_ends(op, offsets, rows)
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        for place, row in (("begin", start), ("end", end)):
+            if row % TILE and row != rows and start < end:
                 raise ValueError(
                     f"{op}: expert {expert} must {place} at a multiple of {TILE} or at R = {rows}, got {row}"
                 )
-        yield expert, segment, slice(segment.start // TILE, -(-segment.stop // TILE))
+        yield expert, slice(start, end), slice(start // TILE, -(-end // TILE))
 
 
 def _wide_pair(
