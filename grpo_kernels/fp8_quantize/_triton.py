@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from grpo_kernels._fp8_triton import TILE, encoding
+from grpo_kernels._launch import on_device
 from grpo_kernels.fp8_quantize._kernels_triton import (
     dequantize_kernel,
     launch_config,
@@ -17,10 +15,6 @@ from grpo_kernels.fp8_quantize._kernels_triton import (
     quantize_tiles_kernel,
 )
 from grpo_kernels.fp8_quantize.layout import empty_dequantized, empty_quantized
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _matrices(values: Tensor) -> Tensor:
@@ -44,7 +38,7 @@ def fp8_quantize(
     grid = (batches * triton.cdiv(height, config.rows) * triton.cdiv(width, config.columns),)
     options = {"POWER_OF_TWO": power_of_two, "ENCODE": encoding(x), "num_warps": config.num_warps}
     sizes = (height, width, x.stride(0), x.stride(1))
-    with _device(x):
+    with on_device(x):
         if not square and not columns:
             quantize_rows_kernel[grid](
                 x,
@@ -88,7 +82,7 @@ def fp8_dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     batches, height, width = data.shape
     config = launch_config(False, True, False)
     grid = (batches * triton.cdiv(height, config.rows) * triton.cdiv(width, TILE),)
-    with _device(data):
+    with on_device(data):
         dequantize_kernel[grid](
             data,
             scale,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 from torch import Tensor
 
 from grpo_kernels._fp8_triton import TILE, encoding
+from grpo_kernels._launch import on_device
 from grpo_kernels.moe_permute._kernels_triton import PADDING_ROWS
 from grpo_kernels.moe_permute._quantize_kernels_triton import (
     gather_quantize_kernel,
@@ -27,7 +26,7 @@ def moe_permute_quantize(
         return out
     x, row_id_map, inv_map = dense_rows(x), row_id_map.contiguous(), inv_map.contiguous()
     launch = _gather if columns else _scatter
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device(x):
         launch(x, row_id_map, inv_map, power_of_two, eps, *out)
     return out
 
