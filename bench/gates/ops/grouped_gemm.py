@@ -234,7 +234,7 @@ TRITON = TritonKernels(
             "BLOCK_R": frozenset({32}),
             "BLOCK_N": frozenset({64}),
         },
-        "ends_kernel": {"SEGMENTS": frozenset({256})},
+        "ends_kernel": {"SEGMENTS": frozenset({16, 64, 256})},
         "clear_tail_kernel": {"BLOCK": frozenset({2048})},
         "clear_empty_kernel": {"BLOCK": frozenset({2048})},
         "tile_table_kernel": {
