@@ -59,7 +59,7 @@ test-slow: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, packa
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m bench.gates --compiler triton --json build/gates.json
 	$(MAKE) demo-check
 
-gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100, against its limits
+gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100 (FP8 products for sm_89 too), against its limits
 	$(PY) -m bench.gates --beside $(VENV)/triton-$(OLD_TRITON)
 	$(PY) -m bench.docs docs/kernels.md
 
