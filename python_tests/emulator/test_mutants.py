@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import re
 import subprocess
@@ -159,6 +160,7 @@ def complaint_of_a_child(library: Path, source: str) -> str:
 
     def work(sender: Connection) -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        faulthandler.disable()  # a crash is an answer, and needs no stack on the terminal
         sender.send(complaint(library, source))
 
     context = multiprocessing.get_context("fork")
