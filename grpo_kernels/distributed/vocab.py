@@ -178,10 +178,10 @@ def combine(
         _raise_if_wrong(op, token_ids, holders, wrong)
     whole = torch.where(wrong, math.nan, whole)
     results = finish(whole, squared, top1, live, entropy)
-    log_probs, *others = (whole.new_empty(0) if result is None else result for result in results)
+    log_probs, entropies, squares, best = (whole.new_empty(0) if result is None else result for result in results)
     if dtype != torch.float64:  # torch 2.11 compiles gradients of zeros where a forward ends with a cast of nothing
-        log_probs, others[0], others[1], whole = (x.to(dtype) for x in (log_probs, *others[:2], whole))
-    return log_probs, others[0], others[1], others[2].long(), whole
+        log_probs, entropies, squares, whole = (x.to(dtype) for x in (log_probs, entropies, squares, whole))
+    return log_probs, entropies, squares, best.long(), whole
 
 
 def _payload(
