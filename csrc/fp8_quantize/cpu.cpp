@@ -2,6 +2,7 @@
 // else goes in blocks of 128 x 128: one read from memory, the maxima of columns or of the block, the codes in a buffer, which
 // is transposed there so that what is written are whole lines.
 
+#include "common/cpu_dtype.h"
 #include "common/parallel.h"
 #include "fp8_quantize/cpu_transpose.h"
 #include "fp8_quantize/formula.h"
@@ -243,29 +244,11 @@ int64_t dequantize_to(const Fp8DequantizeArgs& a, int threads) {
 }  // namespace
 
 int64_t fp8_quantize_cpu(const Fp8QuantizeArgs& a, int threads) {
-  switch (a.dtype) {
-    case kFloat64:
-      return quantize_from<double>(a, threads);
-    case kBFloat16:
-      return quantize_from<bfloat16>(a, threads);
-    case kFloat16:
-      return quantize_from<float16>(a, threads);
-    default:
-      return quantize_from<float>(a, threads);
-  }
+  return by_dtype(a.dtype, [&](auto element) { return quantize_from<decltype(element)>(a, threads); });
 }
 
 int64_t fp8_dequantize_cpu(const Fp8DequantizeArgs& a, int threads) {
-  switch (a.dtype) {
-    case kFloat64:
-      return dequantize_to<double>(a, threads);
-    case kBFloat16:
-      return dequantize_to<bfloat16>(a, threads);
-    case kFloat16:
-      return dequantize_to<float16>(a, threads);
-    default:
-      return dequantize_to<float>(a, threads);
-  }
+  return by_dtype(a.dtype, [&](auto element) { return dequantize_to<decltype(element)>(a, threads); });
 }
 
 }  // namespace GK_ISA

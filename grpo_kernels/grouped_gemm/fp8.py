@@ -10,12 +10,11 @@ from torch import Tensor
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels._autocast import no_autocast
 from grpo_kernels.fp8_quantize import ScaledTensor
+from grpo_kernels.fp8_quantize.layout import DATA_DTYPE, tiles
 from grpo_kernels.grouped_gemm import ops, reference
 from grpo_kernels.grouped_gemm.arguments import check_offsets, check_rows, segment_ends
 
 _OP = "grouped_gemm"
-_DATA = torch.float8_e4m3fn
-_TILE = 128
 _RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -41,19 +40,18 @@ def product(
 
 
 def _check(x: ScaledTensor, weight: ScaledTensor, offsets: Tensor) -> None:
-    _check_field("x.data", x.data, _DATA, "[R, K]")
+    _check_field("x.data", x.data, DATA_DTYPE, "[R, K]")
     rows, inner = x.data.shape
     check_rows(_OP, "x.data", x.data)
-    _check_field("weight.data", weight.data, _DATA, "[E, N, K]")
+    _check_field("weight.data", weight.data, DATA_DTYPE, "[E, N, K]")
     experts, columns, width = weight.data.shape
     if width != inner or 0 in (experts, columns, width):
         wanted = f"[E, N, K] = [E, N, {inner}] with E, N, K >= 1"
         raise ValueError(f"{_OP}: weight.data must have shape {wanted}, got {list(weight.data.shape)}")
-    tiles = -(-inner // _TILE)
     _check_field("x.scale", x.scale, torch.float32, "[R, K/128]")
-    _checks.check_shape(_OP, "x.scale", x.scale, ("[R, K/128]", (rows, tiles)))
+    _checks.check_shape(_OP, "x.scale", x.scale, ("[R, K/128]", (rows, tiles(inner))))
     _check_field("weight.scale", weight.scale, torch.float32, "[E, N/128, K/128]")
-    blocks = (experts, -(-columns // _TILE), tiles)
+    blocks = (experts, tiles(columns), tiles(inner))
     _checks.check_shape(_OP, "weight.scale", weight.scale, ("[E, N/128, K/128]", blocks))
     for name, tensor in (("x.scale", x.scale), ("weight.data", weight.data), ("weight.scale", weight.scale)):
         _checks.check_same_device(_OP, name, tensor, "x.data", x.data)
