@@ -142,8 +142,9 @@ moe_glu_quantize = _dispatch.define(
     package=_PACKAGE,
     fake=_quantize_fake,
 )
-"""data, scale of the activation [R, I] of pre-activations [R, 2I], quantised from float32 in tiles of 1 x 128 whose scales
-are powers of two, and of the pre-activations themselves where `keep_preact`, else [0]. Rows of padding are zeros."""
+"""data, scale of the activation [R, I] of pre-activations [R, 2I], quantised from float32 in tiles of 1 x 128 with
+powers of two for scales, and of the pre-activations themselves where `keep_preact`, else [0]. Rows of padding are
+zeros."""
 
 
 def _backward_quantize_fake(
