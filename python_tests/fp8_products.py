@@ -76,6 +76,12 @@ def exact(p: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.cat([*parts, x.new_zeros(len(x) - p.end, weight.shape[1])])
 
 
+def with_bias(p: Problem, product: Tensor, bias: Tensor) -> Tensor:
+    """[R, N]. The product with every row's bias added in its dtype; rows of no expert as they were."""
+    owner = torch.bucketize(torch.arange(p.end), p.offsets, right=True)
+    return torch.cat([product[: p.end] + bias.to(product.dtype)[owner], product[p.end :]])
+
+
 class WgradProblem(NamedTuple):
     """Transposed operands, x^T [K, R] and grad^T [N, R], whose tiles belong to one expert each. The rest holds NaN."""
 

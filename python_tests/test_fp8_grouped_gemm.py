@@ -10,7 +10,7 @@ from grpo_kernels import fp8_quantize, grouped_gemm
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import ops
 from grpo_kernels.testing import assert_as_accurate
-from python_tests.fp8_products import exact, exact_wgrad, problem, spaced, wgrad_problem, widened
+from python_tests.fp8_products import exact, exact_wgrad, problem, spaced, wgrad_problem, widened, with_bias
 from python_tests.test_grouped_gemm import SEGMENTS
 
 BACKENDS = ["native", "reference"]
@@ -101,6 +101,47 @@ def test_the_gradient_of_x_is_the_same_product() -> None:
     rows = [widened(fp8_quantize(grad), dtype) for dtype in (torch.float64, torch.float32)]
     wanted = [grouped_gemm(r, w, offsets) for r, w in zip(rows, numbers, strict=True)]
     assert_as_accurate(found, *wanted)
+
+
+# --- the bias --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*RESULTS, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["ragged", "empty_experts", "only_tail", "no_rows", "tail"])
+def test_bias_is_added_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
+    """To the bit as if added by hand, for results of every dtype; rows of no expert stay 0."""
+    p = problem(*SEGMENTS[name], 300)
+    bias = (torch.randn(len(p.offsets), 72) * 3000).to(dtype)
+    product = grouped_gemm(p.x, p.weight, p.offsets, out_dtype=torch.float32)
+    for out_dtype in RESULTS:
+        out = grouped_gemm(p.x, p.weight, p.offsets, bias=bias, out_dtype=out_dtype)
+        assert out.dtype == out_dtype
+        assert torch.equal(out, with_bias(p, product, bias).to(out_dtype))
+
+
+def test_bias_of_any_layout() -> None:
+    p = problem([3, 7], 9)
+    bias = torch.randn(2, 72)
+    wanted = grouped_gemm(p.x, p.weight, p.offsets, bias=bias)
+    assert torch.equal(grouped_gemm(p.x, p.weight, p.offsets, bias=bias.T.contiguous().T), wanted)
+    shared = bias[:1].expand(2, -1)
+    once = grouped_gemm(p.x, p.weight, p.offsets, bias=shared.contiguous())
+    assert torch.equal(grouped_gemm(p.x, p.weight, p.offsets, bias=shared), once)
+
+
+def test_a_nan_bias_stays_with_its_expert() -> None:
+    p = problem([4, 4, 9], 12)
+    bias = torch.zeros(3, 72)
+    bias[1], bias[0, 5], bias[2, 70] = NAN, NAN, float("inf")  # the second expert has no rows
+    out = grouped_gemm(p.x, p.weight, p.offsets, bias=bias, out_dtype=torch.float32)
+    product = grouped_gemm(p.x, p.weight, p.offsets, out_dtype=torch.float32)
+    product[:4, 5], product[4:9, 70] = NAN, float("inf")
+    torch.testing.assert_close(out, product, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bias_needs_no_gradient_of_its_own() -> None:
+    p = problem([3, 5], 5)
+    assert not grouped_gemm(p.x, p.weight, p.offsets, bias=torch.zeros(2, 72, requires_grad=True)).requires_grad
 
 
 # --- what must stay where it is --------------------------------------------------------------------------------------

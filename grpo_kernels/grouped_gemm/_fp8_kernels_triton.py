@@ -60,6 +60,7 @@ def fp8_grouped_kernel(
     weight,
     weight_scale,
     table,
+    bias,
     out,
     rows,
     columns,
@@ -75,6 +76,7 @@ def fp8_grouped_kernel(
     w_scale_tile,
     group,
     LOADS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     SPECIALIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,12 +131,16 @@ def fp8_grouped_kernel(
             of_block = tl.load(scale_b + place * w_scale_tile)
             acc += fp8_dot(a, b, PRECISION) * of_rows[:, None] * of_block
         base = out + tl.cast(row_start, tl.int64) * columns
+        bias_base = bias + tl.cast(expert, tl.int64) * columns if HAS_BIAS else bias
         panels = pieces(acc, PIECES)
         for piece in tl.static_range(PIECES):
+            value = panels[piece]
             column = column_start + piece * (TILE // PIECES) + tl.arange(0, TILE // PIECES)
+            if HAS_BIAS:
+                value += tl.load(bias_base + column, mask=(column < columns) & (owner >= 0), other=0.0).to(tl.float32)
             inside = (row < live)[:, None] & (column < columns)[None, :]
             place = base + (row[:, None] * columns + column[None, :])
-            tl.store(place, panels[piece].to(out.dtype.element_ty), mask=inside)
+            tl.store(place, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "experts"])

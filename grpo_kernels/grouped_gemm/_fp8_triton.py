@@ -53,13 +53,19 @@ def loadable(data: Tensor) -> Tensor:
 
 
 def fp8_grouped_gemm(
-    data: Tensor, scale: Tensor, weight_data: Tensor, weight_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
-) -> Tensor:  # fmt: skip
+    data: Tensor,
+    scale: Tensor,
+    weight_data: Tensor,
+    weight_scale: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     target = architecture(data)
     if target < HARDWARE:
         x = fp8_ops.fp8_dequantize(data, scale, torch.bfloat16, "triton")
         weight = fp8_ops.fp8_dequantize(weight_data, weight_scale, torch.bfloat16, "triton")
-        widened: Tensor = ops.grouped_gemm(x, weight, offsets, None, out_dtype, "triton")
+        widened: Tensor = ops.grouped_gemm(x, weight, offsets, bias, out_dtype, "triton")
         return widened
     out = ops.empty_output(data, weight_data, out_dtype)
     experts, columns, width = weight_data.shape
@@ -79,6 +85,7 @@ def fp8_grouped_gemm(
             weight_data,
             weight_scale,
             table,
+            None if bias is None else bias.contiguous(),
             out,
             rows,
             columns,
@@ -90,6 +97,7 @@ def fp8_grouped_gemm(
             *weight_scale.stride(),
             config.group,
             LOADS=loads,
+            HAS_BIAS=bias is not None,
             PRECISION=precision(data.dtype),
             SPECIALIZED=config.specialized,
             BLOCK_M=config.block_m,

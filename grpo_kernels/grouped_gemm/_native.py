@@ -96,19 +96,29 @@ def _gradient_products(x: Tensor, grad: Tensor, sizes: list[int], weights: Tenso
 
 @without_autocast
 def fp8_grouped_gemm(
-    data: Tensor, scale: Tensor, weight_data: Tensor, weight_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
-) -> Tensor:  # fmt: skip
+    data: Tensor,
+    scale: Tensor,
+    weight_data: Tensor,
+    weight_scale: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """Widens the rows and the weight of one expert at a time."""
+    biases = [None] * len(offsets) if bias is None else list(bias.float().unbind())
     sizes = _sizes("grouped_gemm", offsets, len(data))
     out = ops.empty_output(data, weight_data, out_dtype)
     segments = (data.split_with_sizes(sizes), scale.split_with_sizes(sizes), out.split_with_sizes(sizes))
-    for size, rows, of_rows, result, expert, of_expert in zip(
-        sizes, *segments, weight_data.unbind(0), weight_scale.unbind(0), strict=False
+    for size, rows, of_rows, result, expert, of_expert, added in zip(
+        sizes, *segments, weight_data.unbind(0), weight_scale.unbind(0), biases, strict=False
     ):
         if size > 0:
             x = fp8_ops.fp8_dequantize(rows, of_rows, torch.float32, "native")
             weight = fp8_ops.fp8_dequantize(expert, of_expert, torch.float32, "native")
-            multiply(result, x, weight.t())
+            if added is None:
+                multiply(result, x, weight.t())
+            else:  # not into the bias: parts of a sum would be added to it one by one
+                torch.add(torch.mm(x, weight.t()), added, out=result)
     out[len(data) - sizes[-1] :].zero_()
     return out
 

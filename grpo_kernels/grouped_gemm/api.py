@@ -10,7 +10,13 @@ from grpo_kernels._autocast import no_autocast
 from grpo_kernels._gemm import gemm_dtype
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import fp8, reference
-from grpo_kernels.grouped_gemm.arguments import check_offsets, check_present, check_rows, segment_ends
+from grpo_kernels.grouped_gemm.arguments import (
+    check_bias,
+    check_offsets,
+    check_present,
+    check_rows,
+    segment_ends,
+)
 from grpo_kernels.grouped_gemm.function import Options, grouped_linear
 
 _OP = "grouped_gemm"
@@ -31,14 +37,14 @@ def grouped_gemm(
 
     Args:
         x: [R, K] float. Rows, one expert's after the other's. Or a ScaledTensor, quantised by tiles of 1 x 128, with a
-            weight that is one, too; then there is no bias, no accumulator and no gradient.
+            weight that is one, too; then there is no accumulator and no gradient.
         weight: [E, N, K] float. As `nn.Linear`, one for each expert. One of the last two axes should be dense, whatever
             the other strides: `parameter.transpose(1, 2)` of a parameter [E, K, N] is not copied. Or a ScaledTensor,
             quantised by tiles of 128 x 128; K is its dense axis, so that a gradient of x takes the transposed weight's.
         offsets: [E] int32 or int64. The row behind the last one of each expert, not decreasing, at most R, as
             `build_permutation` and `torch.nn.functional.grouped_mm` have them. An expert whose offset equals the one
             before it has no rows.
-        bias: [E, N] float. Added before the result is rounded.
+        bias: [E, N] float. Added before the result is rounded, for ScaledTensors in fp32 whatever its dtype.
         out_dtype: dtype of the result; that of the product's operands by default, bfloat16 for ScaledTensors.
         weight_grad_accumulator: [E, N, K] float32 (float64 for a float64 weight), one of the last two axes dense. The
             backward adds the weight's gradient there, and `weight.grad` stays as it is: the main gradient of a trainer.
@@ -67,8 +73,9 @@ def grouped_gemm(
         the last offset are uninitialised instead, in the value and in the gradient.
     """
     if isinstance(x, ScaledTensor) and isinstance(weight, ScaledTensor):
-        unsupported = {"bias": bias, "weight_grad_accumulator": weight_grad_accumulator}
-        return fp8.product(x, weight, offsets, out_dtype, unsupported)
+        if weight_grad_accumulator is not None:
+            raise ValueError(f"{_OP}: weight_grad_accumulator cannot be given with ScaledTensors")
+        return fp8.product(x, weight, offsets, bias, out_dtype)
     if isinstance(x, ScaledTensor) or isinstance(weight, ScaledTensor):
         got = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"{_OP}: x and weight must both be tensors or both ScaledTensors, got {got}")
@@ -105,10 +112,7 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accu
     _checks.check_same_device(_OP, "weight", weight, "x", x)
     check_offsets(_OP, offsets, experts, "x", x)
     if bias is not None:
-        _checks.check_tensor(_OP, "bias", bias)
-        _checks.check_dtype(_OP, "bias", bias)
-        _checks.check_shape(_OP, "bias", bias, ("[E, N]", (experts, columns)))
-        _checks.check_same_device(_OP, "bias", bias, "x", x)
+        check_bias(_OP, bias, experts, columns, "x", x)
     if accumulator is not None:
         _check_accumulator(accumulator, weight)
 

@@ -38,6 +38,14 @@ def check_offsets(op: str, offsets: Tensor, experts: int, name: str, x: Tensor) 
     _checks.check_same_device(op, "offsets", offsets, name, x)
 
 
+def check_bias(op: str, bias: Tensor, experts: int, columns: int, name: str, x: Tensor) -> None:
+    """[E, N] of any floating dtype, on the device of the rows `x`."""
+    _checks.check_tensor(op, "bias", bias)
+    _checks.check_dtype(op, "bias", bias)
+    _checks.check_shape(op, "bias", bias, ("[E, N]", (experts, columns)))
+    _checks.check_same_device(op, "bias", bias, name, x)
+
+
 def segment_ends(op: str, offsets: Tensor, rows: int) -> list[int]:
     """The end row of every expert's segment, read on the CPU.
 

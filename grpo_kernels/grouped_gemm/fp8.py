@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,23 +10,21 @@ from grpo_kernels._autocast import no_autocast
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.fp8_quantize.layout import DATA_DTYPE, tiles
 from grpo_kernels.grouped_gemm import ops, reference
-from grpo_kernels.grouped_gemm.arguments import check_offsets, check_rows, segment_ends
+from grpo_kernels.grouped_gemm.arguments import check_bias, check_offsets, check_rows, segment_ends
 
 _OP = "grouped_gemm"
 _RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def product(
-    x: ScaledTensor, weight: ScaledTensor, offsets: Tensor, out_dtype: torch.dtype | None, unsupported: dict[str, Any]
+    x: ScaledTensor, weight: ScaledTensor, offsets: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None
 ) -> Tensor:  # fmt: skip
-    """[R, N]. The arguments `unsupported` must be None."""
-    for name, value in unsupported.items():
-        if value is not None:
-            raise ValueError(f"{_OP}: {name} cannot be given with ScaledTensors")
-    _check(x, weight, offsets)
+    """[R, N]."""
+    _check(x, weight, offsets, bias)
     out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
     _checks.check_choice(_OP, "out_dtype", out_dtype, _RESULTS)
-    tensors = (x.data, x.scale.detach(), weight.data, weight.scale.detach(), offsets)
+    added = None if bias is None else bias.detach()
+    tensors = (x.data, x.scale.detach(), weight.data, weight.scale.detach(), offsets, added)
     backend = _dispatch.resolve(_OP, x.data)
     if backend != "reference":
         result: Tensor = ops.fp8_grouped_gemm(*tensors, out_dtype, backend)
@@ -39,7 +35,7 @@ def product(
         return reference.fp8_grouped_gemm(*tensors, out_dtype)
 
 
-def _check(x: ScaledTensor, weight: ScaledTensor, offsets: Tensor) -> None:
+def _check(x: ScaledTensor, weight: ScaledTensor, offsets: Tensor, bias: Tensor | None) -> None:
     _check_field("x.data", x.data, DATA_DTYPE, "[R, K]")
     rows, inner = x.data.shape
     check_rows(_OP, "x.data", x.data)
@@ -56,6 +52,8 @@ def _check(x: ScaledTensor, weight: ScaledTensor, offsets: Tensor) -> None:
     for name, tensor in (("x.scale", x.scale), ("weight.data", weight.data), ("weight.scale", weight.scale)):
         _checks.check_same_device(_OP, name, tensor, "x.data", x.data)
     check_offsets(_OP, offsets, experts, "x.data", x.data)
+    if bias is not None:
+        check_bias(_OP, bias, experts, columns, "x.data", x.data)
 
 
 def _check_field(name: str, tensor: Tensor, dtype: torch.dtype, shape: str) -> None:

@@ -38,13 +38,15 @@ are of one dtype. The gradient of x is the same product of the rows' gradients a
 
 fp8_grouped_gemm = _dispatch.define(
     "fp8_grouped_gemm(Tensor data, Tensor scale, Tensor weight_data, Tensor weight_scale, Tensor offsets, "
-    "ScalarType out_dtype, str backend) -> Tensor",
+    "Tensor? bias, ScalarType out_dtype, str backend) -> Tensor",
     package=_PACKAGE,
-    fake=lambda data, scale, weight_data, weight_scale, offsets, out_dtype: empty_output(data, weight_data, out_dtype),
+    fake=lambda data, scale, weight_data, weight_scale, offsets, bias, out_dtype: empty_output(
+        data, weight_data, out_dtype
+    ),
 )
-"""[R, N]: the same without a bias, of e4m3 rows [R, K] with a scale for 1 x 128 of them, [R, K/128], and e4m3 weights
-[E, N, K] with one for 128 x 128, [E, N/128, K/128]. The gradient of x is the same product with the quantised rows of
-gradients and the quantised transpose of the weights."""
+"""[R, N]: the same of e4m3 rows [R, K] with a scale for 1 x 128 of them, [R, K/128], and e4m3 weights [E, N, K] with
+one for 128 x 128, [E, N/128, K/128]. The bias, of any floating dtype, is added in float32. The gradient of x is the
+same product with the quantised rows of gradients and the quantised transpose of the weights."""
 
 grouped_gemm_wgrad = _dispatch.define(
     "grouped_gemm_wgrad(Tensor x, Tensor grad, Tensor offsets, ScalarType weight_dtype, str backend) -> Tensor",

@@ -36,9 +36,15 @@ def grouped_gemm(
 
 
 def fp8_grouped_gemm(
-    data: Tensor, scale: Tensor, weight_data: Tensor, weight_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
-) -> Tensor:  # fmt: skip
-    """[R, N]. The product of what the operands stand for, formed in float32.
+    data: Tensor,
+    scale: Tensor,
+    weight_data: Tensor,
+    weight_scale: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """[R, N]. The product of what the operands stand for, formed in float32, and the bias.
 
     Args:
         data: [R, K] e4m3.
@@ -46,12 +52,13 @@ def fp8_grouped_gemm(
         weight_data: [E, N, K] e4m3.
         weight_scale: [E, N/128, K/128] float32. Of 128 x 128 numbers.
         offsets: [E] int. End rows.
+        bias: [E, N] of any floating dtype.
     """
     columns, width = weight_data.shape[1:]
     x = data.float() * scale.repeat_interleave(128, 1)[:, :width]
     of_rows = weight_scale.repeat_interleave(128, 1)[:, :columns]
     weight = weight_data.float() * of_rows.repeat_interleave(128, 2)[..., :width]
-    return grouped_gemm(x, weight, offsets, None, out_dtype)
+    return grouped_gemm(x, weight, offsets, bias, out_dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,16 @@ import grpo_kernels
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import ops, reference
 from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations, poisoned_allocations
-from python_tests.fp8_products import Problem, Tile, exact, exact_wgrad, problem, tile_list, wgrad_problem
+from python_tests.fp8_products import (
+    Problem,
+    Tile,
+    exact,
+    exact_wgrad,
+    problem,
+    tile_list,
+    wgrad_problem,
+    with_bias,
+)
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -62,8 +71,8 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return width
 
 
-def product(p: Problem) -> Tensor:
-    return grpo_kernels.grouped_gemm(p.x, p.weight, p.offsets, out_dtype=torch.float32)
+def product(p: Problem, bias: Tensor | None = None) -> Tensor:
+    return grpo_kernels.grouped_gemm(p.x, p.weight, p.offsets, bias=bias, out_dtype=torch.float32)
 
 
 def check(p: Problem) -> None:
@@ -147,6 +156,18 @@ def test_every_number(width: int) -> None:
         torch.testing.assert_close(out, codes.float()[:, None].expand(256, 256), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bias(width: int, dtype: torch.dtype) -> None:
+    """To the bit as if added by hand in float32. Rows of no expert stay 0; NaN stays with its expert."""
+    p = problem([3, 3, 90, 170], 190, width, 136)
+    bias = (torch.randn(4, 136) * 3000).to(dtype)
+    bias[1], bias[2, 130], bias[3, 0] = NAN, NAN, float("inf")  # the second expert has no rows
+    out = product(p, bias)
+    torch.testing.assert_close(out, with_bias(p, product(p), bias), rtol=0, atol=0, equal_nan=True)
+    assert out.isnan().sum() == 87
+    assert torch.equal(product(p, bias.T.contiguous().T).nan_to_num(), out.nan_to_num())
+
+
 def test_any_number_of_programs_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     from grpo_kernels.grouped_gemm import _fp8_triton
 
@@ -184,7 +205,10 @@ def test_operands_of_any_layout(width: int) -> None:
 def test_older_gpus_widen_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, where scales are powers of two."""
     _on(monkeypatch, 80, False)
-    check(problem([3, 3, 60], 63, 130, 72, power_of_two=True))
+    p = problem([3, 3, 60], 63, 130, 72, power_of_two=True)
+    check(p)
+    bias = torch.randn(3, 72)
+    assert torch.equal(product(p, bias), with_bias(p, product(p), bias))
 
 
 # --- what is not there -----------------------------------------------------------------------------------------------
@@ -196,8 +220,8 @@ def test_bad_offsets_are_cut_off_as_in_the_definition(width: int, offsets: list[
     p = problem([30, 60, 90], 90, width)
     bad = torch.tensor(offsets)
     with guarded_allocations():
-        given = [guard_input(tensor) for tensor in (*p.x, *p.weight)]
-        out = ops.fp8_grouped_gemm(*given, bad, torch.float32, "triton")
+        given = [guard_input(tensor) for tensor in (*p.x, *p.weight, torch.zeros(3, 72))]
+        out = ops.fp8_grouped_gemm(*given[:4], bad, given[4], torch.float32, "triton")
     good = p._replace(offsets=reference.segment_ends(bad, 90))
     assert_as_accurate(out, exact(good), exact(good, torch.float32))
 

@@ -37,9 +37,10 @@ OPS = {
         (X[:0], WEIGHT, OFFSETS * 0, BIAS, F32),
     ],
     "fp8_grouped_gemm": [
-        (*X8, *WEIGHT8, OFFSETS, BF16),
-        (*GRAD8, *TURNED8, NARROW, F32),
-        (X8.data[:0], X8.scale[:0], *WEIGHT8, OFFSETS * 0, F16),
+        (*X8, *WEIGHT8, OFFSETS, None, BF16),
+        (*X8, *WEIGHT8, OFFSETS, BIAS.bfloat16(), BF16),
+        (*GRAD8, *TURNED8, NARROW, GRAD[:4, :1].expand(4, 8), F32),
+        (X8.data[:0], X8.scale[:0], *WEIGHT8, OFFSETS * 0, BIAS, F16),
     ],
     "fp8_grouped_gemm_wgrad": [
         (*WIDE8[0], *WIDE8[1], torch.tensor([128, 128, 140]), F32),
@@ -92,6 +93,13 @@ CALLS = [
             grpo_kernels.fp8_quantize(x), grpo_kernels.fp8_quantize(w, (128, 128)), o, out_dtype=torch.float32
         ),
         _make((2 * X).round(), (2 * WEIGHT).round(), OFFSETS),  # small integers: exact in any accumulator
+    ),
+    Call(
+        "fp8_bias",
+        lambda x, w, o, b: grpo_kernels.grouped_gemm(
+            grpo_kernels.fp8_quantize(x), grpo_kernels.fp8_quantize(w, (128, 128)), o, bias=b
+        ),
+        _make((2 * X).round(), (2 * WEIGHT).round(), OFFSETS, BIAS.round()),
     ),
     Call(
         "empty",
@@ -162,7 +170,10 @@ BAD_CALLS = [
     _bad("out_wide", TypeError, "float64 for float64 operands", out_dtype=torch.float64),
     _bad("fp8_rows", TypeError, "both ScaledTensors, got ScaledTensor and Tensor", x=X8),
     _bad("fp8_weight", TypeError, "both ScaledTensors, got Tensor and ScaledTensor", weight=WEIGHT8),
-    _bad8("bias", ValueError, "bias cannot be given with ScaledTensors", bias=BIAS),
+    _bad8("bias_type", TypeError, "bias must be a torch.Tensor, got float", bias=1.0),
+    _bad8("bias_dtype", TypeError, "bias must have dtype float32", "int64", bias=BIAS.long()),
+    _bad8("bias_shape", ValueError, "bias must have shape [E, N] = [4, 5], got [4]", bias=BIAS[:, 0]),
+    _bad8("bias_device", ValueError, "bias must be on cpu like x.data, got meta", bias=BIAS.to("meta")),
     _bad8("accumulator", ValueError, "weight_grad_accumulator cannot be given", weight_grad_accumulator=WEIGHT),
     _bad8(
         "out_dtype", ValueError, "out_dtype must be one of torch.bfloat16", "got torch.float64", out_dtype=torch.float64

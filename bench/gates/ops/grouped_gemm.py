@@ -56,17 +56,20 @@ class Fp8Case(NamedTuple):
     stride: int = 0  # of the rows, 0: the width
     experts: int = 8
     few: bool = False
+    bias: str = ""  # its dtype; "": there is none
     out: str = "bfloat16"
     offsets: str = "int32"
 
 
 def _fp8_cases(quick: bool) -> Iterator[Fp8Case]:
     yield Fp8Case()
-    yield Fp8Case(200, 1537, 208, few=True, out="float16", offsets="int64")
+    yield Fp8Case(200, 1537, 208, few=True, out="float16", bias="float32", offsets="int64")
     if not quick:
-        yield Fp8Case(2880, 2880, experts=32, out="float32")
+        yield Fp8Case(2880, 5760, experts=32, bias="bfloat16")
+        yield Fp8Case(2880, 2880, experts=32, out="float32", bias="float32")
         yield Fp8Case(2048, 1536, experts=128, few=True)
-        yield Fp8Case(200, 1537, 208, out="float32")
+        yield Fp8Case(2880, 5760, experts=32, few=True, bias="bfloat16")
+        yield Fp8Case(200, 1537, 208, out="float32", bias="float64")
 
 
 def _few() -> Iterator[Case]:
@@ -120,7 +123,11 @@ def _launch_fp8(case: Fp8Case) -> None:
     scale = empty_scale(x, (), rows, case.width, square=False)
     weight_scale = torch.empty((case.experts, tiles(case.columns), tiles(case.width)), device="meta")
     offsets = torch.empty(case.experts, dtype=getattr(torch, case.offsets), device="meta")
-    inspect.unwrap(_triton.fp8_grouped_gemm)(x, scale, weight, weight_scale, offsets, getattr(torch, case.out))
+    bias = None
+    if case.bias:
+        bias = torch.empty((case.experts, case.columns), dtype=getattr(torch, case.bias), device="meta")
+    operands = x, scale, weight, weight_scale, offsets, bias
+    inspect.unwrap(_triton.fp8_grouped_gemm)(*operands, getattr(torch, case.out))
     _launch_fp8_wgrad(case, offsets)
 
 
@@ -251,6 +258,7 @@ TRITON = TritonKernels(
         },
         "fp8_grouped_kernel": {
             "LOADS": _OPERANDS["LOADS"],
+            "HAS_BIAS": _BOTH,
             "PRECISION": frozenset({"ieee"}),
             "SPECIALIZED": _BOTH,
             "BLOCK_M": frozenset({64, 128}),
