@@ -66,6 +66,7 @@ def _fp8_cases(quick: bool) -> Iterator[Fp8Case]:
     yield Fp8Case(200, 1537, 208, few=True, out="float16", bias="float32", offsets="int64")
     if not quick:
         yield Fp8Case(2880, 5760, experts=32, bias="bfloat16")
+        yield Fp8Case(2880, 2880, experts=32, out="float32")
         yield Fp8Case(2880, 2880, experts=32, out="float32", bias="float32")
         yield Fp8Case(2048, 1536, experts=128, few=True)
         yield Fp8Case(2880, 5760, experts=32, few=True, bias="bfloat16")

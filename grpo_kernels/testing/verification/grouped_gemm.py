@@ -82,7 +82,7 @@ def _run_fp8(inputs: Inputs, transposed: bool, frozen: tuple[str, ...], options:
     """Of operands that are quantised first; the tensor core's sums have fewer bits than float32, bfloat16 hides it."""
     x, weight = inputs["x"], inputs["weight"]
     scaled = grpo_kernels.fp8_quantize(x), grpo_kernels.fp8_quantize(weight, (128, 128), transpose=transposed)
-    return {"products": grpo_kernels.grouped_gemm(*scaled, inputs["offsets"], **options)}
+    return {"products": grpo_kernels.grouped_gemm(*scaled, inputs["offsets"], bias=inputs.get("bias"), **options)}
 
 
 def _case(
@@ -117,7 +117,7 @@ CASES = [
     _case("frozen weight", bias=True, frozen=("weight", "bias")),
     _case("frozen rows", frozen=("x",)),
     _case("FP8", (FLOAT32, BFLOAT16), ends=(0, 5, 70, 300), rows=310, width=200, columns=136, run=_run_fp8),
-    _case("FP8, transposed weights", (FLOAT32, BFLOAT16), transposed=True, run=_run_fp8),
+    _case("FP8, transposed weights", (FLOAT32, BFLOAT16), transposed=True, bias=True, run=_run_fp8),
     _case("one expert", ends=(33,), rows=33),
     _case("all rows to one of many", ends=(0, 0, 65, 65), rows=65),
     _case("no rows of any expert", ends=(0, 0, 0), rows=6, bias=True),
