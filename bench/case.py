@@ -68,6 +68,7 @@ class Case:
         operations: fewest floating-point operations that the work takes (a multiply-add counts as two); None where
             their rate says nothing.
         matmul_dtype: operands of the matrix product whose measured rate is the limit of `operations`.
+        beside_bfloat16: whether the rate is put beside the measured one of bfloat16, too: products of FP8.
         targets: what the design promises.
         clock: "device" (CUDA graph on a GPU, wall clock on a CPU) or "host" (what a call costs the calling thread).
         sample_inputs, sample_outputs: the part that is compared with float64, where the whole would take too long.
@@ -86,6 +87,7 @@ class Case:
     bytes_moved: int | None = None
     operations: int | None = None
     matmul_dtype: torch.dtype | None = None
+    beside_bfloat16: bool = False
     targets: tuple[Target, ...] = ()
     clock: str = "device"
     sample_inputs: Callable[[Inputs], Inputs] = _identity
@@ -99,6 +101,14 @@ class Case:
     def __post_init__(self) -> None:
         if (self.operations is None) != (self.matmul_dtype is None):
             raise ValueError(f"{self.op}, {self.name}: operations and matmul_dtype go together")
+        if self.beside_bfloat16 and self.matmul_dtype in (None, torch.bfloat16):
+            raise ValueError(f"{self.op}, {self.name}: beside_bfloat16 is for products of another dtype")
+
+    @property
+    def limit_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes whose measured matmul rates the row names."""
+        own = () if self.matmul_dtype is None else (self.matmul_dtype,)
+        return (*own, torch.bfloat16) if self.beside_bfloat16 else own
 
     def provider(self, name: str) -> Provider:
         return next(provider for provider in self.providers if provider.name == name)

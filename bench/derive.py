@@ -52,6 +52,8 @@ def _add_rates(row: Row, case: Case, limits: Limits) -> None:
         rate = case.operations / seconds
         row["teraflops"] = rounded(rate * 1e-12)
         row["percent_of_matmul"] = rounded(100 * rate / limits.matmul[dtype_name(case.matmul_dtype)])
+        if case.beside_bfloat16:
+            row["percent_of_bfloat16_matmul"] = rounded(100 * rate / limits.matmul["bfloat16"])
 
 
 def _judge(target: Any, rows: dict[str, Row]) -> dict[str, Any]:

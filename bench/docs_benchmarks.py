@@ -26,13 +26,16 @@ def fastest(rows: Mapping[str, Row], kind: str) -> tuple[str, Row] | None:
     return min(timed, key=lambda pair: pair[1]["median_us"], default=None)
 
 
+_LIMITS = (
+    ("percent_of_copy", "copy"),
+    ("percent_of_matmul", "matmul"),
+    ("percent_of_bfloat16_matmul", "bf16 matmul"),
+)
+
+
 def limit_text(row: Row) -> str:
     """Which share of the machine's limit a row reaches, empty where none applies."""
-    texts = [
-        f"{row[key]:.0f} % of {limit}"
-        for key, limit in (("percent_of_copy", "copy"), ("percent_of_matmul", "matmul"))
-        if key in row
-    ]
+    texts = [f"{row[key]:.0f} % of {limit}" for key, limit in _LIMITS if key in row]
     return ", ".join(texts)
 
 

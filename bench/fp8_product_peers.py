@@ -42,6 +42,43 @@ def scaled_mm_loop(device: str) -> Peer | None:
     return run
 
 
+def scaled_mm_wgrad_loop(device: str) -> Peer | None:
+    """The same, both operands in tiles of 1 x 128 of their transposes."""
+    if not _on_hopper(device) or not hasattr(F, "scaled_mm"):
+        return None
+    recipe = F.ScalingType.BlockWise1x128
+
+    def run(inputs: Inputs) -> Values:
+        sizes = inputs["sizes"].tolist()
+        tiles = [size // 128 for size in sizes]
+        names = ("grad", "x")
+        data = zip(*(inputs[f"{name}_data"].split(sizes, 1) for name in names), strict=True)
+        scales = zip(*(inputs[f"{name}_scale"].split(tiles, 1) for name in names), strict=True)
+        return (
+            torch.stack(
+                [F.scaled_mm(g, x.t(), s, recipe, v.t(), recipe) for (g, x), (s, v) in zip(data, scales, strict=True)]
+            ),
+        )
+
+    return run
+
+
+def deep_gemm_wgrad(device: str) -> Peer | None:
+    """DeepGEMM's, into zeros of float32; it wants the codes of one expert behind those of the other."""
+    function = attribute("deep_gemm", "k_grouped_fp8_gemm_nt_contiguous")
+    if function is None or not _on_hopper(device):
+        return None
+
+    def run(inputs: Inputs) -> Values:
+        sizes, widths = inputs["sizes"], [len(inputs[f"{name}_data"]) for name in ("grad", "x")]
+        out = torch.zeros(len(sizes), *widths, device=device)
+        operands = ((inputs[f"{name}_by_expert"], inputs[f"{name}_scale"].t()) for name in ("grad", "x"))
+        function(*operands, out, sizes.tolist(), sizes.int(), out)
+        return (out,)
+
+    return run
+
+
 def deep_gemm(device: str) -> Peer | None:
     """DeepGEMM's, for segments that are multiples of 128 rows."""
     function = attribute("deep_gemm", "m_grouped_fp8_gemm_nt_contiguous")

@@ -49,9 +49,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def wanted_dtypes(dtypes: Iterable[torch.dtype | None]) -> tuple[torch.dtype, ...]:
+def wanted_dtypes(dtypes: Iterable[torch.dtype]) -> tuple[torch.dtype, ...]:
     """Each dtype once, in a fixed order."""
-    return tuple(sorted({dtype for dtype in dtypes if dtype is not None}, key=str))
+    return tuple(sorted(set(dtypes), key=str))
+
+
+def fp8_limit(device: str, wide: torch.dtype) -> torch.dtype:
+    """The dtype whose matmul rate is the limit of products of FP8: on devices without them what they are widened to."""
+    has = device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9)
+    return torch.float8_e4m3fn if has else wide
 
 
 def tf32_is_on() -> bool:

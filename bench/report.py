@@ -89,6 +89,7 @@ def _cells(provider: str, row: dict[str, Any]) -> dict[str, str]:
         "of copy": _number(row, "percent_of_copy", "{:.0f} %"),
         "TFLOP/s": _number(row, "teraflops", "{:.3g}"),
         "of matmul": _number(row, "percent_of_matmul", "{:.0f} %"),
+        "of bf16 matmul": _number(row, "percent_of_bfloat16_matmul", "{:.0f} %"),
         "extra memory": _bytes(row),
         "accuracy": _remarks(row),
     }

@@ -88,7 +88,7 @@ class _Run:
         self.begin = time.time()
         self.chosen = chosen
         self.description = machine.describe(device)
-        self.limits = Limits(device, limits.wanted_dtypes(case.matmul_dtype for case in chosen))
+        self.limits = Limits(device, limits.wanted_dtypes(dtype for case in chosen for dtype in case.limit_dtypes))
         self.records: dict[tuple[str, str], Record] = {}
         self.skipped: list[str] = []
 

@@ -143,6 +143,19 @@ def test_rates_of_arithmetic_refer_to_the_measured_matmul(capsys) -> None:
     assert "TFLOP/s" in capsys.readouterr().out
 
 
+def test_products_of_fp8_are_put_beside_bfloat16s_rate_too(capsys) -> None:
+    case = _fake_case(operations=6_000_000, matmul_dtype=torch.float8_e4m3fn, beside_bfloat16=True)
+    record = _record(case)
+    derive.finish(record, case, Limits("cpu", copy=64e6, matmul={"float8_e4m3fn": 6e12, "bfloat16": 2e12}))
+    ours = record["rows"]["ours"]
+    assert (ours["percent_of_matmul"], ours["percent_of_bfloat16_matmul"]) == (50.0, 150.0)
+    report.table(record).show()
+    assert "of bf16 matmul" in capsys.readouterr().out
+    assert limits.wanted_dtypes(case.limit_dtypes) == (torch.bfloat16, torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="for products of another dtype"):
+        _fake_case(operations=1, matmul_dtype=torch.bfloat16, beside_bfloat16=True)
+
+
 def test_operations_need_the_dtype_whose_rate_is_their_limit() -> None:
     with pytest.raises(ValueError, match="operations and matmul_dtype go together"):
         _fake_case(operations=1)
