@@ -71,10 +71,11 @@ def clear_fp8_weight_cache() -> None:
     """Drops the FP8 copies of weights that `moe_experts(recipe="fp8_block128")` keeps between its calls.
 
     A weight is quantised anew after any in-place change that PyTorch counts, when its memory is another, and after
-    `step()` of any `torch.optim.Optimizer`. Call this after anything else that writes weights: through `.data`, by a
-    collective, by a kernel or a replayed CUDA graph of your own, by an optimizer that is no `torch.optim.Optimizer`, or
-    into the shards of FSDP2 other than by an optimizer or `load_state_dict` of the module. Call it, too, to get the
-    copies' memory back: at most two bytes for each number of the weights, which the next calls take again.
+    `step()` of any `torch.optim.Optimizer`. Call this after anything else that writes weights: through `.data` or
+    another tensor in the same memory, by a collective, by a kernel or a replayed CUDA graph of your own, by an
+    optimizer that is no `torch.optim.Optimizer`, or, under FSDP2, into the shards by any means but an optimizer and
+    `MoE.load_state_dict`. Call it, too, to get the memory of the copies back: at most two bytes for each number of the
+    weights, which the next calls take again.
     """
     _kept.clear()
 
@@ -171,9 +172,9 @@ def _keep(owner: Tensor, place: tuple[Any, ...], copies: _Copies) -> None:
 def _drop_moved() -> None:
     """Drops copies of weights whose memory was freed, or is elsewhere: a sharding library gathers one layer at a
     time, and the copies of all the others would stay."""
-    for weak, owned in list(_kept.data.items()):
-        owner = weak()
-        if owner is not None and owned.pointer != _extension.pointer(owner):
+    for weak in _kept.keyrefs():
+        owner, owned = weak(), _kept.data.get(weak)
+        if owner is not None and owned is not None and owned.pointer != _extension.pointer(owner):
             _kept.pop(owner, None)
 
 
