@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_kernels.grouped_gemm._fp8_config_triton import FEW_ROWS, launch_config, row_tiles, wgrad_config
+from grpo_kernels.grouped_gemm._fp8_config_triton import FEW_ROWS, launch_config, row_blocks, row_tiles, wgrad_config
+from grpo_kernels.grouped_gemm._fp8_table_triton import PRODUCT, WGRAD
 from python_tests.fp8_products import position, tile_list, walks
 
 _SIZES = st.lists(st.sampled_from([0, 0, 1, 63, 64, 65, 127, 128, 129, 300]), min_size=1, max_size=12)
@@ -56,22 +57,25 @@ def test_neighbours_share_a_weight() -> None:
 def test_launch_config_follows_from_what_the_host_knows() -> None:
     assert list(inspect.signature(launch_config).parameters) == ["rows", "experts", "width", "architecture"]
     many, few = 8 * FEW_ROWS + 1, 8 * FEW_ROWS
-    assert launch_config(many, 8, 7168, 90)[:5] == (128, 4, 5, True, 1)
-    assert launch_config(few, 8, 7168, 90)[:5] == (64, 4, 4, False, 2)
-    assert launch_config(many, 8, 7168, 100)[:5] == (128, 8, 4, False, 1)
-    for architecture in (89, 90, 100, 103, 120):
+    for architecture, entries in ((89, 89), (90, 90), (100, 100), (103, 100), (120, 89)):
+        assert launch_config(many, 8, 7168, architecture)[:5] == PRODUCT[entries, "many"][:5]
+        assert launch_config(few, 8, 7168, architecture)[:5] == PRODUCT[entries, "few"][:5]
         for rows in (1, few, many, 1 << 20):
             config = launch_config(rows, 8, 7168, architecture)
-            large = architecture in (90, 100, 103)
             stages = (config.block_m + 128) * 128 * config.num_stages * config.on_each
-            assert stages <= (227 if large else 99) * 1024
+            assert stages <= (227 if entries >= 90 else 99) * 1024
             assert config.num_warps == 4 or not config.specialized  # with eight Triton ignores it without a word
-            assert config.specialized == (architecture == 90 and rows > few)
+            assert entries == 90 or not config.specialized
     assert 1 <= launch_config(10, 1, 10**8, 90).group <= 1024
+    assert [row_blocks(mib, 128, 7168) for mib in (0, 1, 16, 10**6)] == [1, 1, 18, 1024]
     assert [row_tiles(*of, 128) for of in ((0, 8), (1, 8), (129, 8), (1024, 8))] == [0, 2, 11, 17]
 
 
 def test_wgrad_config() -> None:
-    assert wgrad_config(90, False)[:4] == (128, 4, 4, True)
-    assert wgrad_config(90, True)[:4] == (128, 8, 4, False)
-    assert wgrad_config(100, False)[:4] == (128, 8, 4, False)
+    for architecture, entries in ((90, 90), (100, 100), (110, 100)):
+        for narrow, rows in ((False, "aligned"), (True, "narrow")):
+            config = wgrad_config(architecture, narrow)
+            assert (config.block_m, *config[1:4]) == (128, *WGRAD[entries, rows])
+            assert config.num_warps == (4 if config.specialized else 8)
+            assert 256 * 128 * config.num_stages <= 227 * 1024
+            assert not (config.specialized and (narrow or architecture != 90))

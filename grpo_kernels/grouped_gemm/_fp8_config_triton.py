@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from grpo_kernels.grouped_gemm._config_triton import L2_BYTES, LARGE_MEMORY
+from grpo_kernels.grouped_gemm._config_triton import LARGE_MEMORY
+from grpo_kernels.grouped_gemm._fp8_table_triton import PRODUCT, WGRAD
 
 TILE = 128
 """Elements of a sum, and columns of a weight, that share a scale: a tile's depth and its columns."""
 FEW_ROWS = 256
-"""Rows of an expert on average, up to which tiles have 64 rows: a tile of 128 would be a fifth empty, and more."""
+"""Rows of an expert on average, up to which they are few: a tile of 128 would be a fifth empty, and more."""
 HARDWARE = 89
 """The first architecture with products of FP8; before it, operands are widened to bfloat16."""
 TABLE_BLOCK = 128
@@ -27,8 +28,21 @@ class LaunchConfig(NamedTuple):
     group: int  # row blocks that share their panels of a weight
 
 
+def family(architecture: int) -> int:
+    """The architecture whose entries of the tables hold for this one, too. Its kernels are of the same kind: products
+    that wait for each load, those of sm_90, or other products that read shared memory, several blocks of it ahead."""
+    if architecture == 90:
+        return 90
+    return 100 if architecture in LARGE_MEMORY else HARDWARE
+
+
+def row_blocks(mib: int, block_m: int, width: int) -> int:
+    """As many as `mib` MiB of rows have: they are to stay in the L2 cache while a weight streams past."""
+    return min(1024, max(1, (mib << 20) // (block_m * width)))
+
+
 def launch_config(rows: int, experts: int, width: int, architecture: int) -> LaunchConfig:
-    """A row's sum has the same order in all.
+    """A row's sum has the same order in all: the depth of a tile is in none of them.
 
     With groups of warps of their own for loading and for multiplying, one group scales its sums while the tensor core
     works for the other. Triton does that where it is asked for four warps, and on sm_90 alone in every release that we
@@ -37,17 +51,9 @@ def launch_config(rows: int, experts: int, width: int, architecture: int) -> Lau
     Args:
         architecture: 10 * major + minor of the compute capability, 89 or more.
     """
-    few = rows <= FEW_ROWS * experts
-    asynchronous = architecture in LARGE_MEMORY  # products that read shared memory, several blocks of it ahead
-    block_m = 128 if asynchronous and not few else 64
-    group = min(1024, max(1, L2_BYTES // (block_m * width)))
-    if not asynchronous:
-        return LaunchConfig(block_m, 8, 3, False, 1, group)
-    if few:
-        return LaunchConfig(block_m, 4, 4, False, 2, group)
-    if architecture == 90:
-        return LaunchConfig(block_m, 4, 5, True, 1, group)
-    return LaunchConfig(block_m, 8, 4, False, 1, group)
+    size = "few" if rows <= FEW_ROWS * experts else "many"
+    block_m, warps, stages, specialized, on_each, mib = PRODUCT[family(architecture), size]
+    return LaunchConfig(block_m, warps, stages, specialized, on_each, row_blocks(mib, block_m, width))
 
 
 def wgrad_config(architecture: int, narrow: bool) -> LaunchConfig:
@@ -58,8 +64,7 @@ def wgrad_config(architecture: int, narrow: bool) -> LaunchConfig:
         narrow: it is added to an accumulator whose rows are not aligned: more addresses than specialised warps, which
             have 168 registers, can hold.
     """
-    specialized = architecture == 90 and not narrow
-    return LaunchConfig(TILE, 4 if specialized else 8, 4, specialized, 1, 1)
+    return LaunchConfig(TILE, *WGRAD[family(architecture), "narrow" if narrow else "aligned"], 1, 1)
 
 
 def row_tiles(rows: int, experts: int, block_m: int) -> int:

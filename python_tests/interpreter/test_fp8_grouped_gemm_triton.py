@@ -183,7 +183,7 @@ def test_any_number_of_programs_gives_the_same_bits(monkeypatch: pytest.MonkeyPa
 def test_several_groups_of_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from grpo_kernels.grouped_gemm import _fp8_config_triton
 
-    monkeypatch.setattr(_fp8_config_triton, "L2_BYTES", 2 * 64 * 40)
+    monkeypatch.setattr(_fp8_config_triton, "row_blocks", lambda mib, block_m, width: 2)
     check(problem([0, 400, 401], 401, 40, 260))
 
 
