@@ -52,6 +52,33 @@ def fresh(arguments: Sequence[Any], device: str) -> list[Any]:
     return [copy.deepcopy(value).to(device) if isinstance(value, Tensor) else value for value in arguments]
 
 
+def placed(tensor: Tensor, device: str) -> Tensor:
+    """A copy on the device with the same strides. What lies between its rows is NaN."""
+    if not tensor.numel() or 0 in tensor.stride():
+        return tensor.to(device)
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = torch.full((elements * tensor.element_size(),), 0xFF, dtype=torch.uint8, device=device)
+    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def call_op(op: str, inputs: Sequence[Any], device: str) -> list[Tensor]:
+    """What a registered op returns with the kernels of its public function, then what it writes."""
+    overload = getattr(torch.ops.grpo_kernels, op).default
+    written = [
+        value
+        for value, described in zip(inputs, overload._schema.arguments[:-1], strict=True)
+        if described.alias_info is not None and described.alias_info.is_write
+    ]
+    returned = overload(*inputs, kernel_backends(public_function(op), device)[0])
+    return [*tensors(returned), *tensors(written)]
+
+
+def run_op(op: str, arguments: Sequence[Any], device: str) -> list[Tensor]:
+    """The same of copies on the device; results on the CPU."""
+    inputs = [placed(value, device) if isinstance(value, Tensor) else value for value in arguments]
+    return [result.cpu() for result in call_op(op, inputs, device)]
+
+
 def run(call: Call, inputs: Sequence[Any]) -> list[Tensor]:
     """Outputs, then the gradients of a fixed weighting of the differentiable ones."""
     outputs = tensors(call.function(*inputs))

@@ -20,13 +20,13 @@ from python_tests.gpu.devices import (
     assert_agrees,
     assert_identical,
     assert_same,
+    call_op,
     captured,
     fresh,
     inputs_of,
     kernel_backends,
     late_inputs,
     no_synchronization,
-    public_function,
     run,
 )
 from python_tests.samples import Call, tensors
@@ -94,19 +94,11 @@ def _registered_op(op: str, arguments: tuple[Any, ...], device: str, guarded: bo
 
     Guarded, it must not wait either; the call before that has compiled and loaded.
     """
-    public = public_function(op)
     inputs = fresh(arguments, device)
     if guarded:
         inputs = [guard_input(i) if isinstance(i, Tensor) else i for i in inputs]
-    overload = getattr(torch.ops.grpo_kernels, op).default
-    written = [
-        value
-        for value, described in zip(inputs, overload._schema.arguments[:-1], strict=True)
-        if described.alias_info is not None and described.alias_info.is_write
-    ]
     with no_synchronization(device) if guarded else contextlib.nullcontext():
-        returned = overload(*inputs, kernel_backends(public, device)[0])
-    return [*tensors(returned), *tensors(written)]
+        return call_op(op, inputs, device)
 
 
 @ON_DEVICES
