@@ -24,6 +24,7 @@ from grpo_kernels.linear_log_probs import (
     linear_token_log_probs,
 )
 from grpo_kernels.moe_experts import moe_experts
+from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
 from grpo_kernels.moe_experts.module import MoE, MoEOutput
 from grpo_kernels.moe_permute import (
     Permutation,
@@ -57,6 +58,7 @@ __all__ = [
     "backend",
     "best_of_group",
     "build_permutation",
+    "clear_fp8_weight_cache",
     "fp8_dequantize",
     "fp8_quantize",
     "group_advantages",

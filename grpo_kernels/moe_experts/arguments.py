@@ -10,13 +10,14 @@ from torch import Tensor
 
 from grpo_kernels import _checks
 from grpo_kernels._autocast import autocast_dtype
+from grpo_kernels.fp8_quantize.layout import TILE
 from grpo_kernels.grouped_gemm.arguments import check_present
 from grpo_kernels.moe_experts.reference import Activation
 
 OP = "moe_experts"
 ACTIVATIONS = ("swiglu", "clamped_swiglu")
 SAVES = ("preact", "input")
-RECIPES = ("bf16",)
+RECIPES = ("bf16", "fp8_block128")
 _SHAPES = {"gate_up": "[E, 2I, H]", "down": "[E, H, I]"}
 
 
@@ -101,14 +102,27 @@ def check_activation(activation: str, alpha: float, limit: float, interleaved: b
     return Activation(activation == "clamped_swiglu", float(alpha), float(limit), interleaved)
 
 
-def check_plan(recipe: str, save: str, alignment: int | None) -> int:
+def check_plan(recipe: str, save: str, alignment: int | None, fp8_wgrad: bool) -> int:
     """How it is to be computed; returns the alignment."""
     _checks.check_choice(OP, "recipe", recipe, RECIPES)
     _checks.check_choice(OP, "save", save, SAVES)
+    if not isinstance(fp8_wgrad, bool):
+        raise TypeError(f"{OP}: fp8_wgrad must be a bool, got {type(fp8_wgrad).__name__}")
+    if fp8_wgrad and recipe == "bf16":
+        raise ValueError(f"{OP}: fp8_wgrad is for recipe 'fp8_block128', got recipe 'bf16'")
+    unit = TILE if fp8_wgrad else 1
     if alignment is None:
-        return 1
+        return unit
     _checks.check_integer(OP, "alignment", alignment, minimum=1)
+    if alignment % unit:
+        raise ValueError(f"{OP}: alignment must be a multiple of {unit} for fp8_wgrad, got {alignment}")
     return alignment
+
+
+def check_recipe_dtype(recipe: str, dtype: torch.dtype) -> None:
+    """The recipe takes products of this dtype."""
+    if recipe != "bf16" and dtype == torch.float64:
+        raise TypeError(f"{OP}: recipe {recipe!r} takes float32, bfloat16 and float16, got float64")
 
 
 def check_range(count: int, expert_range: tuple[int, int] | None, num_experts: int | None) -> tuple[int, int]:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from grpo_kernels import _extension
 from grpo_kernels.fp8_quantize import ScaledTensor, ops, reference
 
-_EPS = 1e-12
 _KINDS = (Tensor, nn.Parameter)
 _TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake tensors, proxies, functional tensors
 
@@ -40,30 +39,45 @@ class _Owned(NamedTuple):
     copies: dict[tuple[Any, ...], _Copies]
 
 
+Reference = WeakIdRef
+"""Whose copies they are: checkpointing and other hooks give the backward another tensor than was saved."""
+
+
+class Quantized(NamedTuple):
+    """A copy for the forward, and what the backward finds it by."""
+
+    plain: ScaledTensor
+    reference: Reference | None
+
+
 # Threads may meet here. Dictionaries change by single operations alone, so that the worst is a weight quantised twice.
 _kept: Any = WeakIdKeyDictionary()  # Tensor, by identity -> _Owned
 _watching = False
 _unseen_steps = False
 
 
-def quantized(weight: Tensor, backend: str, *, both: bool) -> ScaledTensor:
+def quantized(weight: Tensor, backend: str, *, turned: bool) -> Quantized:
     """The weight [E, N, K] in FP8, in blocks of 128 x 128 with scales that are powers of two.
 
     Args:
         weight: as the caller passed it, a view of a parameter too: of a detached copy nothing would be kept.
         backend: "native", "triton" or "reference", of the op fp8_quantize.
-        both: `turned` will be asked for as well: where the copy is kept, one read of the weight makes both.
+        turned: the backward will want the transpose: where copies are kept, one read of the weight makes both.
     """
-    plain, _ = _copies(weight, backend, turn=False, both=both)
+    owner = _owner(weight, None)
+    plain, _ = _copies(weight, owner, backend, turn=False, both=turned)
+    return Quantized(plain, None if owner is None else WeakIdRef(owner))  # type: ignore[arg-type, no-untyped-call]
+
+
+def plain_of(weight: Tensor, reference: Reference | None, backend: str) -> ScaledTensor:
+    """In the backward, the same copy of a weight that was saved; made again if it is not there or does not hold."""
+    plain, _ = _copies(weight, _owner(weight, reference), backend, turn=False, both=False)
     return plain  # type: ignore[return-value]
 
 
-def turned(weight: Tensor, backend: str) -> ScaledTensor:
-    """The transpose [E, K, N] of the weight in FP8: the same blocks, the same codes.
-
-    In a backward: of the tensor that `ctx.saved_tensors` gives, which is the one that was saved.
-    """
-    _, transposed = _copies(weight, backend, turn=True, both=False)
+def turned_of(weight: Tensor, reference: Reference | None, backend: str) -> ScaledTensor:
+    """In the backward, the transpose [E, K, N] of a weight that was saved: the same blocks, the same codes."""
+    _, transposed = _copies(weight, _owner(weight, reference), backend, turn=True, both=False)
     return transposed  # type: ignore[return-value]
 
 
@@ -83,14 +97,14 @@ def clear_fp8_weight_cache() -> None:
 _Pair = tuple[ScaledTensor | None, ScaledTensor | None]
 
 
-def _copies(weight: Tensor, backend: str, *, turn: bool, both: bool) -> _Pair:
+def _copies(weight: Tensor, owner: Tensor | None, backend: str, *, turn: bool, both: bool) -> _Pair:
     """The plain copy and the transposed one: at least the one that is asked for, the latter with `turn`.
 
     both: makes the two where neither is kept yet.
     """
-    if torch.compiler.is_compiling() or not _can_be_kept(weight):
+    if owner is None:
         return _quantize(weight, backend, not turn, turn)
-    owner, place, stamp = _owner(weight), _place(weight), _stamp(weight, backend)
+    place, stamp = _place(weight), _stamp(weight, owner, backend)
     found = _find(owner, place, stamp)
     plain, transposed = (found.plain, found.turned) if found is not None else (None, None)
     if (transposed if turn else plain) is None:
@@ -104,39 +118,40 @@ def _copies(weight: Tensor, backend: str, *, turn: bool, both: bool) -> _Pair:
 
 
 def _quantize(weight: Tensor, backend: str, rows: bool, columns: bool) -> _Pair:
-    arguments = (weight.detach(), True, True, rows, columns, _EPS)
+    arguments = (weight.detach(), True, True, rows, columns, 1e-12)  # a float of the module would be a graph's input
     outputs = reference.fp8_quantize(*arguments) if backend == "reference" else ops.fp8_quantize(*arguments, backend)
     return ScaledTensor(*outputs[:2]) if rows else None, ScaledTensor(*outputs[2:]) if columns else None
 
 
-def _owner(weight: Tensor) -> Tensor:
-    """The tensor that a view is of: it lives on, while the view may be another one in every call."""
-    return weight if weight._base is None else weight._base
+def _owner(weight: Tensor, saved: Reference | None) -> Tensor | None:
+    """The tensor with which copies of the weight are kept: itself, or what it is a view of, which lives on while the
+    view may be another one in every call; or None.
+
+    A change of it would be noticed. Of p.data and p.detach() nothing is kept: they may be held, and p written behind
+    their back. What was `saved` for the backward may come back detached: then it is still what it was.
+    """
+    if torch.compiler.is_compiling() or _unseen_steps or type(weight) not in _KINDS:
+        return None
+    if weight.device.type not in ("cpu", "cuda") or weight.is_inference() or _is_traced():
+        return None
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    owner = weight if weight._base is None else weight._base
+    if type(owner) is nn.Parameter or (type(owner) is Tensor and owner.requires_grad):
+        return owner
+    owner = None if saved is None else saved()
+    same = owner is not None and owner.untyped_storage()._cdata == weight.untyped_storage()._cdata
+    return owner if same else None
 
 
 def _place(weight: Tensor) -> tuple[Any, ...]:
     return weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
 
 
-def _stamp(weight: Tensor, backend: str) -> tuple[Any, ...]:
+def _stamp(weight: Tensor, owner: Tensor, backend: str) -> tuple[Any, ...]:
     """What is the same for as long as the copies hold. On another CUDA stream they may not have been written yet."""
     stream = torch._C._cuda_getCurrentRawStream(weight.device.index) if weight.is_cuda else 0
-    return weight.untyped_storage()._cdata, _extension.pointer(weight), weight._version, backend, stream
-
-
-def _can_be_kept(weight: Tensor) -> bool:
-    """Would a change of the weight be noticed, and are its copies plain numbers of now?
-
-    Not those of p.data or p.detach(): what holds them may be kept, and p written behind its back.
-    """
-    if _unseen_steps or type(weight) not in _KINDS or weight.device.type not in ("cpu", "cuda"):
-        return False
-    owner = _owner(weight)
-    if type(owner) not in _KINDS or not (type(owner) is nn.Parameter or owner.requires_grad):
-        return False
-    if weight.is_inference() or _is_traced():
-        return False
-    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    return weight.untyped_storage()._cdata, _extension.pointer(weight), owner._version, backend, stream
 
 
 def _is_traced() -> bool:

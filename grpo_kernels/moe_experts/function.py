@@ -46,10 +46,10 @@ def routed_experts(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
         result: Tensor = _RoutedExperts.apply(options, accumulators, *trained, topk_ids)  # type: ignore[no-untyped-call]
         return result
-    return _forward(options, experts, topk_weights, _maps(options, topk_ids))[0]
+    return _forward(options, experts, topk_weights, build(options, topk_ids))[0]
 
 
-def _maps(options: Options, topk_ids: Tensor) -> Maps:
+def build(options: Options, topk_ids: Tensor) -> Maps:
     return build_maps(topk_ids, options.num_experts, options.expert_range, options.alignment, options.backend)
 
 
@@ -66,7 +66,7 @@ def _forward(options: Options, experts: Experts, weights: Tensor, maps: Maps) ->
     return parts.unpermute(parts.product(activated, down, maps, down_bias), maps, weights.detach()), preact
 
 
-class _Needs(NamedTuple):
+class Needs(NamedTuple):
     """Whose gradients are wanted, and what they need."""
 
     x: bool
@@ -91,9 +91,9 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, accumulators: Accumulators, *tensors: Any) -> Tensor:
         *experts, weights, topk_ids = tensors
-        given, maps = Experts(*experts), _maps(options, topk_ids)
+        given, maps = Experts(*experts), build(options, topk_ids)
         result, preact = _forward(options, given, weights, maps)
-        needs = _Needs(*ctx.needs_input_grad[2:8])
+        needs = Needs(*ctx.needs_input_grad[2:8])
         keep_x = needs.gate_up or (needs.preact and not options.keep_preact)
         kept = preact if needs.preact and options.keep_preact else None
         ctx.save_for_backward(given.x if keep_x else None, *given[1:], weights, kept, *maps)
@@ -105,7 +105,7 @@ class _RoutedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, gate_up_bias, down_bias, weights, preact, *maps = ctx.saved_tensors
-        needs = _Needs(*ctx.needs_input_grad[2:8])
+        needs = Needs(*ctx.needs_input_grad[2:8])
         experts = Experts(x, gate_up, down, gate_up_bias, down_bias)
         grads = _Backward(ctx.options, needs, experts, weights, Maps(*maps)).run(grad, preact, ctx.accumulators)
         results = [
@@ -119,7 +119,7 @@ class _Backward(NamedTuple):
     """One backward pass; `experts.x` is None where it is not needed."""
 
     options: Options
-    needs: _Needs
+    needs: Needs
     experts: Experts
     weights: Tensor
     maps: Maps

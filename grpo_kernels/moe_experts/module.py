@@ -52,7 +52,7 @@ class MoE(nn.Module):
         shared_intermediate_size: Width of the shared expert; 0: none.
         router_bias: The router has a bias (gpt-oss).
         expert_bias: The experts have biases (gpt-oss).
-        activation, swiglu_alpha, swiglu_limit, interleaved, recipe, save: as in `moe_experts`.
+        activation, swiglu_alpha, swiglu_limit, interleaved, recipe, fp8_wgrad, save: as in `moe_experts`.
         expert_parallel: `distributed.ExpertParallel` of the same num_experts: this rank's experts only.
         layer_id: The layer's number in the model, which `RouterReplay` knows its routes by: no two layers share one.
         device, dtype: of the parameters.
@@ -86,6 +86,7 @@ class MoE(nn.Module):
         swiglu_limit: float = 7.0,
         interleaved: bool = False,
         recipe: str = "bf16",
+        fp8_wgrad: bool = False,
         save: str = "preact",
         expert_parallel: ExpertParallel | None = None,
         layer_id: int | None = None,
@@ -101,7 +102,7 @@ class MoE(nn.Module):
         )  # fmt: skip
         check_options(0, num_experts, router)
         check_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
-        check_plan(recipe, save, None)
+        check_plan(recipe, save, None, fp8_wgrad)
         _check_coefficients(z_loss_coef=z_loss_coef, aux_loss_coef=aux_loss_coef, seq_aux_loss_coef=seq_aux_loss_coef)
         _check_flags(e_score_correction_bias=e_score_correction_bias, router_bias=router_bias, expert_bias=expert_bias)
         self.hidden_size = hidden_size
@@ -118,7 +119,7 @@ class MoE(nn.Module):
             hidden_size, intermediate_size, num_experts,
             bias=expert_bias, expert_range=None if expert_parallel is None else expert_parallel.local_range,
             activation=activation, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, interleaved=interleaved,
-            recipe=recipe, save=save, **factory,
+            recipe=recipe, fp8_wgrad=fp8_wgrad, save=save, **factory,
         )  # fmt: skip
         shared = SharedExpert(hidden_size, shared_intermediate_size, **factory) if shared_intermediate_size else None
         self.shared_experts = shared

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
+from grpo_kernels.fp8_quantize.reference import fp8_quantize
 from python_tests.samples import BadCall, Call
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, SLOTS = 6, 10, 7, 3, 2
@@ -31,6 +32,25 @@ PREACT, GRAD = _normal(5, 2 * WIDTH), _normal(5, WIDTH)
 PREACT[2], GRAD[4] = float("nan"), float("nan")  # padding
 SWIGLU, CLAMPED = (False, 1.0, 1.0, False), (True, 1.7, 0.8, True)
 EVERYTHING = (True, True, True)
+ALL_SIX = (True,) * 6
+EPS = (1e-12, 1e-30)
+
+
+def _kept(preact: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations in tiles of 1 x 128, in codes and scales."""
+    return fp8_quantize(preact, False, True, True, False, 1e-12)[:2]
+
+
+def _alone(place: int) -> tuple[bool, ...]:
+    return tuple(index == place for index in range(6))
+
+
+WIDE_PREACT, WIDE_GRAD = _normal(5, 260), _normal(5, 130)  # tiles of [R, 2I] that hold gates and ups
+WIDE_PREACT[2], WIDE_GRAD[2] = float("nan"), float("nan")
+ONE_PREACT, ONE_GRAD = PREACT[:, :2].contiguous(), GRAD[:, :1].contiguous()
+TALL_MAP = torch.arange(131, dtype=torch.int32).where(torch.arange(131) % 5 != 0, -1)
+TALL_PREACT, TALL_GRAD = (_normal(131, width).where(TALL_MAP[:, None] >= 0, float("nan")) for width in (14, 7))
+TALL_WEIGHTS = torch.rand(70, SLOTS, generator=GENERATOR)
 OPS = {
     "moe_glu": [
         (PREACT, INV_MAP, None, *SWIGLU),
@@ -44,6 +64,24 @@ OPS = {
         (PREACT.bfloat16(), GRAD.bfloat16(), INV_MAP, WEIGHTS, None, *SWIGLU, True, False, False),
         (PREACT, GRAD, INV_MAP, WEIGHTS, None, *CLAMPED, False, True, True),
         (PREACT[:0], GRAD[:0], INV_MAP[:0], WEIGHTS, None, *SWIGLU, *EVERYTHING),
+    ],
+    "moe_glu_quantize": [
+        (PREACT, INV_MAP, *SWIGLU, True, 1e-12),
+        (PREACT.half(), INV_MAP, *CLAMPED, False, 0.5),
+        (WIDE_PREACT.bfloat16(), INV_MAP, *SWIGLU, True, 1e-12),
+        (ONE_PREACT, INV_MAP, *CLAMPED, True, 1e-12),
+        (PREACT[:0], INV_MAP[:0], *SWIGLU, True, 1e-12),
+    ],
+    "moe_glu_backward_quantize": [
+        (*_kept(WIDE_PREACT), WIDE_GRAD, INV_MAP, WEIGHTS, None, *SWIGLU, *ALL_SIX, *EPS, torch.float32),
+        (*_kept(TALL_PREACT), TALL_GRAD.half(), TALL_MAP, TALL_WEIGHTS, None, *CLAMPED, *ALL_SIX, *EPS, torch.float16),
+        (*_kept(ONE_PREACT), ONE_GRAD, INV_MAP, WEIGHTS, GRAD[:, 0], *CLAMPED, *ALL_SIX, *EPS, torch.bfloat16),
+        *(
+            (*_kept(PREACT), GRAD.bfloat16(), INV_MAP, WEIGHTS, None, *SWIGLU, *_alone(i), *EPS, torch.bfloat16)
+            for i in range(6)
+        ),
+        (*_kept(PREACT), None, INV_MAP, WEIGHTS, None, *SWIGLU, *_alone(3)[:4], True, False, *EPS, torch.bfloat16),
+        (*_kept(PREACT[:0]), GRAD[:0], INV_MAP[:0], WEIGHTS, None, *SWIGLU, *ALL_SIX, *EPS, torch.bfloat16),
     ],
 }
 
@@ -61,7 +99,33 @@ def _gpt_oss(x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Te
     )  # fmt: skip
 
 
+def _fp8_gpt_oss(
+    x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Tensor, w: Tensor, i: Tensor
+) -> Tensor:  # fmt: skip
+    return grpo_kernels.moe_experts(
+        x, up, down, (w, i), gate_up_bias=up_bias, down_bias=down_bias, activation="clamped_swiglu", swiglu_limit=0.8,
+        interleaved=True, recipe="fp8_block128", fp8_wgrad=True, save="input",
+    )  # fmt: skip
+
+
+# FP8 reads parameters as they are, autocast or not: numbers that a cast leaves as they are.
+_EXACT = [tensor.bfloat16().float() for tensor in (X, GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS)]
+
 CALLS = [
+    Call(
+        "fp8",
+        lambda x, up, down, w, i: grpo_kernels.moe_experts(x, up, down, (w, i), recipe="fp8_block128"),
+        _make(*_EXACT[:3], WEIGHTS, IDS),
+        (0, 1, 2, 3),
+        autocast=(0, 1, 2),
+    ),
+    Call(
+        "fp8_gpt_oss",
+        _fp8_gpt_oss,
+        _make(*_EXACT, WEIGHTS, IDS.int()),
+        (0, 1, 2, 3, 4, 5),
+        autocast=(0, 1, 2, 3, 4),
+    ),
     Call(
         "swiglu",
         lambda x, up, down, w, i: grpo_kernels.moe_experts(x, up, down, (w, i)),
@@ -136,7 +200,18 @@ BAD_CALLS = [
     _bad("alpha", ValueError, "swiglu_alpha must be finite and > 0, got 0", swiglu_alpha=0),
     _bad("limit", TypeError, "swiglu_limit must be a number, got str", swiglu_limit="7"),
     _bad("interleaved", TypeError, "interleaved must be a bool, got int", interleaved=1),
-    _bad("recipe", ValueError, "recipe must be one of 'bf16', got 'fp8_block128'", recipe="fp8_block128"),
+    _bad("recipe", ValueError, "recipe must be one of 'bf16', 'fp8_block128', got 'fp8'", recipe="fp8"),
+    _bad("recipe_float64", TypeError, "'fp8_block128' takes", "got float64", recipe="fp8_block128", x=X.double()),
+    _bad("fp8_wgrad", TypeError, "fp8_wgrad must be a bool, got int", recipe="fp8_block128", fp8_wgrad=1),
+    _bad("fp8_wgrad_alone", ValueError, "fp8_wgrad is for recipe 'fp8_block128', got recipe 'bf16'", fp8_wgrad=True),
+    _bad(
+        "fp8_alignment",
+        ValueError,
+        "alignment must be a multiple of 128 for fp8_wgrad, got 64",
+        recipe="fp8_block128",
+        fp8_wgrad=True,
+        alignment=64,
+    ),
     _bad("save", ValueError, "save must be one of 'preact', 'input', got 'all'", save="all"),
     _bad("alignment", ValueError, "alignment must be >= 1, got 0", alignment=0),
     _bad("rows", ValueError, "T * K and R must be < 2^31, got 12 and ", alignment=2**30),

@@ -1,0 +1,39 @@
+"""Definitions of the FP8 recipe's parts that no other package has: gradients of weights, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.fp8_quantize import reference as fp8
+from grpo_kernels.grouped_gemm.reference import segment_ends
+
+
+def _members(offsets: Tensor, rows: int) -> Tensor:
+    """[E, R] whether a row is of an expert."""
+    ends = segment_ends(offsets, rows)
+    starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+    row = torch.arange(rows, device=offsets.device)
+    return (row >= starts[:, None]) & (row < ends[:, None])
+
+
+def weight_gradient(x: Tensor, grad: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """[E, N, K]: grad[rows of e].T @ x[rows of e], formed in float32."""
+    x, grad = x.to(torch.float32), grad.to(torch.float32)
+    members = _members(offsets, len(x))[..., None]
+    found = [torch.where(own, grad, 0.0).t() @ torch.where(own, x, 0.0) for own in members]
+    return torch.stack(found).to(dtype)
+
+
+def fp8_weight_gradient(
+    data: Tensor, scale: Tensor, grad_data: Tensor, grad_scale: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The same of quantised transposes, x^T [K, R] and grad^T [N, R]."""
+    x, grad = (fp8.fp8_dequantize(*pair, torch.float32).t() for pair in ((data, scale), (grad_data, grad_scale)))
+    return weight_gradient(x, grad, offsets, dtype)
+
+
+def row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
+    """[E, N] float32: the sum of the rows of each expert."""
+    members = _members(offsets, len(grad))[..., None]
+    return torch.stack([torch.where(own, grad.to(torch.float32), 0.0).sum(0) for own in members])
