@@ -11,7 +11,7 @@ from rich.console import Console
 
 from examples.r1.checkpoint import CheckpointMismatch
 from examples.r1.demo import run
-from examples.r1.settings import MODELS, REPLAYS, TASK_NAMES, Settings
+from examples.r1.settings import MODELS, RECIPES, REPLAYS, TASK_NAMES, Settings
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Settings:
@@ -41,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     add("--experts", type=int, default=default.experts, help="of a layer of the MoE model (default: %(default)s)")
     add("--experts-per-token", type=int, default=default.experts_per_token, help="(default: %(default)s)")
     add("--no-shared-expert", dest="shared_expert", action="store_false", help="the MoE model has none")
+    add("--recipe", choices=RECIPES, default=default.recipe, help="of its experts' products (default: %(default)s)")
     add("--replay", choices=REPLAYS, default=default.replay, help="whose routes training takes (default: %(default)s)")
     add("--aux-loss-coef", type=float, default=default.aux_loss_coef, help="in the cold start (default: %(default)s)")
     add("--bias-update-rate", type=float, default=default.bias_update_rate, help="likewise (default: %(default)s)")
@@ -49,7 +50,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     values = vars(parser.parse_args(arguments))
     values["tasks"] = tuple(values["tasks"])
     known = {field.name for field in fields(Settings)}
-    return replace(default, **{name: value for name, value in values.items() if name in known})
+    try:
+        return replace(default, **{name: value for name, value in values.items() if name in known})
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main() -> int:

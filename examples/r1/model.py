@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ class ModelConfig:
     experts_per_token: int = 2
     shared_expert: bool = True
     aux_loss_coef: float = 0.0
+    recipe: str = "fp32"  # of the experts' products
 
 
 class KVCache:
@@ -101,12 +104,15 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.width)
         self.mlp = _experts(config, layer) if config.experts else _feed_forward(config)
+        self.recipe = config.recipe
 
     def forward(self, x: Tensor, layer: int, cache: Cache, routing: Pass | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), layer, cache)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoE) and routing is not None:
-            return x + routing.through(self.mlp, normed)
+            with _operands(self.recipe, x.device):
+                mixed = routing.through(self.mlp, normed)
+            return x + mixed
         output: Tensor = x + self.mlp(normed)
         return output
 
@@ -117,6 +123,17 @@ def _feed_forward(config: ModelConfig) -> nn.Module:
         nn.ReLU(),
         nn.Linear(4 * config.width, config.width, bias=False),
     )
+
+
+_FP8_OPTIONS: dict[str, dict[str, Any]] = {
+    "fp8_block128": {"recipe": "fp8_block128"},
+    "fp8_block128_wgrad": {"recipe": "fp8_block128", "fp8_wgrad": True},
+}
+
+
+def _operands(recipe: str, device: torch.device) -> AbstractContextManager[object]:
+    """Where operands are not float32 they are bfloat16, or FP8 with bfloat16 between the products."""
+    return nullcontext() if recipe == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def _experts(config: ModelConfig, layer: int) -> MoE:
@@ -131,6 +148,7 @@ def _experts(config: ModelConfig, layer: int) -> MoE:
         aux_loss_coef=config.aux_loss_coef,
         shared_intermediate_size=config.width if config.shared_expert else 0,
         layer_id=layer,
+        **_FP8_OPTIONS.get(config.recipe, {}),
     )
 
 

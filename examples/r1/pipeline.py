@@ -47,6 +47,7 @@ def build_model(task: Task, settings: Settings) -> CharTransformer:
         experts=settings.experts if settings.model == "moe" else 0,
         experts_per_token=settings.experts_per_token,
         shared_expert=settings.shared_expert,
+        recipe=settings.recipe,
         aux_loss_coef=settings.aux_loss_coef,
     )
     return CharTransformer(config).to(settings.device)
@@ -60,13 +61,17 @@ def evaluate(model: CharTransformer, task: Task, held_out: Sequence[Problem]) ->
     return {**greedy.means(), "sampled_accuracy": sampled.means()["accuracy"]}
 
 
-def run_task(name: str, settings: Settings, console: Console) -> TaskResult:
-    """All stages of one task; with `settings.resume`, from its last checkpoint on."""
+def prepare(name: str, settings: Settings) -> tuple[Task, list[Problem], CharTransformer]:
+    """The task, its held-out problems and a fresh model."""
     if settings.device == "cpu":
         torch.set_num_threads(settings.threads)
     task = TASKS[name]()
-    held_out = task.held_out(settings.evaluation_prompts)
-    model = build_model(task, settings)
+    return task, task.held_out(settings.evaluation_prompts), build_model(task, settings)
+
+
+def run_task(name: str, settings: Settings, console: Console) -> TaskResult:
+    """All stages of one task; with `settings.resume`, from its last checkpoint on."""
+    task, held_out, model = prepare(name, settings)
     folder = CheckpointFolder(settings.output / "checkpoints" / name)
     if not settings.resume:
         folder.clear()
@@ -96,7 +101,8 @@ def _run_stage(
     evaluations = progress.evaluations.setdefault(stage.name, [])
 
     def look(steps_done: int) -> None:
-        evaluations.append({"step": float(steps_done), **evaluate(stage.model, stage.task, held_out)})
+        figures = evaluate(stage.model, stage.task, held_out) | stage.validate()
+        evaluations.append({"step": float(steps_done), **figures})
 
     if not evaluations:
         look(0)

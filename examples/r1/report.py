@@ -61,6 +61,7 @@ def table(results: Sequence[TaskResult]) -> Table:
         for stage in summaries[0]["stages"] if summaries else ():
             changes = [summary["stages"][stage] for summary in summaries]
             rows.append((f"{title}, {stage}", [f"{c['before'][key]:.3f} -> {c['after'][key]:.3f}" for c in changes]))
+    rows += _validation_rows(summaries)
     rows.append(("tokens/s, sampling", [f"{s['sampled_tokens_per_second']:,.0f}" for s in summaries]))
     rows.append(("tokens/s, training", [f"{s['trained_tokens_per_second']:,.0f}" for s in summaries]))
     rows += _routing_rows(results)
@@ -78,6 +79,15 @@ def table(results: Sequence[TaskResult]) -> Table:
     for label, cells in rows:
         table.add_row(label, *cells)
     return table
+
+
+def _validation_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The cold start's loss on held-out problems; a run that goes on from an old checkpoint has none."""
+    stages = [summary["stages"]["sft"] for summary in summaries if "sft" in summary["stages"]]
+    if not stages or not all("validation_loss" in stage["before"] for stage in stages):
+        return []
+    cells = [f"{stage['before']['validation_loss']:.3f} -> {stage['after']['validation_loss']:.3f}" for stage in stages]
+    return [("validation loss, sft", cells)]
 
 
 def _routing_rows(results: Sequence[TaskResult]) -> list[tuple[str, list[str]]]:
@@ -102,14 +112,15 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_curves(path: Path, results: Sequence[TaskResult]) -> None:
-    """Two pictures a task: the rewards of the samples while training, and the accuracy on held-out prompts."""
+    """Three pictures a task: the cold start's loss, the rewards of GRPO's samples, the accuracy on held-out prompts."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(results), 2, figsize=(11, 3.4 * len(results)), squeeze=False)
-    for (rewards, accuracy), result in zip(axes, results, strict=True):
+    figure, axes = pyplot.subplots(len(results), 3, figsize=(16, 3.4 * len(results)), squeeze=False)
+    for (loss, rewards, accuracy), result in zip(axes, results, strict=True):
+        _plot_loss(loss, result)
         records = result.progress.records["grpo"]
         for name in ("reward", "accuracy", "language", "format"):
             rewards.plot([record[name] for record in records], label=name, linewidth=1.2)
@@ -129,6 +140,17 @@ def save_curves(path: Path, results: Sequence[TaskResult]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _plot_loss(axes: Any, result: TaskResult) -> None:
+    """The loss of the cold start: of every step's batch, and on held-out problems now and then."""
+    progress = result.progress
+    axes.plot([record["loss"] for record in progress.records.get("sft", ())], label="training", linewidth=1.2)
+    looks = [look for look in progress.evaluations.get("sft", ()) if "validation_loss" in look]
+    losses = [look["validation_loss"] for look in looks]
+    axes.plot([look["step"] for look in looks], losses, "-o", markersize=3, label="validation")
+    axes.set(title=f"{result.task}: loss of the cold start", xlabel="step", ylabel="nats a token", yscale="log")
+    axes.legend(fontsize=8)
 
 
 def _rate(records: Sequence[Record], seconds: str) -> float:

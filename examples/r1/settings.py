@@ -8,6 +8,7 @@ from pathlib import Path
 TASK_NAMES = ("digit_sorting", "spell_backward")
 MODELS = ("dense", "moe")
 REPLAYS = ("rollout", "old", "off")
+RECIPES = ("fp32", "bf16", "fp8_block128", "fp8_block128_wgrad")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
     experts: int = 8  # this and what follows: of the MoE model
     experts_per_token: int = 2
     shared_expert: bool = True
+    recipe: str = "fp32"  # of the experts' products; the parameters are float32 whatever it is
     replay: str = "rollout"  # whose routes training takes: those of sampling, of the old log-probs, or none ("off")
     aux_loss_coef: float = 0.01  # of the balance loss, in the cold start
     bias_update_rate: float = 1e-3  # of the biases in the choice of experts, in the cold start; then they stay
@@ -50,3 +52,9 @@ class Settings:
 
     evaluate_every: int = 25  # steps
     evaluation_prompts: int = 256
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        if self.recipe != "fp32" and self.model != "moe":
+            raise ValueError(f"recipe {self.recipe!r} is for experts: model must be 'moe', got {self.model!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
+from random import Random
 
 import torch
 from torch import Tensor
@@ -26,7 +28,10 @@ class SFTStage(Stage):
 
     def __init__(self, model: CharTransformer, task: Task, held_out: list[Problem], settings: Settings) -> None:
         super().__init__(model, task, held_out, settings, settings.sft_learning_rate)
-        self.data = self._demonstrations()
+        rng = python_rng(settings.seed, task.name, "demonstrations")
+        problems = list(islice(task.training(rng, self.excluded_prompts), task.cold_examples))
+        self.data = demonstrations(task, problems, rng, self.device)
+        self.validation_data = demonstrations(task, held_out, python_rng(task.name, "validation"), self.device)
 
     @property
     def steps(self) -> int:
@@ -59,14 +64,21 @@ class SFTStage(Stage):
         hidden = self.model.completion_hidden(batch.prompts, batch.completions, routes)
         return self.model.head.cross_entropy(hidden, batch.completions.masked_fill(~batch.mask, IGNORED))
 
-    def _demonstrations(self) -> Sequences:
-        rng = python_rng(self.settings.seed, self.task.name, "demonstrations")
-        problems = list(islice(self.task.training(rng, self.excluded_prompts), self.task.cold_examples))
-        completions = [
-            vocabulary.pad_right(
-                [*vocabulary.encode(self.task.demonstrate(problem, rng)), vocabulary.END], self.task.completion_length
-            )
-            for problem in problems
-        ]
-        prompts = encode_prompts(self.task, problems, self.device)
-        return make_sequences(prompts, torch.tensor(completions, device=self.device))
+    @torch.no_grad()
+    def validate(self) -> Record:
+        """The loss on demonstrations of held-out problems, as noisy as those of training: nats a token.
+
+        They are the same for every seed. The balance loss is not in it.
+        """
+        return {"validation_loss": float(self.loss(self.validation_data))}
+
+
+def demonstrations(task: Task, problems: Sequence[Problem], rng: Random, device: torch.device) -> Sequences:
+    """One noisy demonstration of each problem."""
+    completions = [
+        vocabulary.pad_right(
+            [*vocabulary.encode(task.demonstrate(problem, rng)), vocabulary.END], task.completion_length
+        )
+        for problem in problems
+    ]
+    return make_sequences(encode_prompts(task, problems, device), torch.tensor(completions, device=device))

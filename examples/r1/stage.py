@@ -40,6 +40,10 @@ class Stage(ABC):
     def step(self, index: int) -> Record:
         """Does one step and says how it went."""
 
+    def validate(self) -> Record:
+        """What held-out problems say of the stage's own objective, beside the accuracy of samples."""
+        return {}
+
     def frozen_models(self) -> dict[str, CharTransformer]:
         """Other models that a checkpoint must hold."""
         return {}
