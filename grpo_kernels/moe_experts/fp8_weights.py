@@ -40,15 +40,6 @@ class _Owned(NamedTuple):
 
 
 Reference = WeakIdRef
-"""Whose copies they are: checkpointing and other hooks give the backward another tensor than was saved."""
-
-
-class Quantized(NamedTuple):
-    """A copy for the forward, and what the backward finds it by."""
-
-    plain: ScaledTensor
-    reference: Reference | None
-
 
 # Threads may meet here. Dictionaries change by single operations alone, so that the worst is a weight quantised twice.
 _kept: Any = WeakIdKeyDictionary()  # Tensor, by identity -> _Owned
@@ -56,29 +47,30 @@ _watching = False
 _unseen_steps = False
 
 
-def quantized(weight: Tensor, backend: str, *, turned: bool) -> Quantized:
+def quantized(weight: Tensor, backend: str, *, both: bool, saved: Reference | None = None) -> ScaledTensor:
     """The weight [E, N, K] in FP8, in blocks of 128 x 128 with scales that are powers of two.
 
     Args:
         weight: as the caller passed it, a view of a parameter too: of a detached copy nothing would be kept.
         backend: "native", "triton" or "reference", of the op fp8_quantize.
-        turned: the backward will want the transpose: where copies are kept, one read of the weight makes both.
+        both: `turned` will be asked for as well: where copies are kept, one read of the weight makes both.
+        saved: in a backward, the `reference_to` the weight of the forward.
     """
-    owner = _owner(weight, None)
-    plain, _ = _copies(weight, owner, backend, turn=False, both=turned)
-    return Quantized(plain, None if owner is None else WeakIdRef(owner))  # type: ignore[arg-type, no-untyped-call]
-
-
-def plain_of(weight: Tensor, reference: Reference | None, backend: str) -> ScaledTensor:
-    """In the backward, the same copy of a weight that was saved; made again if it is not there or does not hold."""
-    plain, _ = _copies(weight, _owner(weight, reference), backend, turn=False, both=False)
+    plain, _ = _copies(weight, _owner(weight, saved), backend, turn=False, both=both)
     return plain  # type: ignore[return-value]
 
 
-def turned_of(weight: Tensor, reference: Reference | None, backend: str) -> ScaledTensor:
-    """In the backward, the transpose [E, K, N] of a weight that was saved: the same blocks, the same codes."""
-    _, transposed = _copies(weight, _owner(weight, reference), backend, turn=True, both=False)
+def turned(weight: Tensor, backend: str, saved: Reference | None = None) -> ScaledTensor:
+    """The transpose [E, K, N] of the weight in FP8: the same blocks, the same codes."""
+    _, transposed = _copies(weight, _owner(weight, saved), backend, turn=True, both=False)
     return transposed  # type: ignore[return-value]
+
+
+def reference_to(weight: Tensor) -> Reference | None:
+    """What a backward finds the copies by when `ctx.saved_tensors` does not give the very tensor that was saved:
+    `torch.utils.checkpoint` gives a detached one."""
+    owner = _owner(weight, None)
+    return None if owner is None else WeakIdRef(owner)
 
 
 def clear_fp8_weight_cache() -> None:
@@ -136,12 +128,11 @@ def _owner(weight: Tensor, saved: Reference | None) -> Tensor | None:
         return None
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
+    was: Tensor | None = None if saved is None else saved()
+    if was is not None and was.untyped_storage()._cdata == weight.untyped_storage()._cdata:
+        return was
     owner = weight if weight._base is None else weight._base
-    if type(owner) is nn.Parameter or (type(owner) is Tensor and owner.requires_grad):
-        return owner
-    owner = None if saved is None else saved()
-    same = owner is not None and owner.untyped_storage()._cdata == weight.untyped_storage()._cdata
-    return owner if same else None
+    return owner if type(owner) is nn.Parameter or (type(owner) is Tensor and owner.requires_grad) else None
 
 
 def _place(weight: Tensor) -> tuple[Any, ...]:
