@@ -342,7 +342,7 @@ def test_check_fails_where_it_should(
     judge(_result(task, before, after), "seed 0", verdicts)
     assert verdicts.failed is not holds
     console = Console(record=True, width=120, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    verdicts.print(console)
+    verdicts.print(console, "check")
     assert f"{before:.3f} -> {after:.3f}" in console.export_text()
 
 
