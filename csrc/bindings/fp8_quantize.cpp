@@ -1,42 +1,26 @@
 // Binding of fp8_quantize and fp8_dequantize.
 #include "fp8_quantize/fp8_quantize.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-
-#include "bindings/bindings.h"
+#include "bindings/fp8.h"
 
 namespace grpo_kernels {
 namespace {
 
-using Numbers = std::array<int64_t, 7>;  // the fields of Fp8Tensor
-
-Fp8Tensor tensor(const Numbers& numbers) {
-  return {pointer<uint8_t>(Address(numbers[0])),
-          numbers[1],
-          numbers[2],
-          pointer<float>(Address(numbers[3])),
-          numbers[4],
-          numbers[5],
-          numbers[6]};
-}
-
 int64_t fp8_quantize(Address x, int64_t batch_stride, int64_t row_stride, int dtype, int64_t batch, int64_t rows,
-                     int64_t columns, bool square, bool power_of_two, double eps, const Numbers& plain,
-                     const Numbers& transposed, int device, Address stream_or_threads) {
+                     int64_t columns, bool square, bool power_of_two, double eps, const Fp8Numbers& plain,
+                     const Fp8Numbers& transposed, int device, Address stream_or_threads) {
   if (device >= 0) throw std::runtime_error("fp8_quantize: on CUDA this op runs on Triton");
   const Fp8QuantizeArgs args{
-      pointer<const void>(x), batch_stride,      row_stride, dtype, batch, rows, columns, square, power_of_two, float(eps),
-      tensor(plain),          tensor(transposed)};
+      pointer<const void>(x), batch_stride,          row_stride, dtype, batch, rows, columns, square, power_of_two, float(eps),
+      fp8_tensor(plain),      fp8_tensor(transposed)};
   py::gil_scoped_release release;
   return GK_CALL_CPU(fp8_quantize, args, int(stream_or_threads));
 }
 
-int64_t fp8_dequantize(const Numbers& in, int64_t batch, int64_t rows, int64_t columns, int row_tile, int column_tile,
+int64_t fp8_dequantize(const Fp8Numbers& in, int64_t batch, int64_t rows, int64_t columns, int row_tile, int column_tile,
                        int dtype, Address out, int device, Address stream_or_threads) {
   if (device >= 0) throw std::runtime_error("fp8_dequantize: on CUDA this op runs on Triton");
-  const Fp8DequantizeArgs args{tensor(in), batch, rows, columns, row_tile, column_tile, dtype, pointer<void>(out)};
+  const Fp8DequantizeArgs args{fp8_tensor(in), batch, rows, columns, row_tile, column_tile, dtype, pointer<void>(out)};
   py::gil_scoped_release release;
   return GK_CALL_CPU(fp8_dequantize, args, int(stream_or_threads));
 }

@@ -16,12 +16,10 @@ struct Arithmetic<double> {
   using type = double;
 };
 
-// Calls body(T()), where T is the element type that `dtype` numbers.
+// Calls body(T()), where T is the element type that `dtype` numbers: one of those that are computed in float.
 template <typename Body>
-GK_HOST_DEVICE auto by_dtype(int dtype, const Body& body) {
+GK_HOST_DEVICE auto by_float_dtype(int dtype, const Body& body) {
   switch (dtype) {
-    case kFloat64:
-      return body(double());
     case kBFloat16:
       return body(bfloat16());
     case kFloat16:
@@ -29,6 +27,12 @@ GK_HOST_DEVICE auto by_dtype(int dtype, const Body& body) {
     default:
       return body(float());
   }
+}
+
+// The same of any type.
+template <typename Body>
+GK_HOST_DEVICE auto by_dtype(int dtype, const Body& body) {
+  return dtype == kFloat64 ? body(double()) : by_float_dtype(dtype, body);
 }
 
 }  // namespace GK_ISA

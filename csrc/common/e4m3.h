@@ -1,4 +1,4 @@
-// e4m3 (four bits of exponent, three of mantissa, no infinity): conversion, and the scale of a tile. Integer arithmetic on
+// e4m3 (four bits of exponent, three of mantissa, no infinity): conversion, tiles and their scale. Integer arithmetic on
 // float's bits without branches, so that loops vectorise; every processor gives the same bits.
 #pragma once
 
@@ -10,9 +10,15 @@
 namespace grpo_kernels {
 namespace GK_ISA {
 
+constexpr int64_t kTile = 128;  // elements that share a scale
 constexpr uint32_t kMagnitudeBits = 0x7fffffffu;
 constexpr uint32_t kInfinityBits = 0x7f800000u;  // of a float; NaN is above
 constexpr float kE4m3Maximum = 448.0f;           // 1.75 * 2^8
+
+GK_HOST_DEVICE int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
+
+// Elements of the tile that starts at `begin`.
+GK_HOST_DEVICE int64_t tile_size(int64_t begin, int64_t size) { return size - begin < kTile ? size - begin : kTile; }
 
 // Rounded to nearest, ties to even; beyond 448 it is 448, NaN is 0x7f.
 GK_HOST_DEVICE uint8_t e4m3_encode(float value) {

@@ -3,14 +3,19 @@
 
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "common/macros.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
 
-// Calls body(begin, end) for consecutive ranges of at most `grain` rows. One thread, or one range, opens no parallel region.
+// Calls body(worker, begin, end) for consecutive ranges of at most `grain` rows. No two of one worker, a number below
+// `threads`, run at a time. One thread, or one range, opens no parallel region.
 template <typename Body>
-inline void parallel_rows(int64_t rows, int threads, int64_t grain, const Body& body) {
+inline void parallel_workers(int64_t rows, int threads, int64_t grain, const Body& body) {
   const int64_t chunks = rows <= 0 ? 0 : (rows + grain - 1) / grain;
 #if defined(_OPENMP)
   if (threads > 1 && chunks > 1) {
@@ -18,7 +23,7 @@ inline void parallel_rows(int64_t rows, int threads, int64_t grain, const Body& 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t begin = chunk * grain;
-      body(begin, begin + grain < rows ? begin + grain : rows);
+      body(omp_get_thread_num(), begin, begin + grain < rows ? begin + grain : rows);
     }
     return;
   }
@@ -27,8 +32,14 @@ inline void parallel_rows(int64_t rows, int threads, int64_t grain, const Body& 
 #endif
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t begin = chunk * grain;
-    body(begin, begin + grain < rows ? begin + grain : rows);
+    body(0, begin, begin + grain < rows ? begin + grain : rows);
   }
+}
+
+// The same for bodies that need no number: body(begin, end).
+template <typename Body>
+inline void parallel_rows(int64_t rows, int threads, int64_t grain, const Body& body) {
+  parallel_workers(rows, threads, grain, [&](int, int64_t begin, int64_t end) { body(begin, end); });
 }
 
 }  // namespace GK_ISA

@@ -2,9 +2,8 @@
 // else goes in blocks of 128 x 128: one read from memory, the maxima of columns or of the block, the codes in a buffer, which
 // is transposed there so that what is written are whole lines.
 
-#include "common/cpu_dtype.h"
+#include "common/cpu_fp8.h"
 #include "common/parallel.h"
-#include "fp8_quantize/cpu_transpose.h"
 #include "fp8_quantize/formula.h"
 
 namespace grpo_kernels {
@@ -14,42 +13,7 @@ namespace {
 constexpr int64_t kElementsPerChunk = 65536;   // per task
 constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
 
-struct Tile {
-  alignas(64) uint8_t codes[kTile * kTile];
-};
-
-template <typename T>
-inline float load(T value) {
-  return float(to_arithmetic(value));
-}
-
-inline int32_t magnitude_bits(float value) { return int32_t(float_to_bits(value) & kMagnitudeBits); }
-
 inline int threads_for(int64_t elements, int threads) { return elements < kElementsPerThread ? 1 : threads; }
-
-// The codes of a row's tile; returns its scale.
-template <bool kPowerOfTwo, typename T>
-__attribute__((always_inline)) inline float quantize_row_tile(const T* x, int64_t count, float eps, uint8_t* out) {
-  alignas(64) float values[kTile];
-  int32_t amax = 0;
-#pragma omp simd reduction(max : amax)
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = load(x[i]);
-    const int32_t bits = magnitude_bits(values[i]);
-    amax = bits > amax ? bits : amax;
-  }
-  float factor;
-  const float scale = e4m3_scale<kPowerOfTwo>(uint32_t(amax), eps, factor);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = e4m3_scaled<kPowerOfTwo>(values[i], factor);
-  return scale;
-}
-
-template <bool kPowerOfTwo, typename T>
-inline float quantize_row(const T* x, int64_t count, float eps, uint8_t* out) {
-  return count == kTile ? quantize_row_tile<kPowerOfTwo>(x, kTile, eps, out)
-                        : quantize_row_tile<kPowerOfTwo>(x, count, eps, out);
-}
 
 template <bool kPowerOfTwo, typename T>
 void quantize_rows(const Fp8QuantizeArgs& a, int threads) {
@@ -62,34 +26,9 @@ void quantize_rows(const Fp8QuantizeArgs& a, int threads) {
       const T* x = static_cast<const T*>(a.x) + batch * a.batch_stride + row * a.row_stride;
       uint8_t* data = out.data + batch * out.batch_stride + row * out.row_stride;
       float* scale = out.scale + batch * out.scale_batch_stride + row * out.scale_row_stride;
-      for (int64_t start = 0; start < a.columns; start += kTile, scale += out.scale_tile_stride) {
-        *scale = quantize_row<kPowerOfTwo>(x + start, tile_size(start, a.columns), a.eps, data + start);
-      }
+      quantize_row<kPowerOfTwo>(x, a.columns, a.eps, data, scale, out.scale_tile_stride);
     }
   });
-}
-
-// A block of x, and where it lies.
-template <typename T>
-struct Block {
-  const T* x;
-  int64_t stride, batch, row, column, rows, columns;  // the first row and column, and how many
-  int64_t next_columns;                               // of the block to the right, which comes next
-};
-
-template <typename T>
-Block<T> block_at(const Fp8QuantizeArgs& a, int64_t place) {
-  const int64_t across = tiles(a.columns), down = tiles(a.rows);
-  Block<T> block;
-  block.column = place % across * kTile;
-  block.row = place / across % down * kTile;
-  block.batch = place / across / down;
-  block.rows = tile_size(block.row, a.rows);
-  block.columns = tile_size(block.column, a.columns);
-  block.next_columns = block.column + kTile < a.columns ? tile_size(block.column + kTile, a.columns) : 0;
-  block.stride = a.row_stride;
-  block.x = static_cast<const T*>(a.x) + block.batch * a.batch_stride + block.row * block.stride + block.column;
-  return block;
 }
 
 // Fetches a row of the block that comes next: rows are too many streams for the processor to foresee them.
@@ -108,55 +47,37 @@ inline void column_maxima(const Block<T>& block, int32_t* maxima) {
     fetch_next(block, x);
 #pragma omp simd
     for (int64_t i = 0; i < block.columns; ++i) {
-      const int32_t bits = magnitude_bits(load(x[i]));
+      const int32_t bits = magnitude_bits(load_float(x[i]));
       maxima[i] = bits > maxima[i] ? bits : maxima[i];
     }
   }
 }
 
-template <bool kPowerOfTwo, typename T>
-inline void encode_columns(const Block<T>& block, const float* factors, Tile& tile) {
-  for (int64_t row = 0; row < block.rows; ++row) {
-    const T* x = block.x + row * block.stride;
-    uint8_t* codes = tile.codes + row * kTile;
-#pragma omp simd
-    for (int64_t i = 0; i < block.columns; ++i) codes[i] = e4m3_scaled<kPowerOfTwo>(load(x[i]), factors[i]);
-  }
-}
-
 template <typename T>
-inline void write_transposed(const Block<T>& block, const Tile& tile, const Fp8Tensor& out) {
-  Tile turned;
-  transpose_tile(tile.codes, block.rows, block.columns, turned.codes);
+inline void write_turned(const Block<T>& block, const Tile& tile, const Fp8Tensor& out) {
   uint8_t* data = out.data + block.batch * out.batch_stride + block.column * out.row_stride + block.row;
-  for (int64_t i = 0; i < block.columns; ++i) {
-    memcpy(data + i * out.row_stride, turned.codes + i * kTile, size_t(block.rows));
-  }
+  write_transposed(tile, block.rows, block.columns, data, out.row_stride);
 }
 
 // A block whose rows and columns have tiles of their own.
 template <bool kPowerOfTwo, typename T>
 void quantize_narrow(const Fp8QuantizeArgs& a, const Block<T>& block) {
   alignas(64) int32_t maxima[kTile];
-  alignas(64) float factors[kTile];
-  Tile tile;
   column_maxima(block, maxima);
   const Fp8Tensor& turned = a.transposed;
+  uint8_t* data = turned.data + block.batch * turned.batch_stride + block.column * turned.row_stride + block.row;
   float* scale = turned.scale + block.batch * turned.scale_batch_stride + block.column * turned.scale_row_stride +
                  block.row / kTile * turned.scale_tile_stride;
-  for (int64_t i = 0; i < block.columns; ++i) {
-    scale[i * turned.scale_row_stride] = e4m3_scale<kPowerOfTwo>(uint32_t(maxima[i]), a.eps, factors[i]);
-  }
-  encode_columns<kPowerOfTwo>(block, factors, tile);
-  write_transposed(block, tile, turned);
+  quantize_columns<kPowerOfTwo>(block.x, block.stride, block.rows, block.columns, maxima, a.eps, data, turned.row_stride, scale,
+                                turned.scale_row_stride);
   if (a.plain.data == nullptr) return;
   const Fp8Tensor& plain = a.plain;
-  uint8_t* data = plain.data + block.batch * plain.batch_stride + block.row * plain.row_stride + block.column;
+  data = plain.data + block.batch * plain.batch_stride + block.row * plain.row_stride + block.column;
   scale = plain.scale + block.batch * plain.scale_batch_stride + block.row * plain.scale_row_stride +
           block.column / kTile * plain.scale_tile_stride;
   for (int64_t row = 0; row < block.rows; ++row) {
     scale[row * plain.scale_row_stride] =
-        quantize_row<kPowerOfTwo>(block.x + row * block.stride, block.columns, a.eps, data + row * plain.row_stride);
+        quantize_row_tile<kPowerOfTwo>(block.x + row * block.stride, block.columns, a.eps, data + row * plain.row_stride);
   }
 }
 
@@ -177,7 +98,7 @@ void quantize_square(const Fp8QuantizeArgs& a, const Block<T>& block) {
   float factor;
   const float scale = e4m3_scale<kPowerOfTwo>(uint32_t(amax), a.eps, factor);
   for (int64_t i = 0; i < kTile; ++i) factors[i] = factor;
-  encode_columns<kPowerOfTwo>(block, factors, tile);
+  encode_columns<kPowerOfTwo>(block.x, block.stride, block.rows, block.columns, factors, tile);
   const Fp8Tensor& plain = a.plain;
   if (plain.data != nullptr) {
     set_scale(plain, block.batch, block.row, block.column, scale);
@@ -188,7 +109,7 @@ void quantize_square(const Fp8QuantizeArgs& a, const Block<T>& block) {
   }
   if (a.transposed.data != nullptr) {
     set_scale(a.transposed, block.batch, block.column, block.row, scale);
-    write_transposed(block, tile, a.transposed);
+    write_turned(block, tile, a.transposed);
   }
 }
 

@@ -4,17 +4,10 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/fp8_tensor.h"
 #include "common/macros.h"
 
 namespace grpo_kernels {
-
-// Strides in elements. Rows of data are dense.
-struct Fp8Tensor {
-  uint8_t* data;  // [batch, rows, columns]; null: not wanted
-  int64_t batch_stride, row_stride;
-  float* scale;  // [batch, rows or their tiles, tiles of columns]
-  int64_t scale_batch_stride, scale_row_stride, scale_tile_stride;
-};
 
 // x in tiles of 1 x 128, square: of 128 x 128, and its transpose in such tiles of its own.
 struct Fp8QuantizeArgs {

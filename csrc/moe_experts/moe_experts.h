@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/fp8_tensor.h"
 #include "common/macros.h"
 
 namespace grpo_kernels {
@@ -35,7 +36,32 @@ struct MoeGluBackwardArgs {
   void* grad_weights;          // [slots]; null: not wanted. Slots without a row are not written
 };
 
+struct MoeGluQuantizeArgs {
+  GluRows layout;       // of float32 or less; without weights
+  float eps;            // no scale below that of a tile whose largest magnitude is this
+  Fp8Tensor activated;  // [rows, width] in tiles of 1 x 128
+  Fp8Tensor kept;       // the pre-activations likewise; may be absent
+};
+
+// What moe_glu_backward gives of pre-activations in eight bits. What is not wanted is null.
+struct MoeGluBackwardQuantizeArgs {
+  GluRows layout;              // its `preact` is null, its `dtype` that of the wide results
+  Fp8Tensor preact;            // [rows, 2 * width] in tiles of 1 x 128
+  const void* grad_activated;  // [rows, width] of `grad_dtype`, without the rows' weights; null: 0
+  int grad_dtype;
+  const float* row_terms;  // [rows], or null
+  float eps, grad_eps;     // for the activation, for the gradient
+  Fp8Tensor grad, grad_t;  // of the pre-activations, [rows, 2 * width] and its transpose in tiles of 1 x 128
+  void* grad_wide;         // [rows, 2 * width]
+  Fp8Tensor activated_t;   // [width, rows], times the rows' weights
+  void* activated_wide;    // [rows, width]
+  float* grad_weights;     // [slots]; slots without a row are not written
+  void* workspace;         // bytes as moe_glu_quantize_workspace says
+};
+
 GK_DECLARE_CPU_LAUNCHER(moe_glu, MoeGluArgs)
 GK_DECLARE_CPU_LAUNCHER(moe_glu_backward, MoeGluBackwardArgs)
+GK_DECLARE_CPU_LAUNCHER(moe_glu_quantize, MoeGluQuantizeArgs)
+GK_DECLARE_CPU_LAUNCHER(moe_glu_backward_quantize, MoeGluBackwardQuantizeArgs)
 
 }  // namespace grpo_kernels

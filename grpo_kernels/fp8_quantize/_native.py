@@ -12,8 +12,8 @@ from grpo_kernels.fp8_quantize.layout import TILE, empty_dequantized, empty_quan
 _ABSENT = (0,) * 7
 
 
-def _numbers(data: Tensor, scale: Tensor) -> tuple[int, ...]:
-    """csrc/fp8_quantize/fp8_quantize.h: Fp8Tensor."""
+def numbers(data: Tensor, scale: Tensor) -> tuple[int, ...]:
+    """csrc/common/fp8_tensor.h: Fp8Tensor; of [0] one that is not wanted."""
     if data.ndim == 1:
         return _ABSENT
     batches = (data.stride(0), scale.stride(0)) if data.ndim == 3 else (0, 0)
@@ -28,7 +28,7 @@ def fp8_quantize(
     x: Tensor, square: bool, power_of_two: bool, rows: bool, columns: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = empty_quantized(x, square, power_of_two, rows, columns, eps)
-    plain, transposed = _numbers(*outputs[:2]), _numbers(*outputs[2:])
+    plain, transposed = numbers(*outputs[:2]), numbers(*outputs[2:])
     if x.stride(-1) != 1 and x.stride(-2) == 1:  # a transposed view: the other way round
         x, plain, transposed = x.transpose(-1, -2), transposed, plain
     elif x.stride(-1) != 1:
@@ -59,7 +59,7 @@ def fp8_dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if data.stride(-1) != 1:
         data = data.contiguous()
     _extension.extension().fp8_dequantize(
-        _numbers(data, scale),
+        numbers(data, scale),
         *_sizes(data),
         _tile(scale.shape[-2], data.shape[-2]),
         _tile(scale.shape[-1], data.shape[-1]),

@@ -8,7 +8,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "fp8_quantize/formula.h"
+#include "common/e4m3.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
