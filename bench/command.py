@@ -91,6 +91,8 @@ def _measure(arguments: argparse.Namespace) -> report.Results:
 
     given = {name: getattr(arguments, name) for name in ("seconds", "deadline") if getattr(arguments, name)}
     effort = dataclasses.replace(run.QUICK if arguments.quick else run.FULL, **given)
+    if arguments.first:
+        effort = dataclasses.replace(effort, first=tuple(arguments.first))
     path = _path(arguments, device)
 
     def keep(results: report.Results) -> None:

@@ -28,6 +28,7 @@ class Effort:
     maximum_rounds: int = 60
     memory: bool = True
     deadline: float = math.inf  # seconds after the start: what has not begun by then is left out
+    first: tuple[str, ...] = ()  # under a deadline, of the short list, these words' cases come first
 
 
 def make_inputs(case: Case, device: str, size: str) -> Inputs:

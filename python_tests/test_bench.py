@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -199,6 +200,10 @@ def test_with_a_deadline_the_short_list_comes_first_and_the_rest_is_named(monkey
     results = run.run("cpu", effort, cases, Progress())
     assert [record["case"] for record in results["cases"]] == ["of the host", "short"]
     assert results["skipped"] == ["group_advantages: long"]
+    now = iter(range(0, 1000, 10))
+    cases = [case("short", quick=True), case("of FP8", quick=True), case("long, of FP8")]
+    results = run.run("cpu", dataclasses.replace(effort, first=("int8", "FP8"), deadline=25.0), cases, Progress())
+    assert results["skipped"] == ["group_advantages: short", "group_advantages: long, of FP8"]
 
 
 def test_what_is_measured_so_far_is_handed_on_after_every_case(monkeypatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from bench.gpu_check import phases, processes, results, runner, steps, summary
 from bench.gpu_check import settings as settings_module
-from bench.gpu_check.__main__ import check, main
+from bench.gpu_check.__main__ import check, main, plan_lines
 from bench.gpu_check.phases import PHASES, Phase
 from bench.gpu_check.results import Check, Results
 from bench.gpu_check.runner import Runner
@@ -127,6 +127,59 @@ def test_later_phases_keep_their_share(settings) -> None:
     assert limits == pytest.approx([162 - 215, 162 - 85, 100, 100, 100], abs=1)
     run.results.checks["reserved"] = Check("reserved", "pass", 1.0, "")
     assert run.limit(chosen[0]) == pytest.approx(162 - 85, abs=1)
+
+
+def test_a_plan_says_what_is_sure(settings) -> None:
+    chosen = [
+        _phase("early", "", limit=500),
+        _phase("nice", "", limit=100, worthwhile=50),
+        _phase("reserved", "", limit=200, reserve=130),
+        _phase("one", "", limit=100, reserve=60, group="together"),
+        _phase("two", "", limit=100, reserve=60, group="together"),
+        _phase("last", "", limit=100, reserve=25),
+    ]
+    plan = Runner(settings, Results(settings), chosen, time.monotonic()).plan()
+    assert [phase.name for phase, _, _ in plan] == [phase.name for phase in chosen]
+    assert [most for _, most, _ in plan] == [500, 100, 200, 100, 100, 100]
+    assert [least for _, _, least in plan] == pytest.approx([347, 0, 130, 60, 60, 25], abs=1)
+    roomy = dataclasses.replace(settings, budget=2 * settings_module.BUDGET)
+    plan = Runner(roomy, Results(roomy), chosen[1:], time.monotonic()).plan()
+    assert [least for _, _, least in plan] == [200, 400, 200, 200, 200]
+
+
+def test_the_phases_in_their_order_and_what_each_is_sure_of(settings) -> None:
+    """However slow the machine is, the products of FP8 are tried on random problems and timed."""
+    runner = Runner(settings, Results(settings), PHASES, time.monotonic())
+    plan = {phase.name: least for phase, _, least in runner.plan()}
+    names = list(plan)
+    assert names[:5] == ["versions", "packages", "build", "small", "fuzz"]
+    assert names.index("fuzz") < names.index("tests") < names.index("tuning") < names.index("benchmarks")
+    assert plan["small"] > 15
+    assert plan["fuzz"] == pytest.approx(45, abs=1)
+    assert plan["benchmarks"] == pytest.approx(130, abs=1)
+    one_each = {phase.group or phase.name: plan[phase.name] for phase in PHASES}
+    assert sum(one_each.values()) < settings_module.BUDGET
+    printed = " ".join(plan_lines(runner))
+    assert "fuzz 75/45, verify 110/0," in printed
+    assert max(map(len, plan_lines(runner))) < 120
+
+
+def test_a_phase_that_may_be_left_out_is_skipped_and_says_why(settings) -> None:
+    found = Results(settings)
+    chosen = [
+        _phase("tuning", "print('tuned 3 of 5 classes'); raise SystemExit(75)", worthwhile=9),
+        _phase("little", "", limit=5, worthwhile=9),
+    ]
+    Runner(settings, found, chosen, time.monotonic()).run()
+    assert _found(found) == {
+        "tuning": ("skip", "tuned 3 of 5 classes"),
+        "little": ("skip", "5 s were left for it, and it needs 9 s"),
+    }
+    assert summary.status(found) == 0
+    found = Results(settings)
+    late = [_phase("reserved", "", reserve=25), _phase("tuning", "print('tuned')", limit=12, worthwhile=12)]
+    Runner(dataclasses.replace(settings, budget=35), found, late[::-1], time.monotonic()).run()
+    assert _found(found)["tuning"] == ("pass", "tuned"), "in the time that the others left"
 
 
 def test_a_group_runs_at_once_and_late_phases_are_not_begun(settings) -> None:
@@ -329,7 +382,7 @@ def test_the_summary_is_one_screen(settings) -> None:
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_every_phase_has_a_command(rehearse: bool, tmp_path) -> None:
     settings = Settings(rehearse, sys.executable, tmp_path, tmp_path, workers=3)
-    machine = {"capability": "90", "public": ["token_log_probs"], "packages": ["token_log_probs"]}
+    machine = {"slug": "a-gpu", "capability": "90", "public": ["token_log_probs"], "packages": ["token_log_probs"]}
     phases.machine_file(settings).write_text(json.dumps(machine))
     for phase in PHASES:
         for limit in (phase.limit, 10.0):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, metavar="STATE", help="continue from this gpu_check_state.json")
     parser.add_argument("--fresh", action="store_true", help="run everything, whatever has passed before")
     parser.add_argument("--bench-seconds", type=float, default=0.5, help="for each benchmark (default %(default)s)")
+    parser.add_argument("--plan", action="store_true", help="print the seconds that every phase gets, and run nothing")
     parser.add_argument("--workers", type=int, help="test processes that share the GPU")
     options = parser.parse_args(arguments)
     for name in ("output", "resume"):  # before the folder is changed
@@ -78,8 +80,17 @@ def check(settings: Settings, chosen: list[Phase], options: argparse.Namespace) 
         results.forget(keep=chosen[0].name)
     print(f"  {said}" if said else "  from the beginning", flush=True)
     rest = [dataclasses.replace(phase, always=True) if options.only else phase for phase in chosen[1:]]
-    Runner(settings, results, rest, begin).run()
+    runner = Runner(settings, results, rest, begin)
+    print("\n".join(plan_lines(runner)), flush=True)
+    runner.run()
     return results, time.monotonic() - begin
+
+
+def plan_lines(runner: Runner) -> list[str]:
+    """A few lines: the seconds of every phase at most, and at least."""
+    parts = [f"{phase.name} {most:.0f}/{least:.0f}" for phase, most, least in runner.plan()]
+    text = "seconds of each phase at most, and when all before it take theirs: " + ", ".join(parts)
+    return textwrap.wrap(text, 118, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _record(results: Results) -> None:
@@ -96,6 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _stop)
     os.chdir(ROOT)
     print(f"gpu-check with {settings.python}, at most {settings.budget:.0f} s", flush=True)
+    if options.plan:
+        print("\n".join(plan_lines(Runner(settings, Results(settings), _chosen(options.only), time.monotonic()))))
+        return 0
     results, seconds = check(settings, _chosen(options.only), options)
     _record(results)
     print("\n" + "\n".join(summary.lines_of(results, seconds)), flush=True)

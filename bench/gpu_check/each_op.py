@@ -10,13 +10,19 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bench.gpu_check import processes
-from bench.gpu_check.settings import ROOT
+from bench.gpu_check.settings import ROOT, cores
+
+
+def _environment(workers: int) -> dict[str, str]:
+    """With a share of the cores for each."""
+    return {"OMP_NUM_THREADS": str(max(1, cores() // workers)), **os.environ}
 
 
 def _one(op: str, arguments: argparse.Namespace, folder: Path, end: float) -> tuple[processes.Result, str]:
@@ -24,7 +30,8 @@ def _one(op: str, arguments: argparse.Namespace, folder: Path, end: float) -> tu
     if arguments.json:
         command += ["--json", str(folder / f"{op}.json")]
     log = folder / f"{op}.log"
-    result = processes.run(command, max(end - time.monotonic(), 1.0), log, None, ROOT, session=False)
+    environment = _environment(arguments.workers)
+    result = processes.run(command, max(end - time.monotonic(), 1.0), log, environment, ROOT, session=False)
     return result, log.read_text(errors="replace").strip()
 
 

@@ -229,6 +229,11 @@ class Results:
         return self.settings.output / f"{self.machine['slug']}.json"
 
     @property
+    def tuning(self) -> Path:
+        """What the phase `tuning` writes."""
+        return self.settings.output / f"tuning-{self.machine['slug']}.json"
+
+    @property
     def log(self) -> Path:
         return self.settings.output / "gpu_check.log"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ class Runner:
     def left(self) -> float:
         return self.settings.budget - _MARGIN - (time.monotonic() - self.begin)
 
-    def limit(self, phase: Phase) -> float:
-        """Seconds for a phase: its own limit, less what has to be kept for those after it."""
+    def limit(self, phase: Phase, left: float | None = None) -> float:
+        """Seconds for a phase, of those that are left: its own limit, less what has to be kept for those after it."""
         later: dict[str, float] = {}
         seen = False
         for other in self.chosen:
@@ -41,7 +42,25 @@ class Runner:
                 later[other.group or other.name] = other.reserve  # a group runs at once
             seen = seen or other is phase
         reserved = sum(later.values()) * self.settings.stretch
-        return min(phase.limit * self.settings.stretch, self.left() - reserved)
+        return min(phase.limit * self.settings.stretch, (self.left() if left is None else left) - reserved)
+
+    def plan(self) -> list[tuple[Phase, float, float]]:
+        """Of each phase: its seconds at most, and what it gets at least, when all before it take as long as they may; 0
+        where it is then left for the end."""
+        found: list[tuple[Phase, float, float]] = []
+        left = self.left()
+        for phases in self._neighbours([phase for phase in self.chosen if not self.settled(phase)]):
+            limits = [self.limit(phase, left) for phase in phases]
+            assured = [
+                limit if limit >= max(_LEAST, p.worthwhile) else 0.0 for p, limit in zip(phases, limits, strict=True)
+            ]
+            found += [(p, p.limit * self.settings.stretch, least) for p, least in zip(phases, assured, strict=True)]
+            left -= max(assured)
+        return found
+
+    def _neighbours(self, phases: Sequence[Phase]) -> list[list[Phase]]:
+        """Those of one group, which run at the same time, together."""
+        return [list(group) for _, group in itertools.groupby(phases, lambda phase: phase.group or phase.name)]
 
     def settled(self, phase: Phase) -> bool:
         return not phase.always and self.results.has_passed(phase.name)
@@ -54,18 +73,18 @@ class Runner:
 
     def _could_go_on(self, phase: Phase) -> bool:
         check = self.results.checks.get(phase.name)
-        if check is None or check.kept or self.left() < max(_LEAST, phase.reserve):
+        if check is None or check.kept or self.left() < max(_LEAST, phase.reserve, phase.worthwhile):
             return False
+        if phase.worthwhile and check.verdict == SKIP:
+            return check.seconds == 0
         unfinished = phase.outcomes and check.verdict in (FAIL, LATE) and "not run" in check.note
         return unfinished or (check.verdict == LATE and check.seconds == 0)
 
     def _pass(self) -> None:
         """The chosen phases in order; neighbours of one group at the same time."""
-        position = 0
-        while position < len(self.chosen) and not processes.stop.is_set():
-            phase = self.chosen[position]
-            neighbours = [p for p in self.chosen[position:] if p.group and p.group == phase.group] or [phase]
-            position += len(neighbours)
+        for neighbours in self._neighbours(self.chosen):
+            if processes.stop.is_set():
+                break
             threads = [threading.Thread(target=self.phase, args=(p,), daemon=True) for p in neighbours]
             for thread in threads:
                 thread.start()
@@ -86,6 +105,10 @@ class Runner:
             self.results.add(phase, Check(phase.name, SKIP, 0.0, self.results.blocked))
             return
         limit = self.limit(phase)
+        if phase.worthwhile and limit < phase.worthwhile:
+            note = f"{max(limit, 0.0):.0f} s were left for it, and it needs {phase.worthwhile:.0f} s"
+            self.results.add(phase, Check(phase.name, SKIP, 0.0, note))
+            return
         if limit < _LEAST:
             self.results.add(phase, Check(phase.name, LATE, 0.0, f"no time left of {self.settings.budget:.0f} s"))
             return
@@ -104,6 +127,8 @@ class Runner:
         output = log.read_text(errors="replace")
         note = note_of(phase, output)
         verdict = LATE if result.stopped else _WORDS.get(result.status, FAIL)
+        if phase.worthwhile and not result.stopped and verdict == LATE:
+            verdict = SKIP  # with what it has: it had no time for everything, and proves nothing
         if result.stopped:
             note = f"{result.stopped}; its last words: {note}"
         elif verdict == FAIL:

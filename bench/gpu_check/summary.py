@@ -64,7 +64,8 @@ def lines_of(results: Results, seconds: float) -> list[str]:
     head = "REHEARSAL on the CPU: this proves nothing about CUDA" if results.settings.rehearse else "gpu-check"
     machine = results.machine["machine"].get("device", "unknown device")
     first = f"{head}; {machine}; {', '.join(counts)}; {seconds:.0f} s"
-    files = [path.name for path in (results.file, results.log, results.state) if path.exists()]
+    written = (results.file, results.log, results.state, results.tuning)
+    files = [path.name for path in written if path.exists()]
     last = f"in {results.settings.output}: {', '.join(files)}"
     failed = [name for check in checks for name in check.failed]
     room = max(0, LINES - 3 - len(body))

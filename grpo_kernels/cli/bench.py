@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--quick", action="store_true", help="fewer cases and rounds, no memory figures")
     what.add_argument("--seconds", type=float, help="time for each case (default 5)")
     what.add_argument("--deadline", type=float, help="seconds after which no further case is begun")
+    what.add_argument(
+        "--first", action="append", metavar="WORD", help="under a deadline: those of --quick with it in their names"
+    )
     what.add_argument("--list", action="store_true", help="name the cases and their providers, measure nothing")
     what.add_argument("--results", type=Path, metavar="FILE", help="take these saved results instead of measuring")
     use = parser.add_argument_group("what to do with the results, besides the tables")
