@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import grpo_kernels
 from grpo_kernels import _dispatch, _extension
 from python_tests import samples
+from python_tests.gpu.fuzz.stages import Recorder, check_stages
 from python_tests.samples import Call, assert_gradients_agree, tensors
 
 _NO_CPU = pytest.mark.skipif(bool(_extension.cpu_problem()), reason=f"native CPU kernels: {_extension.cpu_problem()}")
@@ -61,6 +63,11 @@ def placed(tensor: Tensor, device: str) -> Tensor:
     return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
+def has_kernel(arguments: Sequence[Any], device: str) -> bool:
+    """On CUDA none takes float64: public functions then resolve to the reference."""
+    return device != "cuda" or not any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments[:1])
+
+
 def call_op(op: str, inputs: Sequence[Any], device: str) -> list[Tensor]:
     """What a registered op returns with the kernels of its public function, then what it writes."""
     overload = getattr(torch.ops.grpo_kernels, op).default
@@ -106,6 +113,21 @@ def assert_agrees(call: Call, actual: Sequence[Tensor], expected: Sequence[Tenso
     values = len(actual) - len(call.differentiable) if call.differentiable else len(actual)
     assert_same(actual[:values], expected[:values])
     assert_gradients_agree(call, actual[values:], expected[values:])
+
+
+def assert_as_on_the_cpu(call: Call, device: str) -> None:
+    """What kernels of the device give is what the reference gives on the CPU."""
+    with grpo_kernels.backend("reference"):
+        expected = run(call, inputs_of(call, "cpu"))
+    with Recorder() if call.in_stages else contextlib.nullcontext() as recorder:
+        actual = run(call, inputs_of(call, device))
+    assert all(tensor.device.type == device for tensor in actual)
+    assert [(t.shape, t.dtype) for t in actual] == [(t.shape, t.dtype) for t in expected]
+    if recorder is None:
+        assert_agrees(call, actual, expected)
+    else:
+        assert recorder.ran
+        check_stages(recorder.ran)
 
 
 def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

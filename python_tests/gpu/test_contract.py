@@ -18,11 +18,13 @@ from python_tests.gpu.devices import (
     CUDA,
     DEVICES,
     assert_agrees,
+    assert_as_on_the_cpu,
     assert_identical,
     assert_same,
     call_op,
     captured,
     fresh,
+    has_kernel,
     inputs_of,
     kernel_backends,
     late_inputs,
@@ -53,12 +55,7 @@ def test_the_promised_backend_is_available(op: str, device: str) -> None:
 @ON_DEVICES
 @pytest.mark.parametrize("call", CALLS)
 def test_kernels_agree_with_the_reference_on_the_cpu(call: Call, device: str) -> None:
-    with grpo_kernels.backend("reference"):
-        expected = run(call, inputs_of(call, "cpu"))
-    actual = run(call, inputs_of(call, device))
-    assert all(tensor.device.type == device for tensor in actual)
-    assert [(t.shape, t.dtype) for t in actual] == [(t.shape, t.dtype) for t in expected]
-    assert_agrees(call, actual, expected)
+    assert_as_on_the_cpu(call, device)
 
 
 @ON_DEVICES
@@ -105,7 +102,7 @@ def _registered_op(op: str, arguments: tuple[Any, ...], device: str, guarded: bo
 @pytest.mark.parametrize(("op", "arguments"), REGISTERED)
 def test_registered_ops_stay_in_bounds_and_do_not_wait(op: str, arguments: tuple[Any, ...], device: str) -> None:
     """Each by itself, the backwards too. Values are not compared: what a forward leaves for its backward is its own."""
-    if device == "cuda" and any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments[:1]):
+    if not has_kernel(arguments, device):
         pytest.skip("kernels for float64 on CUDA: there are none, the public function takes the reference")
     expected = _registered_op(op, arguments, device)
     with guarded_allocations(), poisoned_allocations():

@@ -28,6 +28,8 @@ class Call:
         autocast: the inputs that autocast casts, as for `F.linear`. () = autocast changes nothing.
         rounds: a narrow dtype through which gradients may pass inside a kernel: on two devices they agree to two
             roundings to it, relative to the largest element, since sums of rounded terms cancel.
+        in_stages: it rounds to FP8 between its ops, so that sums that differ in the last bit end in other codes: on two
+            devices its ops agree, each given the same operands.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Call:
     differentiable: tuple[int, ...] = field(default=())
     autocast: tuple[int, ...] = ()
     rounds: torch.dtype | None = None
+    in_stages: bool = False
 
 
 @dataclass(frozen=True)

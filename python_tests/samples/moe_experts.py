@@ -118,6 +118,7 @@ CALLS = [
         _make(*_EXACT[:3], WEIGHTS, IDS),
         (0, 1, 2, 3),
         autocast=(0, 1, 2),
+        in_stages=True,
     ),
     Call(
         "fp8_gpt_oss",
@@ -125,6 +126,7 @@ CALLS = [
         _make(*_EXACT, WEIGHTS, IDS.int()),
         (0, 1, 2, 3, 4, 5),
         autocast=(0, 1, 2, 3, 4),
+        in_stages=True,
     ),
     Call(
         "swiglu",

@@ -1,57 +1,17 @@
-"""Routed experts in FP8, forward and backward, stage by stage.
-
-Rounding to 3 bits makes two runs whose sums differ in the last bit differ in whole codes further on, so results of two
-devices have no useful bound. Instead every op that runs is written down with its arguments, and its results are checked
-given these; and the ops are those, in their order, that run on the CPU.
-"""
+"""Routed experts in FP8, forward and backward, stage by stage; and the stages are those, in their order, of the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
-from python_tests.gpu.fuzz.checks import CHECKS
 from python_tests.gpu.fuzz.compare import same_bits
 from python_tests.gpu.fuzz.problems import Dice
-from python_tests.samples import tensors
-
-
-class Ran(NamedTuple):
-    """One op: its arguments and what it returned or wrote, on the CPU."""
-
-    op: str
-    arguments: tuple[Any, ...]
-    results: list[Tensor]
-
-
-def _copies(values: Sequence[Any]) -> list[Any]:
-    return [value.detach().cpu().clone() if isinstance(value, Tensor) else value for value in values]
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down the package's ops that run in the block, those of the backward too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran: list[Ran] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "grpo_kernels":
-            return func(*args, **(kwargs or {}))
-        arguments = (*args, *(kwargs or {}).values())[:-1]  # without the backend
-        before = _copies(arguments)
-        returned = func(*args, **(kwargs or {}))
-        described = func._schema.arguments
-        written = [a for a, d in zip(arguments, described, strict=False) if d.alias_info and d.alias_info.is_write]
-        self.ran.append(
-            Ran(func._schema.name.rpartition("::")[2], tuple(before), _copies(tensors([returned, *written])))
-        )
-        return returned
+from python_tests.gpu.fuzz.stages import Ran, Recorder, check_stages, copies
 
 
 class Experts(NamedTuple):
@@ -76,7 +36,7 @@ class Experts(NamedTuple):
             )
             out.backward(self.upstream.to(device))
         found = [out.detach(), *(leaf.grad for leaf in given.values() if leaf.grad is not None)]
-        return _copies([*found, *(t for t in totals if t is not None)]), recorder.ran
+        return copies([*found, *(t for t in totals if t is not None)]), recorder.ran
 
 
 def layer(dice: Dice) -> Experts:
@@ -118,13 +78,7 @@ def experts(dice: Dice) -> tuple[str, Callable[[str], None]]:
         found, ran = problem.run(device)
         for index, (a, b) in enumerate(zip(found, problem.run(device)[0], strict=True)):
             same_bits(f"result {index} of equal calls", a, b)
-        for position, (op, arguments, results) in enumerate(ran):
-            if op not in CHECKS:
-                raise AssertionError(f"{op}: no check is known for it")
-            try:
-                CHECKS[op](arguments, results)
-            except AssertionError as error:
-                raise AssertionError(f"op {position}, {op}: {error}") from error
+        check_stages(ran)
         order = [step.op for step in problem.run("cpu")[1]]
         assert [step.op for step in ran] == order, f"other ops than on the CPU: {[step.op for step in ran]}, {order}"
 
