@@ -152,16 +152,15 @@ def test_validation_is_the_same_for_every_seed_and_not_in_the_training() -> None
 
 
 def _comparison(recipe: str, *finals: float) -> Comparison:
-    return Comparison(
-        "digit_sorting", recipe, [Losses(final, 2 * final) for final in finals], [Losses(0.3, 0.5), Losses(0.5, 0.7)]
-    )
+    losses = [Losses([final + 0.1, final - 0.1]) for final in finals]
+    return Comparison("digit_sorting", recipe, losses, [Losses([0.2, 0.4]), Losses([0.4, 0.6])])
 
 
 @pytest.mark.parametrize(("finals", "holds"), [((0.3, 0.507), True), ((0.3, 0.509), False), ((0.3, 0.491), False)])
 def test_one_percent_of_the_mean_in_either_direction(finals: tuple[float, float], holds: bool) -> None:
     found = _comparison("fp8_block128", *finals)
     assert found.ratio == pytest.approx(sum(finals) / 0.8)
-    assert found.last_ratio == pytest.approx(2 * sum(finals) / 1.2)
+    assert found.step_ratios == pytest.approx([(sum(finals) + 0.2) / 0.6, (sum(finals) - 0.2) / 1.0])
     assert found.holds is holds
     assert precision.judge([_comparison("bf16", 9.0, 9.0), found]).failed is not holds
     console = Console(record=True, width=160, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -169,6 +168,7 @@ def test_one_percent_of_the_mean_in_either_direction(finals: tuple[float, float]
     text = console.export_text()
     assert "seed 4" in text
     assert f"{sum(finals) / 0.8:.4f}" in text
+    assert f"{found.step_ratios[1]:.3f} - {found.step_ratios[0]:.3f}" in text
 
 
 def test_the_final_loss_is_the_mean_of_the_last_quarter_of_the_steps() -> None:
@@ -178,7 +178,8 @@ def test_the_final_loss_is_the_mean_of_the_last_quarter_of_the_steps() -> None:
         stage.step(index)
         losses.append(stage.validate()["validation_loss"])
     found = precision.cold_start(_settings(), Console(quiet=True))
-    assert found == Losses(pytest.approx((losses[6] + losses[7]) / 2), losses[7])  # type: ignore[arg-type]
+    assert found == Losses(losses[6:])
+    assert found.final == pytest.approx((losses[6] + losses[7]) / 2)
     assert losses[6] != losses[7]
 
 
@@ -188,7 +189,7 @@ def test_the_comparison_trains_every_recipe_with_every_seed(tmp_path: Path, monk
     def noted(settings: Settings, console: Console) -> Losses:
         calls.append((settings.tasks, settings.recipe, settings.seed, settings.model))
         loss = 0.4 if settings.recipe == "bf16" else 0.405
-        return Losses(loss, loss)
+        return Losses([loss])
 
     monkeypatch.setattr(precision, "cold_start", noted)
     saved = tmp_path / "precision.json"

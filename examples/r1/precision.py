@@ -31,8 +31,11 @@ FINAL_STEPS = 0.25  # of the stage's steps, over which the final loss is a mean:
 class Losses(NamedTuple):
     """What one run ends with."""
 
-    final: float  # the mean after each of the last steps
-    last: float  # after the last step alone
+    late: list[float]  # after each of the last steps
+
+    @property
+    def final(self) -> float:
+        return _mean(self.late)
 
 
 class Comparison(NamedTuple):
@@ -54,9 +57,10 @@ class Comparison(NamedTuple):
         return self.mean / _mean([found.final for found in self.baseline])
 
     @property
-    def last_ratio(self) -> float:
-        """The same of the losses after the last step."""
-        return _mean([found.last for found in self.losses]) / _mean([found.last for found in self.baseline])
+    def step_ratios(self) -> list[float]:
+        """What the ratio would be if the loss after one of the last steps alone were the final one."""
+        own, other = (zip(*(found.late for found in losses), strict=True) for losses in (self.losses, self.baseline))
+        return [sum(mine) / sum(theirs) for mine, theirs in zip(own, other, strict=True)]
 
     @property
     def holds(self) -> bool:
@@ -80,7 +84,7 @@ def cold_start(settings: Settings, console: Console) -> Losses:
             if index >= late:
                 losses.append(stage.validate()["validation_loss"])
             report(index + 1, f"loss {record['loss']:.3f}")
-    return Losses(_mean(losses), losses[-1])
+    return Losses(losses)
 
 
 def compare(
@@ -104,13 +108,19 @@ def compare(
 
 def table(comparisons: Sequence[Comparison], seeds: Sequence[int]) -> Table:
     """One row a task and recipe."""
-    title = f"Validation loss of the cold start, nats a token: mean of the last {FINAL_STEPS:.0%} of the steps"
-    table = Table("task", "recipe", title=title)
-    for name in (*(f"seed {seed}" for seed in seeds), "mean", f"mean / {BASELINE}", "last step alone"):
+    table = Table(
+        title="Validation loss at the end of the cold start, nats a token",
+        caption=f"means of the last {FINAL_STEPS:.0%} of the steps; ratios to {BASELINE}, and those of single steps",
+    )
+    for name in ("task", "recipe"):
+        table.add_column(name, no_wrap=True)
+    for name in (*(f"seed {seed}" for seed in seeds), "mean", "ratio", "single steps", "last"):
         table.add_column(name, justify="right")
     for row in comparisons:
+        ratios = row.step_ratios
         cells = [f"{found.final:.4f}" for found in row.losses]
-        table.add_row(row.task, row.recipe, *cells, f"{row.mean:.4f}", f"{row.ratio:.4f}", f"{row.last_ratio:.4f}")
+        cells += [f"{row.mean:.4f}", f"{row.ratio:.4f}", f"{min(ratios):.3f} - {max(ratios):.3f}", f"{ratios[-1]:.3f}"]
+        table.add_row(row.task, row.recipe, *cells)
     return table
 
 
@@ -137,10 +147,10 @@ def as_json(comparisons: Sequence[Comparison], settings: Settings, seeds: Sequen
             {
                 "task": row.task,
                 "recipe": row.recipe,
-                "losses": [found._asdict() for found in row.losses],
+                "losses": [found.late for found in row.losses],
                 "mean": row.mean,
                 f"mean_over_{BASELINE}": row.ratio,
-                f"last_over_{BASELINE}": row.last_ratio,
+                f"steps_over_{BASELINE}": row.step_ratios,
                 "holds": row.holds,
             }
             for row in comparisons
