@@ -12,73 +12,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-import grpo_kernels
-
+from . import fp8_layers
 from . import moe_definitions as definitions
 from . import moe_peers as peers
-from .bench_moe_router import routed
 from .case import Case, Inputs, Provider, Rows, Target, compiled
 from .moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN, Model, Values
-
-_GPU_TOKENS, _CPU_TOKENS = 8192, 1024
-_MARGIN = 0.02  # no route hangs on how exactly the router's logits are computed, not even in bf16
+from .moe_layer import CPU_TOKENS, GPU_TOKENS, make, ours
 
 Forward = Callable[[Inputs], Values]
-
-
-def _normal(dtype: torch.dtype, device: str, *shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device=device) * scale).to(dtype)
-
-
-def _make(model: Model, tokens: int, dtype: torch.dtype, backward: bool, device: str, size: str) -> Inputs:
-    model, tokens = (model, tokens) if size == "full" else (definitions.tiny(model), 24)
-    normal = partial(_normal, dtype, device)
-    made = {"router": normal(model.experts, model.hidden, scale=(1.0 if model.biased else 2.0) * model.hidden**-0.5)}
-    if model.clamped:
-        made["router_bias"] = normal(model.experts, scale=0.5)
-    parameters = {"gate_up": (model.hidden, 2 * model.width), "down": (model.width, model.hidden)}
-    for name, (into, out) in parameters.items():
-        shape = (into, out) if model.clamped else (out, into)
-        made[name] = normal(model.experts, *shape, scale=into**-0.5)
-        if model.clamped:
-            made[f"{name}_bias"] = normal(model.experts, out, scale=0.3)
-    candidates = {"x": normal(4 * tokens, model.hidden)}
-    bias = torch.randn(model.experts, device=device) * 0.01 + 0.3 if model.biased else None
-    good = definitions.settled(definitions.router_logits(made | candidates), model, bias, _margin(model))
-    made = {"x": definitions.settle(candidates["x"], good, tokens)} | made
-    for value in made.values():
-        value.requires_grad_(backward)
-    if backward:
-        made["upstream"] = normal(tokens, model.hidden)
-    return made if bias is None else made | {"correction": bias}
-
-
-def _margin(model: Model) -> float:
-    """Sigmoid scores lie closer together than logits."""
-    return _MARGIN / 20 if model.biased else _MARGIN
-
-
-def _ours(model: Model, save: str, inputs: Inputs) -> Values:
-    x, up, down = inputs["x"], inputs["gate_up"], inputs["down"]
-    routes = routed(definitions.router_logits(inputs), model, inputs)
-    if not model.clamped:
-        return (grpo_kernels.moe_experts(x, up, down, routes, save=save),)
-    result = grpo_kernels.moe_experts(
-        x,
-        up.transpose(1, 2),
-        down.transpose(1, 2),
-        routes,
-        gate_up_bias=inputs["gate_up_bias"],
-        down_bias=inputs["down_bias"],
-        activation="clamped_swiglu",
-        swiglu_alpha=definitions.ALPHA,
-        swiglu_limit=definitions.LIMIT,
-        interleaved=True,
-        save=save,
-    )
-    return (result,)
 
 
 def _bare(model: Model, backward: bool, inputs: Inputs) -> Values:
@@ -123,9 +65,9 @@ def _providers(model: Model, device: str, backward: bool, others: dict[str, Forw
         return lambda inputs: definitions.with_gradients(forward(inputs), inputs, ("upstream",))
 
     at_once = partial(definitions.layer, definitions.experts_at_once, model)
-    found = [Provider("ours", run(partial(_ours, model, "preact")), "ours")]
+    found = [Provider("ours", run(partial(ours, model)), "ours")]
     if backward:
-        found.append(Provider("ours, save=input", run(partial(_ours, model, "input")), "ours"))
+        found.append(Provider("ours, save=input", run(partial(ours, model, save="input")), "ours"))
     found.append(Provider("eager", run(_eager(model)), "eager"))
     if device == "cuda":  # PyTorch does not compile its grouped product for CPUs
         found.append(Provider("torch.compile", run(compiled(at_once)), "compile"))
@@ -142,7 +84,7 @@ def _speedup(rows: Rows) -> float | None:
 
 
 def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = True) -> Case:
-    tokens = _GPU_TOKENS if device == "cuda" else _CPU_TOKENS
+    tokens = GPU_TOKENS if device == "cuda" else CPU_TOKENS
     others = _others(model, device, backward)
     providers = _providers(model, device, backward, others)
     eager = next(provider for provider in providers if provider.kind == "eager")
@@ -152,7 +94,7 @@ def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = Tru
     return Case(
         op="moe_experts",
         name=f"{model.name} layer {shape} {str(dtype).removeprefix('torch.')} {parts}",
-        make=partial(_make, model, tokens, dtype, backward),
+        make=partial(make, model, tokens, dtype, backward),
         providers=providers,
         operations=(18 if backward else 6) * rows * model.hidden * model.width,
         matmul_dtype=dtype,
@@ -174,4 +116,4 @@ def cases(device: str) -> list[Case]:
         models = (DEEPSEEK.thinner(16), QWEN.thinner(4), GPT_OSS_SMALL.thinner(8))
         dtypes = (torch.float32, torch.float32, torch.bfloat16)
     found = [_case(device, model, dtype) for model, dtype in zip(models, dtypes, strict=True)]
-    return [_case(device, models[0], dtypes[0], backward=False), *found]
+    return [_case(device, models[0], dtypes[0], backward=False), *found, *fp8_layers.cases(device)]

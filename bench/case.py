@@ -30,12 +30,14 @@ class Provider:
         kind: "ours", "eager" (the baseline of every ratio), "compile", "peer", or "part" (of the work, or what no
             op can undercut: it is neither compared with float64 nor given a rate).
         overwrites: inputs that `run` destroys; they are restored outside the measured time.
+        capturable: whether a CUDA graph of calls does what the calls do; not of those that find something kept.
     """
 
     name: str
     run: Callable[[Inputs], Sequence[Tensor]]
     kind: str
     overwrites: tuple[str, ...] = ()
+    capturable: bool = True
 
 
 @dataclass(frozen=True)

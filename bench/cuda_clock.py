@@ -33,20 +33,25 @@ class CudaClock:
 
     def runner(self, provider: Provider) -> Runner:
         """The provider as a graph; where it cannot be captured, as calls between two events, which a note says."""
-        stream = cuda.current_stream()
-        clock, note = "CUDA graph", ""
         work = self._calls(provider)
+        clock, note = "CUDA events", "no CUDA graph, which would do other work: launch gaps count"
+        if provider.capturable:
+            clock, note, work = self._captured(provider, work)
+        runner = Runner(provider, lambda: self._seconds(provider, work), clock, note)
+        runner.round()
+        return runner
+
+    def _captured(self, provider: Provider, calls: Callable[[], None]) -> tuple[str, str, Callable[[], None]]:
+        """Clock, note, and the graph, or else the calls."""
+        stream = cuda.current_stream()
         try:
-            work = self._graph(provider)
+            return "CUDA graph", "", self._graph(provider)
         except RuntimeError as error:
-            clock, note = "CUDA events", f"no CUDA graph, launch gaps count ({error_text(error)})"
             # A capture that breaks off leaves its stream current, and its pool in use.
             cuda.set_stream(stream)
             self._pool = cuda.graph_pool_handle()
             cuda.synchronize()
-        runner = Runner(provider, lambda: self._seconds(provider, work), clock, note)
-        runner.round()
-        return runner
+            return "CUDA events", f"no CUDA graph, launch gaps count ({error_text(error)})", calls
 
     def _calls(self, provider: Provider) -> Callable[[], None]:
         """One call for each set of inputs; results are dropped at once."""

@@ -215,6 +215,15 @@ def test_what_cannot_be_captured_is_timed_with_events_and_the_row_says_so(cuda: 
     assert gc.isenabled()
 
 
+def test_what_finds_something_kept_is_not_captured(cuda: FakeCuda) -> None:
+    plain = provider(cuda)
+    runner = CudaClock(sets(), pristine()).runner(Provider("p", plain.run, "ours", capturable=False))
+    assert runner.clock == "CUDA events"
+    assert "would do other work" in runner.note
+    calls = ["main: 0", "main: 1", "main: 2"]
+    assert cuda.log == ["synchronize", "sleep", "scrub", "event", *calls, "event"]
+
+
 def test_a_provider_that_cannot_run_at_all_raises(cuda: FakeCuda) -> None:
     def fail(inputs: Inputs) -> None:
         raise torch.OutOfMemoryError("no memory")
