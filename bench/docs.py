@@ -1,4 +1,5 @@
-"""`python -m bench.docs`: writes docs/kernels.md and the tables of docs/benchmarks.md from bench/results/*.json.
+"""`python -m bench.docs`: writes docs/kernels.md and the tables of docs/benchmarks.md and docs/fp8.md from
+bench/results/*.json.
 
 With --check nothing is written, and the exit status is 1 if a page is not what the results say.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import docs_benchmarks, docs_kernels
+from bench import docs_benchmarks, docs_fp8, docs_kernels, fp8_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -48,7 +49,15 @@ def _kernels(old: str) -> str:
     return docs_kernels.text(results())
 
 
-PAGES: dict[str, Callable[[str], str]] = {"docs/kernels.md": _kernels, "docs/benchmarks.md": _benchmarks}
+def _fp8(old: str) -> str:
+    return between_markers(old, docs_fp8.text(fp8_bytes.load()))
+
+
+PAGES: dict[str, Callable[[str], str]] = {
+    "docs/kernels.md": _kernels,
+    "docs/benchmarks.md": _benchmarks,
+    "docs/fp8.md": _fp8,
+}
 
 
 def stale(names: Iterable[str] = tuple(PAGES)) -> dict[Path, str]:
