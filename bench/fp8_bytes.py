@@ -143,8 +143,8 @@ def _copies(model: Model, given: list[Tensor]) -> dict[str, int]:
     """Bytes of what products take: the forward one copy, the backward the other. Those that the layer has made."""
     backend = _dispatch.resolve("fp8_quantize", given[0])
     shaped = [weight.transpose(1, 2) if model.clamped else weight for weight in given]
-    plain = [part for weight in shaped for part in fp8_weights.quantized(weight, backend, turned=True).plain]
-    turned = [part for weight in shaped for part in fp8_weights.turned_of(weight, None, backend)]
+    plain = [part for weight in shaped for part in fp8_weights.quantized(weight, backend, both=True)]
+    turned = [part for weight in shaped for part in fp8_weights.turned(weight, backend)]
     return {"copy": _bytes(plain), "both_copies": _bytes([*plain, *turned])}
 
 
