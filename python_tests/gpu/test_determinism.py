@@ -11,7 +11,7 @@ from torch import Tensor
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, _dispatch
-from python_tests.gpu.devices import CALLS, DEVICES, assert_same_bits, inputs_of, run, synchronize
+from python_tests.gpu.devices import CALLS, DEVICES, assert_same_bits, inputs_of, run, run_op, synchronize
 from python_tests.samples import Call, tensors
 
 RUNS = 20
@@ -264,6 +264,23 @@ def _grouped_gemm(device: str) -> Callable[[], list[Tensor]]:
     return lambda: run(call, inputs_of(call, device))
 
 
+def _fp8_product(device: str) -> Callable[[], list[Tensor]]:
+    """Many tiles for each of the few experts, and none for others."""
+    rows, width, columns = (8_192, 2_880, 1_536) if device == "cuda" else (300, 40, 24)
+    x = grpo_kernels.fp8_quantize(torch.randn(rows, width, device=device))
+    weight = grpo_kernels.fp8_quantize(torch.randn(5, columns, width, device=device), (128, 128))
+    offsets = torch.tensor([0, rows // 3, rows // 3, rows - 7, rows - 7], device=device)
+    bias = torch.randn(5, columns, device=device)
+    return lambda: [grpo_kernels.grouped_gemm(x, weight, offsets, bias=bias)]
+
+
+def _fp8_wgrad(device: str) -> Callable[[], list[Tensor]]:
+    rows, width, columns = (8_192, 1_152, 1_536) if device == "cuda" else (256, 40, 24)
+    sides = [grpo_kernels.fp8_quantize(torch.randn(rows, n, device=device), transpose=True) for n in (width, columns)]
+    offsets = torch.tensor([0, rows // 2, rows - 128, rows], device=device)
+    return lambda: run_op("fp8_grouped_gemm_wgrad", (*sides[0], *sides[1], offsets, torch.float32), device)
+
+
 def _moe_experts(device: str, **options: Any) -> Callable[[], list[Tensor]]:
     ids, experts = _routes(device)
     gate_up, down, _ = _parameters(device, experts)
@@ -315,7 +332,13 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "fp8_quantize-square": lambda device: _quantized(device, back=False, block=(128, 128), transpose="both"),
     "fp8_dequantize": lambda device: _quantized(device, back=True),
     "grouped_gemm": _grouped_gemm,
+    "grouped_gemm-fp8": _fp8_product,
+    "grouped_gemm-fp8_wgrad": _fp8_wgrad,
     "moe_experts": lambda device: _moe_experts(device),
+    "moe_experts-fp8": lambda device: _moe_experts(device, recipe="fp8_block128"),
+    "moe_experts-fp8_wgrad": lambda device: _moe_experts(
+        device, recipe="fp8_block128", fp8_wgrad=True, save="input", activation="clamped_swiglu", interleaved=True
+    ),
     "moe_experts-recomputed": lambda device: _moe_experts(device, save="input", activation="clamped_swiglu"),
 }
 

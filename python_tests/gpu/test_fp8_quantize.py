@@ -10,6 +10,7 @@ from torch import Tensor
 
 import grpo_kernels
 from python_tests.gpu.devices import DEVICES, assert_same_bits
+from python_tests.gpu.fuzz.problems import random_bits
 from python_tests.samples import tensors
 
 ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
@@ -54,6 +55,15 @@ def test_ties_and_their_neighbours(power_of_two: bool, device: str) -> None:
     _assert_as_defined(
         torch.cat([x, -x]), device, lambda x: grpo_kernels.fp8_quantize(x, power_of_two_scales=power_of_two, eps=1e-30)
     )
+
+
+@ON_DEVICES
+@SCALES
+@pytest.mark.parametrize("spread", [3, 24, 240])
+def test_random_bits_of_float32(spread: int, power_of_two: bool, device: str) -> None:
+    """Of all signs and mantissas; a row's exponents lie within so many powers of two of each other."""
+    x = random_bits(512, 384, spread)
+    _assert_as_defined(x, device, lambda x: grpo_kernels.fp8_quantize(x, power_of_two_scales=power_of_two, eps=1e-30))
 
 
 @ON_DEVICES

@@ -113,6 +113,41 @@ def test_moves_of_rows_are_one_launch_each_way() -> None:
         assert len([name for name in both if "fill" not in name.lower()]) == 2, both
 
 
+def test_the_activation_that_quantises() -> None:
+    """One launch; backward one for what lies in rows, one for the transposes."""
+    preact = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+    slots = torch.arange(512, device="cuda", dtype=torch.int32)
+    glu, back = torch.ops.grpo_kernels.moe_glu_quantize, torch.ops.grpo_kernels.moe_glu_backward_quantize
+    kind = (False, 1.0, 1.0, False)
+    assert len(launches(lambda: glu(preact, slots, *kind, True, 1e-12, "triton"))) == 1
+    scaled = grpo_kernels.fp8_quantize(preact)
+    operands = (*scaled, preact[:, :512].contiguous(), slots, torch.rand(512, 1, device="cuda"), None, *kind)
+    every = (True,) * 6
+    for needs, count in (((True, False, True, False, True, True), 1), (every, 2)):
+        names = launches(lambda needs=needs: back(*operands, *needs, 1e-12, 1e-30, torch.bfloat16, "triton"))
+        assert len([name for name in names if "fill" not in name.lower()]) == count, names
+
+
+def test_experts_in_fp8_forward() -> None:
+    """Maps, rows, two products with a table of tiles each, the activation, the sum; weights are quantised once."""
+    gate_up, down = (
+        torch.nn.Parameter(torch.randn(8, *shape, device="cuda", dtype=torch.bfloat16))
+        for shape in ((512, 384), (384, 256))
+    )
+    x, ids = (
+        torch.randn(256, 384, device="cuda", dtype=torch.bfloat16),
+        torch.rand(256, 8, device="cuda").topk(2).indices,
+    )
+    weights = torch.rand(256, 2, device="cuda")
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return grpo_kernels.moe_experts(x, gate_up, down, (weights, ids), recipe="fp8_block128")
+
+    names = launches(forward)
+    assert len(names) <= 9, names
+
+
 def test_moving_and_quantising_is_one_launch() -> None:
     ids = torch.rand(512, 64, device="cuda").topk(8).indices
     permutation = grpo_kernels.build_permutation(ids, 64, alignment=128)

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 
 import grpo_kernels
-from python_tests.gpu.devices import DEVICES, assert_agrees, assert_identical, assert_same
+from grpo_kernels import ScaledTensor
+from grpo_kernels.fp8_quantize.layout import tiles
+from python_tests.fp8_products import widened
+from python_tests.gpu.devices import (
+    DEVICES,
+    assert_agrees,
+    assert_identical,
+    assert_same,
+    assert_same_bits,
+    kernel_backends,
+)
 from python_tests.samples import Call, assert_gradients_agree
 
 LAST = 3
@@ -273,9 +286,88 @@ def test_grouped_gemm(wide: str, device: str) -> None:
 
 
 @ON_DEVICES
-@pytest.mark.parametrize("save", ["preact", "input"])
-def test_moe_experts(save: str, device: str) -> None:
-    """The first tokens and the last, with gradients of their own alone, against the definition on these tokens."""
+def test_fp8_grouped_gemm(device: str) -> None:
+    """Rows, result and weights are all of more than 2^31 elements: the last rows come out as they do alone."""
+    _need(device, 16)
+    rows, width, experts = (2**20 + 200, 2176, 460) if device == "cuda" else (40, 24, 9)
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 0x70, shape, device=device, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+    x = ScaledTensor(codes(rows, width), torch.rand(tiles(width), rows, device=device).t())
+    blocks = (tiles(width), tiles(width))
+    weight = ScaledTensor(codes(experts, width, width), torch.rand(experts, *blocks, device=device))
+    bias = torch.randn(experts, width, device=device)
+    assert device == "cpu" or min(rows * width, experts * width * width) > 2**31
+    offsets = torch.arange(rows - 5 - experts + 2, rows - 5 + 1, device=device)
+    offsets = torch.cat([offsets, offsets.new_tensor([rows])])
+    out = grpo_kernels.grouped_gemm(x, weight, offsets, bias=bias)
+    ends = (ScaledTensor(x.data[-5:], x.scale[-5:]), ScaledTensor(weight.data[-1:], weight.scale[-1:]))
+    assert_identical([out[-5:]], [grpo_kernels.grouped_gemm(*ends, offsets[:1] * 0 + 5, bias=bias[-1:])])
+    exact = widened(ends[0], torch.float32) @ widened(ends[1], torch.float32)[0].T + bias[-1]
+    torch.testing.assert_close(out[-5:].float(), exact, rtol=2.0**-7, atol=0)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("large", ["rows", "result"])
+def test_fp8_grouped_gemm_wgrad(large: str, device: str) -> None:
+    """The last expert's rows alone, behind those of others; or the last of many experts, most of them without any."""
+    _need(device, 24)
+    shape = {"rows": (299_648, 4, _WIDTH, 64), "result": (512, 300, 2_688, 2_688)}[large]
+    rows, experts, width, columns = shape if device == "cuda" else (384, 4, 24, 8)
+    assert device == "cpu" or max(rows * width, experts * width * columns) > 2**31
+
+    def operand(height: int) -> torch.Tensor:
+        return grpo_kernels.fp8_quantize(torch.randn(height, rows, device=device, dtype=torch.bfloat16))
+
+    x, grad = operand(width), operand(columns)
+    offsets = torch.full((experts,), rows - 128, device=device, dtype=torch.int32)
+    offsets[0], offsets[-1] = 128, rows
+    wgrad = torch.ops.grpo_kernels.fp8_grouped_gemm_wgrad
+    backend = kernel_backends("grouped_gemm", device)[0]
+    whole = wgrad(*x, *grad, offsets, torch.bfloat16, backend)
+    last = [ScaledTensor(part.data[:, -128:].contiguous(), part.scale[:, -1:].contiguous()) for part in (x, grad)]
+    alone = wgrad(*last[0], *last[1], offsets[:1] * 0 + 128, torch.bfloat16, backend)
+    assert_identical([whole[-1]], [alone[0]])
+
+
+@ON_DEVICES
+def test_moe_glu_quantize(device: str) -> None:
+    """Both ways, with everything that they give: the last rows come out as they do alone, in tiles of their own."""
+    _need(device, 30)
+    rows, width = (299_648, _WIDTH // 2) if device == "cuda" else (384, 12)
+    assert device == "cpu" or 2 * rows * width > 2**31
+    preact = torch.empty(rows, 2 * width, device=device, dtype=torch.bfloat16).normal_()
+    grad = torch.empty(rows, width, device=device, dtype=torch.bfloat16).normal_()
+    slots, weights = torch.arange(rows, device=device, dtype=torch.int32), torch.rand(rows, 1, device=device)
+    glu, back = torch.ops.grpo_kernels.moe_glu_quantize, torch.ops.grpo_kernels.moe_glu_backward_quantize
+    kind, backend = (False, 1.0, 1.0, False), kernel_backends("moe_experts", device)[0]
+
+    def run(which: slice) -> list[torch.Tensor]:
+        own = slots[which] - which.start
+        data, scale, kept, kept_scale = glu(preact[which], own, *kind, True, 1e-12, backend)
+        operands = (kept, kept_scale, grad[which], own, weights[which], None, *kind)
+        return [data, scale, kept, kept_scale, *back(*operands, *(True,) * 6, 1e-12, 1e-30, torch.bfloat16, backend)]
+
+    whole = run(slice(0, rows))
+    for which in (slice(0, 128), slice(rows - 128, rows)):
+        tile, alone = slice(which.start // 128, which.stop // 128), run(which)
+        places = (
+            [which] * 6
+            + [(slice(None), which), (slice(None), tile), which]
+            + [(slice(None), which), (slice(None), tile)]
+        )
+        for found, place, expected in zip(whole, [*places, which, which], alone, strict=True):
+            assert_same_bits([found[place].contiguous()], [expected.contiguous()])
+
+
+@ON_DEVICES
+@pytest.mark.parametrize(
+    "options", [{"save": "preact"}, {"save": "input"}, {"recipe": "fp8_block128"}], ids=["preact", "input", "fp8"]
+)
+def test_moe_experts(options: dict[str, Any], device: str) -> None:
+    """The first tokens and the last, with gradients of their own alone, against the definition on these tokens; in FP8
+    against the same kernels, of which a row gets the same bits in any company."""
     _need(device, 40)
     tokens, twice, ids = _routes(device)
     hidden = 64 if device == "cuda" else 16
@@ -294,11 +386,15 @@ def test_moe_experts(save: str, device: str) -> None:
 
     def run(x: torch.Tensor, which: torch.Tensor) -> list[torch.Tensor]:
         given = weights[which].requires_grad_()
-        out = grpo_kernels.moe_experts(x, gate_up, down, (given, ids[which]), save=save)
+        out = grpo_kernels.moe_experts(x, gate_up, down, (given, ids[which]), **options)
         return [out.detach(), *torch.autograd.grad(out, [x, given, gate_up, down], upstream[which])]
 
     whole = run(x, torch.arange(tokens, device=device))
-    with grpo_kernels.backend("reference"):
+    in_fp8 = "recipe" in options
+    with contextlib.nullcontext() if in_fp8 else grpo_kernels.backend("reference"):
         expected = run(x.detach()[ends].requires_grad_(), ends)
+    of_tokens = [tensor[ends] for tensor in whole[:3]]
+    if in_fp8:
+        assert_identical(of_tokens, expected[:3])
     call = Call("ends", run, lambda device: (), rounds=torch.bfloat16)
-    assert_gradients_agree(call, [*(tensor[ends] for tensor in whole[:3]), *whole[3:]], expected)
+    assert_gradients_agree(call, [*of_tokens, *whole[3:]], expected)

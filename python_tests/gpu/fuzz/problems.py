@@ -118,7 +118,7 @@ def glu_backward(dice: Dice) -> OpCall:
     return OpCall("moe_glu_backward_quantize", arguments)
 
 
-def _bits(rows: int, width: int, spread: int) -> Tensor:
+def random_bits(rows: int, width: int, spread: int) -> Tensor:
     """float32 numbers of random bits whose exponents lie within so many powers of two of their row's."""
     bits = torch.randint(-(2**31), 2**31, (rows, width)).to(torch.int32)
     lowest = torch.randint(1, 255 - spread, (rows, 1))
@@ -129,7 +129,7 @@ def _bits(rows: int, width: int, spread: int) -> Tensor:
 def quantize(dice: Dice) -> OpCall:
     """Any bits, some tiles with NaN and infinities among them."""
     shape = dice.number(1, 300), dice.number(1, 600)
-    x = _bits(*shape, dice.one_of(3, 24, 240))
+    x = random_bits(*shape, dice.one_of(3, 24, 240))
     if dice.number(0, 2):
         x[dice.number(0, shape[0]), dice.number(0, shape[1])] = dice.one_of(float("nan"), float("-inf"))
     x = x.to(dice.one_of(*_NARROW))
@@ -145,7 +145,7 @@ def move(dice: Dice) -> OpCall:
     alignment = dice.one_of(1, 16, 128)
     first = dice.number(0, 3)
     row_id_map, inv_map, _, _ = build_permutation(ids, experts, first, experts, alignment)
-    x = _bits(tokens, dice.number(1, 600), 24).to(dice.one_of(*_NARROW))
+    x = random_bits(tokens, dice.number(1, 600), 24).to(dice.one_of(*_NARROW))
     columns = alignment == 128 and bool(dice.number(0, 2))
     return OpCall("moe_permute_quantize", (x, row_id_map, inv_map, bool(dice.number(0, 2)), columns, 1e-12))
 
