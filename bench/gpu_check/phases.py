@@ -147,9 +147,9 @@ def _sanitizer(tool: str) -> Phase:
 
 _CONTRACT = ("python_tests/gpu/test_contract.py", "python_tests/gpu/test_launches.py")
 _DETERMINISM = "python_tests/gpu/test_determinism.py"
-_SIZES = "python_tests/gpu/test_sizes.py"
+_SIZES = ("python_tests/gpu/test_sizes.py", "python_tests/gpu/test_sizes_fp8.py")
 _BY_THE_PHASE_FUZZ = "python_tests/gpu/test_fuzz.py"
-_ELSEWHERE = [f"--ignore={path}" for path in (*_CONTRACT, _DETERMINISM, _SIZES, _BY_THE_PHASE_FUZZ)]
+_ELSEWHERE = [f"--ignore={path}" for path in (*_CONTRACT, _DETERMINISM, *_SIZES, _BY_THE_PHASE_FUZZ)]
 _TOTALS = r"^\d+ (passed|failed|skipped|not run).* in \d+ s|no test was found"
 
 PHASES = (
@@ -169,7 +169,7 @@ PHASES = (
     Phase("benchmarks", 240, _benchmarks, reserve=130, note=r"targets? met"),
     *(_sanitizer(tool) for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
     Phase("determinism", 60, _suite("determinism", _DETERMINISM), reserve=15, note=_TOTALS, outcomes=True),
-    Phase("sizes", 60, _suite("sizes", _SIZES, slow=True, workers=1), reserve=20, note=_TOTALS, outcomes=True),
+    Phase("sizes", 60, _suite("sizes", *_SIZES, slow=True, workers=1), reserve=20, note=_TOTALS, outcomes=True),
 )  # fmt: skip
 
 

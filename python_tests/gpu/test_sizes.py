@@ -9,51 +9,28 @@ import pytest
 import torch
 
 import grpo_kernels
-from grpo_kernels import ScaledTensor
-from grpo_kernels.fp8_quantize.layout import tiles
-from python_tests.fp8_products import widened
-from python_tests.gpu.devices import (
-    DEVICES,
-    assert_agrees,
-    assert_identical,
-    assert_same,
-    assert_same_bits,
-    kernel_backends,
+from python_tests.gpu.devices import assert_agrees, assert_identical, assert_same
+from python_tests.gpu.large import (
+    EXPERTS,
+    LAST,
+    ON_DEVICES,
+    SLOTS,
+    TOKENS,
+    WIDTH,
+    beyond_int32,
+    both_ends,
+    need,
+    routes,
 )
 from python_tests.samples import Call, assert_gradients_agree
-
-LAST = 3
-ON_DEVICES = pytest.mark.parametrize(
-    "device",
-    [
-        DEVICES[0],  # small: only to run the test's own code
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.slow]),
-    ],
-)
-
-
-def _need(device: str, gibibytes: int) -> None:
-    if device != "cuda":
-        return
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gibibytes:
-        pytest.skip(f"needs {gibibytes} GiB of free GPU memory, has {free:.0f}")
-
-
-def _beyond_int32(rows: int, columns: int, device: str) -> int:
-    if device == "cpu":
-        return 5
-    assert rows * columns > 2**31
-    return rows
 
 
 @ON_DEVICES
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "in_place"])
 def test_token_log_probs(inplace: bool, device: str) -> None:
-    _need(device, 24)
+    need(device, 24)
     vocab = 131_077 if device == "cuda" else 131  # odd: rows are not aligned
-    rows = _beyond_int32(17_000, 131_077, device)
+    rows = beyond_int32(17_000, 131_077, device)
     logits = torch.empty(rows, vocab, device=device, dtype=torch.bfloat16).normal_()
     ids = torch.randint(vocab, (rows,), device=device)
     upstream = torch.randn(rows, device=device)
@@ -82,7 +59,7 @@ _LARGE = {
 @pytest.mark.parametrize("large", _LARGE)
 def test_linear_token_log_probs(large: str, device: str) -> None:
     """The first rows and the last, with gradients of their own alone, against the definition on these rows."""
-    _need(device, 60)
+    need(device, 60)
     rows, width, vocab = _LARGE[large] if device == "cuda" else (20, 16, 131)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden = torch.empty(rows, width, device=device, dtype=dtype).normal_().requires_grad_()
@@ -108,9 +85,9 @@ def test_linear_token_log_probs(large: str, device: str) -> None:
 
 @ON_DEVICES
 def test_grpo_loss(device: str) -> None:
-    _need(device, 60)
+    need(device, 60)
     tokens = 32_768 if device == "cuda" else 16
-    rows = _beyond_int32(66_000, 32_768, device)
+    rows = beyond_int32(66_000, 32_768, device)
     log_probs = torch.empty(rows, tokens, device=device).uniform_(-3.0, 0.0)
     old = log_probs.clone()
     old[:, ::7] -= 0.5
@@ -131,9 +108,9 @@ def test_grpo_loss(device: str) -> None:
 
 @ON_DEVICES
 def test_group_advantages(device: str) -> None:
-    _need(device, 24)
+    need(device, 24)
     functions = 40
-    batch = _beyond_int32(2**26, functions, device) if device == "cuda" else 64
+    batch = beyond_int32(2**26, functions, device) if device == "cuda" else 64
     rewards = torch.empty(batch, functions, device=device).normal_()
     whole = grpo_kernels.group_advantages(rewards, group_size=8)
     for which in (slice(0, 16), slice(batch - 16, batch)):
@@ -143,27 +120,12 @@ def test_group_advantages(device: str) -> None:
 
 # --- mixture of experts: T * K * H beyond 2^31 -----------------------------------------------------------------------
 
-_TOKENS, _SLOTS, _WIDTH = 40_000, 8, 7_168
-_EXPERTS = 16
-
-
-def _routes(device: str) -> tuple[int, int, torch.Tensor]:
-    """Tokens, a width whose rows of experts are beyond 2^31 elements, and ids."""
-    width = _WIDTH if device == "cuda" else 24
-    tokens = _beyond_int32(_TOKENS, _SLOTS * _WIDTH, device) if device == "cuda" else 20
-    liking = torch.rand(tokens, _EXPERTS, device=device)
-    return tokens, width, liking.topk(_SLOTS).indices
-
-
-def _ends(tokens: int) -> list[slice]:
-    return [slice(0, LAST), slice(tokens - LAST, tokens)]
-
 
 @ON_DEVICES
 def test_moe_router(device: str) -> None:
-    _need(device, 24)
+    need(device, 24)
     experts = 1_024 if device == "cuda" else 32
-    tokens = _beyond_int32(2_100_000, 1_024, device)
+    tokens = beyond_int32(2_100_000, 1_024, device)
     logits = torch.empty(tokens, experts, device=device, dtype=torch.bfloat16).normal_()
     upstream = torch.randn(tokens, 2, device=device)
 
@@ -174,37 +136,37 @@ def test_moe_router(device: str) -> None:
         return [result.topk_weights.detach(), result.topk_ids, gradient]
 
     whole = run(slice(0, tokens))
-    for which in _ends(tokens):
+    for which in both_ends(tokens):
         assert_identical([tensor[which] for tensor in whole], run(which))
 
 
 @ON_DEVICES
 def test_moe_permute(device: str) -> None:
-    _need(device, 24)
-    tokens, width, ids = _routes(device)
+    need(device, 24)
+    tokens, width, ids = routes(device)
     x = torch.empty(tokens, width, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
-    permutation = grpo_kernels.build_permutation(ids, _EXPERTS)
+    permutation = grpo_kernels.build_permutation(ids, EXPERTS)
     rows = grpo_kernels.moe_permute(x, permutation)
     upstream = torch.empty_like(rows).normal_()
     (gradient,) = torch.autograd.grad(rows, x, upstream)
-    for which in _ends(tokens):
+    for which in both_ends(tokens):
         places = permutation.row_id_map[which].long()
-        copies = x.detach()[which, None].expand(-1, _SLOTS, -1)
+        copies = x.detach()[which, None].expand(-1, SLOTS, -1)
         assert_identical([rows.detach()[places]], [copies])
         assert_same([gradient[which]], [upstream[places].float().sum(1).bfloat16()])
 
 
 @ON_DEVICES
 def test_moe_unpermute(device: str) -> None:
-    _need(device, 30)
-    tokens, width, ids = _routes(device)
-    permutation = grpo_kernels.build_permutation(ids, _EXPERTS)
-    y = torch.empty(tokens * _SLOTS, width, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
-    weights = torch.rand(tokens, _SLOTS, device=device).requires_grad_()
+    need(device, 30)
+    tokens, width, ids = routes(device)
+    permutation = grpo_kernels.build_permutation(ids, EXPERTS)
+    y = torch.empty(tokens * SLOTS, width, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
+    weights = torch.rand(tokens, SLOTS, device=device).requires_grad_()
     out = grpo_kernels.moe_unpermute(y, permutation, weights)
     upstream = torch.empty_like(out).normal_()
     of_rows, of_weights = torch.autograd.grad(out, [y, weights], upstream)
-    for which in _ends(tokens):
+    for which in both_ends(tokens):
         places = permutation.row_id_map[which].long()
         chosen = y.detach()[places].requires_grad_()
         leaves = [chosen, weights.detach()[which].requires_grad_()]
@@ -215,55 +177,12 @@ def test_moe_unpermute(device: str) -> None:
 
 
 @ON_DEVICES
-@pytest.mark.parametrize("block", [(1, 128), (128, 128)])
-def test_fp8_quantize(block: tuple[int, int], device: str) -> None:
-    """Of the matrix and of its transpose; rows that tiles of 128 end with, as many as a multiple of 128 has."""
-    _need(device, 24)
-    width = 2880
-    rows = 128 * _beyond_int32(2**31 // width // 128 + 2, 128 * width, device)
-    x = torch.empty(rows, width, device=device, dtype=torch.bfloat16).normal_()
-    plain, transposed = grpo_kernels.fp8_quantize(x, block, transpose="both")
-    values = grpo_kernels.fp8_dequantize(plain)
-    for which in (slice(0, 128), slice(rows - 128, rows)):
-        with grpo_kernels.backend("reference"):
-            one, turned = grpo_kernels.fp8_quantize(x[which], block, transpose="both")
-        tile = slice(which.start // 128, which.stop // 128)
-        scales = plain.scale[which] if block[0] == 1 else plain.scale[tile]
-        assert_identical([plain.data[which], scales], [one.data, one.scale])
-        assert_identical([transposed.data[:, which], transposed.scale[:, tile]], [turned.data, turned.scale])
-        assert_identical([values[which]], [grpo_kernels.fp8_dequantize(one)])
-
-
-@ON_DEVICES
-def test_moe_permute_quantize(device: str) -> None:
-    _need(device, 24)
-    tokens, width, ids = _routes(device)
-    x = torch.empty(tokens, width, device=device, dtype=torch.bfloat16).normal_()
-    permutation = grpo_kernels.build_permutation(ids, _EXPERTS, alignment=128)
-    alone = grpo_kernels.moe_permute_quantize(x, permutation)
-    rows, transposed = grpo_kernels.moe_permute_quantize(x, permutation, transpose="both")
-    assert_identical([rows.scale, rows.data.view(torch.uint8)], [alone.scale, alone.data.view(torch.uint8)])
-    for which in _ends(tokens):
-        places = permutation.row_id_map[which].long()
-        few = grpo_kernels.fp8_quantize(x[which])
-        copies = few.data.view(torch.uint8)[:, None].expand(-1, _SLOTS, -1)
-        assert_identical([alone.data.view(torch.uint8)[places]], [copies])
-        assert_identical([alone.scale[places]], [few.scale[:, None].expand(-1, _SLOTS, -1)])
-    last = permutation.offsets[-1] - 128 + torch.arange(128, device=device)
-    slots = permutation.inv_map[last]
-    tile = torch.where((slots >= 0)[:, None], x[slots.clamp(min=0) // _SLOTS], 0.0)
-    few = grpo_kernels.fp8_quantize(tile, transpose=True)
-    assert_identical([transposed.data.view(torch.uint8)[:, last]], [few.data.view(torch.uint8)])
-    assert_identical([transposed.scale[:, last[:1] // 128]], [few.scale])
-
-
-@ON_DEVICES
 @pytest.mark.parametrize("wide", ["inputs", "outputs"])
 def test_grouped_gemm(wide: str, device: str) -> None:
     """Rows of the first and of the last expert, with gradients of their own alone."""
-    _need(device, 30)
-    rows = _beyond_int32(_TOKENS * _SLOTS, _WIDTH, device) if device == "cuda" else 40
-    large, small = (_WIDTH, 64) if device == "cuda" else (24, 8)
+    need(device, 30)
+    rows = beyond_int32(TOKENS * SLOTS, WIDTH, device) if device == "cuda" else 40
+    large, small = (WIDTH, 64) if device == "cuda" else (24, 8)
     width, columns = (large, small) if wide == "inputs" else (small, large)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x = torch.empty(rows, width, device=device, dtype=dtype).normal_().requires_grad_()
@@ -286,99 +205,23 @@ def test_grouped_gemm(wide: str, device: str) -> None:
 
 
 @ON_DEVICES
-def test_fp8_grouped_gemm(device: str) -> None:
-    """Rows, result and weights are all of more than 2^31 elements: the last rows come out as they do alone."""
-    _need(device, 16)
-    rows, width, experts = (2**20 + 200, 2176, 460) if device == "cuda" else (40, 24, 9)
-
-    def codes(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 0x70, shape, device=device, dtype=torch.uint8).view(torch.float8_e4m3fn)
-
-    x = ScaledTensor(codes(rows, width), torch.rand(tiles(width), rows, device=device).t())
-    blocks = (tiles(width), tiles(width))
-    weight = ScaledTensor(codes(experts, width, width), torch.rand(experts, *blocks, device=device))
-    bias = torch.randn(experts, width, device=device)
-    assert device == "cpu" or min(rows * width, experts * width * width) > 2**31
-    offsets = torch.arange(rows - 5 - experts + 2, rows - 5 + 1, device=device)
-    offsets = torch.cat([offsets, offsets.new_tensor([rows])])
-    out = grpo_kernels.grouped_gemm(x, weight, offsets, bias=bias)
-    ends = (ScaledTensor(x.data[-5:], x.scale[-5:]), ScaledTensor(weight.data[-1:], weight.scale[-1:]))
-    assert_identical([out[-5:]], [grpo_kernels.grouped_gemm(*ends, offsets[:1] * 0 + 5, bias=bias[-1:])])
-    exact = widened(ends[0], torch.float32) @ widened(ends[1], torch.float32)[0].T + bias[-1]
-    torch.testing.assert_close(out[-5:].float(), exact, rtol=2.0**-7, atol=0)
-
-
-@ON_DEVICES
-@pytest.mark.parametrize("large", ["rows", "result"])
-def test_fp8_grouped_gemm_wgrad(large: str, device: str) -> None:
-    """The last expert's rows alone, behind those of others; or the last of many experts, most of them without any."""
-    _need(device, 24)
-    shape = {"rows": (299_648, 4, _WIDTH, 64), "result": (512, 300, 2_688, 2_688)}[large]
-    rows, experts, width, columns = shape if device == "cuda" else (384, 4, 24, 8)
-    assert device == "cpu" or max(rows * width, experts * width * columns) > 2**31
-
-    def operand(height: int) -> torch.Tensor:
-        return grpo_kernels.fp8_quantize(torch.randn(height, rows, device=device, dtype=torch.bfloat16))
-
-    x, grad = operand(width), operand(columns)
-    offsets = torch.full((experts,), rows - 128, device=device, dtype=torch.int32)
-    offsets[0], offsets[-1] = 128, rows
-    wgrad = torch.ops.grpo_kernels.fp8_grouped_gemm_wgrad
-    backend = kernel_backends("grouped_gemm", device)[0]
-    whole = wgrad(*x, *grad, offsets, torch.bfloat16, backend)
-    last = [ScaledTensor(part.data[:, -128:].contiguous(), part.scale[:, -1:].contiguous()) for part in (x, grad)]
-    alone = wgrad(*last[0], *last[1], offsets[:1] * 0 + 128, torch.bfloat16, backend)
-    assert_identical([whole[-1]], [alone[0]])
-
-
-@ON_DEVICES
-def test_moe_glu_quantize(device: str) -> None:
-    """Both ways, with everything that they give: the last rows come out as they do alone, in tiles of their own."""
-    _need(device, 30)
-    rows, width = (299_648, _WIDTH // 2) if device == "cuda" else (384, 12)
-    assert device == "cpu" or 2 * rows * width > 2**31
-    preact = torch.empty(rows, 2 * width, device=device, dtype=torch.bfloat16).normal_()
-    grad = torch.empty(rows, width, device=device, dtype=torch.bfloat16).normal_()
-    slots, weights = torch.arange(rows, device=device, dtype=torch.int32), torch.rand(rows, 1, device=device)
-    glu, back = torch.ops.grpo_kernels.moe_glu_quantize, torch.ops.grpo_kernels.moe_glu_backward_quantize
-    kind, backend = (False, 1.0, 1.0, False), kernel_backends("moe_experts", device)[0]
-
-    def run(which: slice) -> list[torch.Tensor]:
-        own = slots[which] - which.start
-        data, scale, kept, kept_scale = glu(preact[which], own, *kind, True, 1e-12, backend)
-        operands = (kept, kept_scale, grad[which], own, weights[which], None, *kind)
-        return [data, scale, kept, kept_scale, *back(*operands, *(True,) * 6, 1e-12, 1e-30, torch.bfloat16, backend)]
-
-    whole = run(slice(0, rows))
-    for which in (slice(0, 128), slice(rows - 128, rows)):
-        tile, alone = slice(which.start // 128, which.stop // 128), run(which)
-        places = (
-            [which] * 6
-            + [(slice(None), which), (slice(None), tile), which]
-            + [(slice(None), which), (slice(None), tile)]
-        )
-        for found, place, expected in zip(whole, [*places, which, which], alone, strict=True):
-            assert_same_bits([found[place].contiguous()], [expected.contiguous()])
-
-
-@ON_DEVICES
 @pytest.mark.parametrize(
     "options", [{"save": "preact"}, {"save": "input"}, {"recipe": "fp8_block128"}], ids=["preact", "input", "fp8"]
 )
 def test_moe_experts(options: dict[str, Any], device: str) -> None:
     """The first tokens and the last, with gradients of their own alone, against the definition on these tokens; in FP8
     against the same kernels, of which a row gets the same bits in any company."""
-    _need(device, 40)
-    tokens, twice, ids = _routes(device)
+    need(device, 40)
+    tokens, twice, ids = routes(device)
     hidden = 64 if device == "cuda" else 16
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype).normal_(std=scale).requires_grad_()
 
-    x, gate_up = normal(tokens, hidden), normal(_EXPERTS, twice, hidden, scale=hidden**-0.5)
-    down = normal(_EXPERTS, hidden, twice // 2, scale=(twice // 2) ** -0.5)
-    weights = torch.rand(tokens, _SLOTS, device=device)
+    x, gate_up = normal(tokens, hidden), normal(EXPERTS, twice, hidden, scale=hidden**-0.5)
+    down = normal(EXPERTS, hidden, twice // 2, scale=(twice // 2) ** -0.5)
+    weights = torch.rand(tokens, SLOTS, device=device)
     ends = torch.cat([torch.arange(LAST), torch.arange(tokens - LAST, tokens)]).to(device)
     weights[LAST:-LAST] = 0.0  # nothing of other tokens reaches the gradients of the experts
     upstream = torch.zeros(tokens, hidden, device=device, dtype=dtype)
