@@ -73,9 +73,38 @@ def _clamped(gate, up, limit, CLAMPED: tl.constexpr):
 
 
 @triton.jit
-def _slots_of(inv_map, rows, ROWS: tl.constexpr):
-    """This program's rows [ROWS, 1], whether they exist, and their slots, -1 for padding."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+def glu(gate, up, alpha, limit, CLAMPED: tl.constexpr):
+    """The activation."""
+    gate, factor = _clamped(gate, up, limit, CLAMPED)
+    slope = gate
+    if CLAMPED:
+        slope = gate * alpha
+    return gate * (1.0 / (1.0 + tl.exp2(slope * -LOG2E))) * factor
+
+
+@triton.jit
+def glu_gradients(gate, up, grad, alpha, limit, CLAMPED: tl.constexpr):
+    """The activation, and the gradients of gate and up. What is not used is not computed."""
+    bounded, factor = _clamped(gate, up, limit, CLAMPED)
+    slope = bounded
+    if CLAMPED:
+        slope = bounded * alpha
+    e = tl.exp2(slope * -LOG2E)
+    sigmoid = 1.0 / (1.0 + e)
+    passed = bounded * sigmoid
+    rest = tl.where(slope < 0.0, 1.0 - sigmoid, e * sigmoid)  # 1 - sigmoid, without cancellation
+    of_gate = grad * factor * (sigmoid * (1.0 + slope * rest))
+    of_up = grad * passed
+    if CLAMPED:
+        of_gate = tl.where(gate <= limit, of_gate, 0.0)
+        of_up = tl.where((up >= -limit) & (up <= limit), of_up, 0.0)
+    return passed * factor, of_gate, of_up
+
+
+@triton.jit
+def slots_of(inv_map, block, rows, ROWS: tl.constexpr):
+    """The rows [ROWS, 1] of a block, whether they exist, and their slots, -1 for padding."""
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
     return row, inside, tl.load(inv_map + row, mask=inside, other=-1)
 
@@ -99,7 +128,7 @@ def glu_kernel(
 ):
     # Program (r, c) owns ROWS rows and BLOCK columns of the activation: 2 elements in and 1 out for each. Rows of padding
     # are written and not read; with weights, rows of no slot are padding.
-    row, inside, slot = _slots_of(inv_map, rows, ROWS)
+    row, inside, slot = slots_of(inv_map, tl.program_id(0), rows, ROWS)
     live = slot >= 0
     if WEIGHTED:
         live = live & (slot < slots)
@@ -107,11 +136,7 @@ def glu_kernel(
     start = row.to(tl.int64) * width
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     gate, up = _load_gates(preact, start, offsets, width, live & (offsets < width), INTERLEAVED, ELEMENT)
-    gate, factor = _clamped(gate, up, limit, CLAMPED)
-    slope = gate
-    if CLAMPED:
-        slope = gate * alpha
-    value = gate * (1.0 / (1.0 + tl.exp2(slope * -LOG2E))) * factor
+    value = glu(gate, up, alpha, limit, CLAMPED)
     if WEIGHTED:
         value = value * tl.load(weights + slot, mask=live, other=0.0)
     tl.store(activated + start + offsets, value.to(ELEMENT), mask=inside & (offsets < width))
@@ -144,7 +169,7 @@ def glu_backward_kernel(
     # One program owns ROWS rows and walks their columns: 3 elements in and 3 out for each activation. The products with the
     # gradient add up in registers, a sum for each place in the block, and once across them at the end. Rows of padding are
     # written and not read; so are rows of no slot.
-    row, inside, slot = _slots_of(inv_map, rows, ROWS)
+    row, inside, slot = slots_of(inv_map, tl.program_id(0), rows, ROWS)
     live = (slot >= 0) & (slot < slots)
     ELEMENT: tl.constexpr = activated.dtype.element_ty
     weight = tl.load(weights + slot, mask=live, other=0.0)
@@ -156,24 +181,10 @@ def glu_backward_kernel(
         written = inside & (offsets < width)
         gate, up = _load_gates(preact, start, offsets, width, wanted, INTERLEAVED, ELEMENT)
         grad = tl.load(grad_activated + start + offsets, mask=wanted, other=0.0).to(tl.float32)
-        bounded, factor = _clamped(gate, up, limit, CLAMPED)
-        slope = bounded
-        if CLAMPED:
-            slope = bounded * alpha
-        e = tl.exp2(slope * -LOG2E)
-        sigmoid = 1.0 / (1.0 + e)
-        passed = bounded * sigmoid
-        value = passed * factor
+        value, of_gate, of_up = glu_gradients(gate, up, grad * weight, alpha, limit, CLAMPED)
         if WEIGHTS:
             total += grad * value
-        grad = grad * weight
         if PREACT:
-            rest = tl.where(slope < 0.0, 1.0 - sigmoid, e * sigmoid)  # 1 - sigmoid, without cancellation
-            of_gate = grad * factor * (sigmoid * (1.0 + slope * rest))
-            of_up = grad * passed
-            if CLAMPED:
-                of_gate = tl.where(gate <= limit, of_gate, 0.0)
-                of_up = tl.where((up >= -limit) & (up <= limit), of_up, 0.0)
             _store_gates(grad_preact, start, offsets, width, written, of_gate, of_up, INTERLEAVED, ELEMENT)
         if ACTIVATED:
             tl.store(activated + start + offsets, (value * weight).to(ELEMENT), mask=written)

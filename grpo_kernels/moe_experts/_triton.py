@@ -7,8 +7,11 @@ import triton
 from torch import Tensor
 
 from grpo_kernels._launch import on_device
+from grpo_kernels.moe_experts._fp8_triton import moe_glu_backward_quantize, moe_glu_quantize
 from grpo_kernels.moe_experts._kernels_triton import BLOCK, WARPS, glu_backward_kernel, glu_kernel, rows_of_program
 from grpo_kernels.moe_experts.ops import empty_activated, empty_gradients
+
+__all__ = ["moe_glu", "moe_glu_backward", "moe_glu_backward_quantize", "moe_glu_quantize"]
 
 
 def _memory(preact: Tensor, interleaved: bool) -> Tensor:
