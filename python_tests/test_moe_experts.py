@@ -38,7 +38,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(dtype: torch.dtype, options: str, save: str) -> None:
-    problem = Problem.make(dtype, **OPTIONS[options])
+    """So many tokens that the largest error of PyTorch, which is the budget, does not hang on a lucky few."""
+    problem = Problem.make(dtype, tokens=120, **OPTIONS[options])
     with poisoned_allocations():
         problem.assert_accurate(problem.run(save=save, alignment=1 if save == "preact" else 8))
 

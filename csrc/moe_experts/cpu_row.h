@@ -9,7 +9,7 @@ namespace GK_ISA {
 namespace glu_kernels {
 
 constexpr int64_t kBlock = 256;                // a multiple of kPadding
-constexpr int64_t kPadding = 64;               // a block's sum runs over whole multiples of it
+constexpr int64_t kPadding = 64;               // partial sums; blocks are filled up to a multiple of it
 constexpr int64_t kElementsPerChunk = 16384;   // per task
 constexpr int64_t kElementsPerThread = 32768;  // below that a second thread costs more than it brings
 
@@ -57,21 +57,26 @@ inline void store_pairs(const GluRows& l, const A* gate, const A* up, int64_t be
 }
 
 // Replaces gates, ups and gradients of the activation by gradients of gates and ups, and by activations; returns
-// <gradient, activation>.
+// <gradient, activation>: few terms to a partial sum, and as many on every instruction set.
 template <bool kClamped, typename A>
 inline double differentiate(const Glu<kClamped, A>& glu, int64_t count, A* gate, A* up, A* grad) {
   for (int64_t i = count; i % kPadding != 0; ++i) gate[i] = up[i] = grad[i] = A(0);
-  const int64_t padded = (count + kPadding - 1) / kPadding * kPadding;
-  A sum = 0;
-#pragma omp simd reduction(+ : sum) aligned(gate, up, grad : 64)
-  for (int64_t i = 0; i < padded; ++i) {
-    const GluGradient<A> gradient = glu.gradient(gate[i], up[i], grad[i]);
-    sum += grad[i] * gradient.activated;
-    gate[i] = gradient.gate;
-    up[i] = gradient.up;
-    grad[i] = gradient.activated;
+  alignas(64) A sums[kPadding] = {};
+  for (int64_t start = 0; start < count; start += kPadding) {
+    A *gates = gate + start, *ups = up + start, *grads = grad + start;
+#pragma omp simd aligned(gates, ups, grads, sums : 64)
+    for (int64_t i = 0; i < kPadding; ++i) {
+      const GluGradient<A> gradient = glu.gradient(gates[i], ups[i], grads[i]);
+      sums[i] += grads[i] * gradient.activated;
+      gates[i] = gradient.gate;
+      ups[i] = gradient.up;
+      grads[i] = gradient.activated;
+    }
   }
-  return double(sum);
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum) aligned(sums : 64)
+  for (int64_t i = 0; i < kPadding; ++i) sum += double(sums[i]);
+  return sum;
 }
 
 template <typename A>
