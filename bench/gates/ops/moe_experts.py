@@ -130,8 +130,8 @@ _SCALES_BARRIERS = Instructions("BAR", r"BAR\..*", at_most=8)  # two for the sca
 
 
 def _quantized_gate(of: Specialisation) -> Gate:
-    """Eight codes a thread, beside 16 bytes of bfloat16; in float32 four. Threads exchange the scales of rows, which are
-    stored side by side. Transposes go through shared memory, and come out 16 bytes a thread."""
+    """Eight codes a thread, beside 16 bytes of bfloat16; in float32 four. Threads exchange the scales of rows, to store
+    them side by side. Transposes go through shared memory, and come out 16 bytes a thread."""
     converts = (CONVERSION,) if of.constant("ENCODE") == "hardware" else ()
     if of.kernel == "glu_backward_columns_kernel":
         aligned = of.aligned("width", "rows")
