@@ -162,7 +162,7 @@ def test_a_command_that_is_not_there_fails(tmp_path) -> None:
 def test_each_op_runs_by_itself(tmp_path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import json, os, sys, time\nop, file = sys.argv[2], sys.argv[4]\n"
+        "import json, os, sys, time\nop, file = sys.argv[2], sys.argv[4]\nprint('begun', op, flush=True)\n"
         "if op == 'hang': time.sleep(60)\nif op == 'crash': os.abort()\n"
         "json.dump({'right': op}, open(file, 'w'))\nprint('done', op)\n"
     )
@@ -174,5 +174,6 @@ def test_each_op_runs_by_itself(tmp_path) -> None:
     )
     assert done.returncode == 1
     last = done.stdout.splitlines()[-1]
+    assert "--- the end of hang:\nbegun hang\n--- the end of crash:\nbegun crash\n2 of 4" in done.stdout
     assert re.fullmatch(r"2 of 4 ops right in \d+ s; failed: hang \(stopped .*\), crash \(status -6\)", last)
     assert json.loads(merged.read_text()) == {"a": {"right": "a"}, "hang": None, "crash": None, "b": {"right": "b"}}

@@ -19,6 +19,8 @@ from pathlib import Path
 from bench.gpu_check import processes
 from bench.gpu_check.settings import ROOT, cores
 
+_LINES = 8  # of the output of an op that failed, once more at the end
+
 
 def _environment(workers: int) -> dict[str, str]:
     """With a share of the cores for each."""
@@ -41,6 +43,10 @@ def _problem(result: processes.Result) -> str:
     return "" if result.status == 0 else f"status {result.status}"
 
 
+def _end(output: str) -> str:
+    return "\n".join(output.splitlines()[-_LINES:])
+
+
 def _merge(folder: Path, ops: list[str], target: Path) -> None:
     merged = {}
     for op in ops:
@@ -61,7 +67,7 @@ def main() -> int:
     arguments = parser.parse_args()
     ops = arguments.ops.split(",")
     begin = time.monotonic()
-    failed = []
+    failed, last_words = [], ""
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
         folder = Path(name)
         jobs = {op: pool.submit(_one, op, arguments, folder, begin + arguments.seconds) for op in ops}
@@ -70,11 +76,12 @@ def main() -> int:
             problem = _problem(result)
             if problem:
                 failed.append(f"{op} ({problem})")
+                last_words += f"--- the end of {op}:\n{_end(output)}\n"
             print(f"--- {op}: {problem or 'right'}, {result.seconds:.0f} s\n{output}", flush=True)
         if arguments.json:
             _merge(folder, ops, arguments.json)
     wrong = f"; failed: {', '.join(failed)}" if failed else ""
-    print(f"{len(ops) - len(failed)} of {len(ops)} ops right in {time.monotonic() - begin:.0f} s{wrong}")
+    print(f"{last_words}{len(ops) - len(failed)} of {len(ops)} ops right in {time.monotonic() - begin:.0f} s{wrong}")
     return 1 if failed else 0
 
 

@@ -112,11 +112,11 @@ def _fuzz(settings: Settings, limit: float) -> list[str]:
     """Random problems for most of the time, every kind of problem in a process of its own."""
     workers = max(settings.workers, min(len(_FUZZ), cores() // 2))  # small problems: they share even a busy GPU
     waves = -(-len(_FUZZ) // workers)
-    seconds = max(1.0, (limit - 5) / waves - 12 * settings.stretch)  # importing, and what is begun must still end
+    seconds = 0.6 * (limit - 5) / waves  # the first problems compile, and what is begun must still end
     return [
         *(settings.python, "-m", "bench.gpu_check.each_op", "--ops", ",".join(_FUZZ)),
         *("--seconds", f"{max(limit - 5, limit / 2):.0f}", "--workers", str(workers)),
-        *("--", "-m", "python_tests.gpu.fuzz", "--seconds", f"{min(seconds, limit / 4):.1f}"),
+        *("--", "-m", "python_tests.gpu.fuzz", "--seconds", f"{max(seconds, 1.0):.0f}"),
         *("--device", settings.device),
     ]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,15 +69,22 @@ def run(kind: str, device: str, seconds: float, most: int, first: int, patience:
     return 0
 
 
+def _started() -> float:
+    """When this process began, in seconds since the machine did: importing counts."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m python_tests.gpu.fuzz", description=__doc__)
     parser.add_argument("--op", choices=KINDS, required=True, help="the kind of problem")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=10.0, help="since the process began; one problem in any case")
     parser.add_argument("--problems", type=int, default=10**9, help="at most so many")
     parser.add_argument("--seed", type=int, default=0, help="of the first problem; the next one has the next")
     options = parser.parse_args(arguments)
-    return run(options.op, options.device, options.seconds, options.problems, options.seed, PATIENCE)
+    left = options.seconds - (time.clock_gettime(time.CLOCK_BOOTTIME) - _started())
+    return run(options.op, options.device, left, options.problems, options.seed, PATIENCE)
 
 
 if __name__ == "__main__":
