@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from grpo_kernels import _extension
+from grpo_kernels._autocast import no_autocast
 
 BACKENDS = ("native", "triton", "reference")
 MINIMUM_CAPABILITY = (8, 0)
@@ -50,17 +51,21 @@ def register_backends(op: str, *, cpu: tuple[str, ...], cuda: tuple[str, ...], i
     _registered[op] = Backends(cpu, cuda, interpretable)
 
 
-def define(schema: str, *, package: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def define(schema: str, *, package: str, fake: Callable[..., Any], definition: str = "") -> torch._ops.OpOverload:
     """Registers one op: `schema` ends with `str backend`; `fake` gives the outputs' metadata and takes all arguments
     but that.
 
     The implementation is the function of the op's name in `<package>._native` or `<package>._triton`, imported at the
-    first call.
+    first call. Ops that other ops are composed of have one for "reference", too: in the module `definition` of the
+    package, never differentiated.
     """
     name = schema.partition("(")[0]
 
     def implementation(*arguments: Any) -> Any:
-        return _implementation(package, arguments[-1], name)(*arguments[:-1])
+        if arguments[-1] != "reference":
+            return _implementation(f"{package}._{arguments[-1]}", name)(*arguments[:-1])
+        with no_autocast(arguments[0].device.type):
+            return _implementation(f"{package}.{definition}", name)(*arguments[:-1])
 
     def fake_implementation(*arguments: Any) -> Any:
         return fake(*arguments[:-1])
@@ -74,8 +79,8 @@ def define(schema: str, *, package: str, fake: Callable[..., Any]) -> torch._ops
 
 
 @functools.cache
-def _implementation(package: str, backend: str, name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}._{backend}"), name)
+def _implementation(module: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 
 

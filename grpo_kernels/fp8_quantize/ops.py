@@ -14,6 +14,7 @@ fp8_quantize = _dispatch.define(
     "fp8_quantize(Tensor x, bool square, bool power_of_two, bool rows, bool columns, float eps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     package=_PACKAGE,
+    definition="reference",
     fake=empty_quantized,
 )
 """data, scale of x [(E,) M, K] where `rows`, and of its transpose where `columns`; [0] where not. Tiles of 128 elements
@@ -22,6 +23,7 @@ along the last axis of the result; square: of 128 x 128."""
 fp8_dequantize = _dispatch.define(
     "fp8_dequantize(Tensor data, Tensor scale, ScalarType dtype, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="reference",
     fake=empty_dequantized,
 )
 """data times the scale of its tiles: along each of the last two axes a scale for every element, or for every 128."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import ops
 
 
@@ -40,20 +41,33 @@ def _forward(options: Options, x: Tensor, weight: Tensor, offsets: Tensor, bias:
 
 
 def weight_gradient(
-    x: Tensor, grad: Tensor, offsets: Tensor, weight: Tensor, accumulator: Tensor | None, backend: str
+    x: Tensor | ScaledTensor,
+    grad: Tensor | ScaledTensor,
+    offsets: Tensor,
+    weight: Tensor,
+    accumulator: Tensor | None,
+    backend: str,
 ) -> Tensor | None:
     """[E, N, K] in the dtype of `weight` and laid out as it is; None with an accumulator, which takes it.
 
     A weight that is a view of a parameter [E, K, N] gets its gradient in that order: autograd need not turn it round.
+
+    Args:
+        x: [R, K]. Or the quantised transpose, [K, R].
+        grad: [R, N]. Or [N, R], likewise.
     """
     layout = weight if accumulator is None else accumulator
     turned = layout.stride(-1) != 1 and layout.stride(1) == 1
-    rows, columns = (grad, x) if turned else (x, grad)
+    first, second = (grad, x) if turned else (x, grad)
+    op, add_op = ops.grouped_gemm_wgrad, ops.grouped_gemm_wgrad_add_
+    operands: tuple[Any, ...] = (first, second)
+    if isinstance(first, ScaledTensor):
+        op, add_op = ops.fp8_grouped_gemm_wgrad, ops.fp8_grouped_gemm_wgrad_add_
+        operands = (*first, *second)
     if accumulator is not None:
-        target = accumulator.transpose(1, 2) if turned else accumulator
-        ops.grouped_gemm_wgrad_add_(rows, columns, offsets, target, backend)
+        add_op(*operands, offsets, accumulator.transpose(1, 2) if turned else accumulator, backend)
         return None
-    found: Tensor = ops.grouped_gemm_wgrad(rows, columns, offsets, weight.dtype, backend)
+    found: Tensor = op(*operands, offsets, weight.dtype, backend)
     return found.transpose(1, 2) if turned else found
 
 

@@ -31,6 +31,7 @@ def empty_row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
 grouped_gemm = _dispatch.define(
     "grouped_gemm(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, ScalarType out_dtype, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="reference",
     fake=lambda x, weight, offsets, bias, out_dtype: empty_output(x, weight, out_dtype),
 )
 """[R, N]: x[rows of e] @ weight[e].T + bias[e], and 0 in rows of no expert. x [R, K], weight [E, N, K] and bias [E, N]
@@ -40,6 +41,7 @@ fp8_grouped_gemm = _dispatch.define(
     "fp8_grouped_gemm(Tensor data, Tensor scale, Tensor weight_data, Tensor weight_scale, Tensor offsets, "
     "Tensor? bias, ScalarType out_dtype, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="reference",
     fake=lambda data, scale, weight_data, weight_scale, offsets, bias, out_dtype: empty_output(
         data, weight_data, out_dtype
     ),
@@ -51,6 +53,7 @@ same product with the quantised rows of gradients and the quantised transpose of
 grouped_gemm_wgrad = _dispatch.define(
     "grouped_gemm_wgrad(Tensor x, Tensor grad, Tensor offsets, ScalarType weight_dtype, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="gradient_reference",
     fake=empty_weight_gradient,
 )
 """[E, N, K]: grad[rows of e].T @ x[rows of e], 0 without rows. x [R, K] and grad [R, N] are of one dtype."""
@@ -67,6 +70,7 @@ fp8_grouped_gemm_wgrad = _dispatch.define(
     "fp8_grouped_gemm_wgrad(Tensor data, Tensor scale, Tensor grad_data, Tensor grad_scale, Tensor offsets, "
     "ScalarType weight_dtype, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="gradient_reference",
     fake=lambda data, scale, grad_data, grad_scale, offsets, weight_dtype: empty_weight_gradient(
         data.t(), grad_data.t(), offsets, weight_dtype
     ),
@@ -86,6 +90,7 @@ fp8_grouped_gemm_wgrad_add_ = _dispatch.define(
 grouped_row_sum = _dispatch.define(
     "grouped_row_sum(Tensor grad, Tensor offsets, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="gradient_reference",
     fake=empty_row_sum,
 )
 """[E, N] float32 (float64 for float64): the sum of the rows of each expert, the gradient of a bias."""

@@ -127,7 +127,7 @@ def moe_experts(
     own = (first, first + gate_up.shape[0])
     if recipe == "fp8_block128":
         fp8 = fp8_function.Options(
-            backend, fp8_stages.Parts.of(backend, stand_in), dtype, kind, save == "preact", own, total, alignment,
+            backend, fp8_stages.Fp8Parts.of(backend, stand_in), dtype, kind, save == "preact", own, total, alignment,
             fp8_wgrad,
         )  # fmt: skip
         return fp8_function.routed_experts(fp8, accumulators, experts, weights, ids)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.moe_experts import fp8_weights
 from grpo_kernels.moe_experts.arguments import Experts
-from grpo_kernels.moe_experts.fp8_stages import Parts
+from grpo_kernels.moe_experts.fp8_stages import Fp8Parts
 from grpo_kernels.moe_experts.function import Accumulators, Needs
 from grpo_kernels.moe_experts.ops import QuantizedGradients, QuantizedNeeds
 from grpo_kernels.moe_experts.reference import Activation
@@ -32,7 +32,7 @@ class Options(NamedTuple):
     """All that is no tensor."""
 
     backend: str
-    parts: Parts
+    parts: Fp8Parts
     dtype: torch.dtype  # of the products' results
     activation: Activation
     keep_preact: bool
@@ -86,7 +86,7 @@ def _forward(
     both = needs is not None and (needs.grad_preact or needs.weights)
     down = fp8_weights.quantized(experts.down, parts.casts, both=both)
     results = parts.product(activated, down, maps, experts.down_bias, dtype)
-    return parts.unpermute(results, maps, weights.detach()), kept
+    return parts.wide.unpermute(results, maps, weights.detach()), kept
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -103,6 +103,7 @@ class _RoutedExperts(torch.autograd.Function):
         preact = kept if needs.preact and options.keep_preact else (None, None)
         ctx.save_for_backward(*x, *preact, *given[1:], weights, *maps)
         ctx.options, ctx.accumulators = options, accumulators
+        ctx.copies = [fp8_weights.reference_to(weight) for weight in given[1:3]]
         ctx.dtypes = [None if t is None else t.dtype for t in given]
         return result
 
@@ -113,7 +114,7 @@ class _RoutedExperts(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[2:8])
         tokens, kept = ScaledTensor(x, x_scale), None if preact is None else ScaledTensor(preact, preact_scale)
         maps = Maps(row_id_map, inv_map, offsets)
-        backward = _Backward(ctx.options, needs, tokens, _Parameters(*parameters), weights, maps)
+        backward = _Backward(ctx.options, needs, tokens, _Parameters(*parameters), weights, maps, *ctx.copies)
         grads = backward.run(grad, kept, ctx.accumulators)
         results = [
             None if value is None or dtype is None else value.to(dtype)
@@ -131,22 +132,26 @@ class _Backward(NamedTuple):
     parameters: _Parameters
     weights: Tensor
     maps: Maps
+    of_gate_up: fp8_weights.Reference | None
+    of_down: fp8_weights.Reference | None
 
     def run(self, grad: Tensor, preact: ScaledTensor | None, accumulators: Accumulators) -> tuple[Tensor | None, ...]:
         """Gradients of the tokens, the parameters and the weights."""
         options, needs, parts, maps = self.options, self.needs, self.options.parts, self.maps
         grad = grad.to(options.wide)
-        grad_down_bias = parts.row_sum(parts.permute(grad, maps, self.weights), maps) if needs.down_bias else None
+        grad_down_bias = (
+            parts.wide.row_sum(parts.wide.permute(grad, maps, self.weights), maps) if needs.down_bias else None
+        )
         if not needs.preact:
             return None, None, None, None, grad_down_bias, None
         found, grad_down = self._through_down(grad, self._preact() if preact is None else preact, accumulators[1])
-        grad_gate_up_bias = parts.row_sum(found.wide, maps) if needs.gate_up_bias else None
+        grad_gate_up_bias = parts.wide.row_sum(found.wide, maps) if needs.gate_up_bias else None
         grad_gate_up = self._of_gate_up(found, accumulators[0]) if needs.gate_up else None
         grad_x = None
         if needs.x:
-            turned = fp8_weights.turned(self.parameters.gate_up, parts.casts)
+            turned = fp8_weights.turned(self.parameters.gate_up, parts.casts, self.of_gate_up)
             rows = parts.product(ScaledTensor(found.data, found.scale), turned, maps, None, options.dtype)
-            grad_x = parts.unpermute(rows, maps)
+            grad_x = parts.wide.unpermute(rows, maps)
         weights = found.weights if needs.weights else None
         return grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, weights
 
@@ -157,7 +162,7 @@ class _Backward(NamedTuple):
         """The pre-activations, as the forward formed and quantised them."""
         parts, parameters = self.options.parts, self.parameters
         rows, _ = parts.permute_quantize(self._tokens(), self.maps)
-        gate_up = fp8_weights.quantized(parameters.gate_up, parts.casts, both=False)
+        gate_up = fp8_weights.quantized(parameters.gate_up, parts.casts, both=False, saved=self.of_gate_up)
         preact = parts.product(rows, gate_up, self.maps, parameters.gate_up_bias, self.options.dtype)
         return parts.glu(preact, self.maps, self.options.activation, True)[1]
 
@@ -177,13 +182,13 @@ class _Backward(NamedTuple):
         )
         rows, columns = parts.permute_quantize(grad, maps, gradient=True, columns=needs.down and eight_bits)
         bias = self.parameters.down_bias if needs.weights else None
-        upstream = parts.permute(grad, maps) if bias is not None or wanted.activated_wide else grad.new_empty(0)
+        upstream = parts.wide.permute(grad, maps) if bias is not None or wanted.activated_wide else grad.new_empty(0)
         grad_activated = None
         if wanted.grad:
-            turned = fp8_weights.turned(down, parts.casts)
+            turned = fp8_weights.turned(down, parts.casts, self.of_down)
             grad_activated = parts.product(rows, turned, maps, None, options.dtype)
         del rows
-        row_terms = None if bias is None else parts.bias_terms(upstream, bias, maps)
+        row_terms = None if bias is None else parts.wide.bias_terms(upstream, bias, maps)
         found = parts.glu_backward(
             preact, grad_activated, maps, self.weights, row_terms, options.activation, wanted, options.wide
         )
@@ -192,12 +197,14 @@ class _Backward(NamedTuple):
             return found, None
         if eight_bits:
             activated = ScaledTensor(found.activated_data_t, found.activated_scale_t)
-            return found, parts.fp8_weight_gradient(activated, columns, maps, down, accumulator)
-        return found, parts.weight_gradient(found.activated_wide, upstream, maps, down, accumulator)
+            return found, parts.wide.weight_gradient(activated, columns, maps, down, accumulator)
+        return found, parts.wide.weight_gradient(found.activated_wide, upstream, maps, down, accumulator)
 
     def _of_gate_up(self, found: QuantizedGradients, accumulator: Tensor | None) -> Tensor | None:
         parts, maps, gate_up = self.options.parts, self.maps, self.parameters.gate_up
         if not self.options.fp8_wgrad:
-            return parts.weight_gradient(parts.permute(self._tokens(), maps), found.wide, maps, gate_up, accumulator)
+            return parts.wide.weight_gradient(
+                parts.wide.permute(self._tokens(), maps), found.wide, maps, gate_up, accumulator
+            )
         _, rows = parts.permute_quantize(self._tokens(), maps, columns=True)
-        return parts.fp8_weight_gradient(rows, ScaledTensor(found.data_t, found.scale_t), maps, gate_up, accumulator)
+        return parts.wide.weight_gradient(rows, ScaledTensor(found.data_t, found.scale_t), maps, gate_up, accumulator)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from grpo_kernels import _extension
-from grpo_kernels.fp8_quantize import ScaledTensor, ops, reference
+from grpo_kernels.fp8_quantize import ScaledTensor, ops
 
 _KINDS = (Tensor, nn.Parameter)
 _TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake tensors, proxies, functional tensors
@@ -111,7 +111,7 @@ def _copies(weight: Tensor, owner: Tensor | None, backend: str, *, turn: bool, b
 
 def _quantize(weight: Tensor, backend: str, rows: bool, columns: bool) -> _Pair:
     arguments = (weight.detach(), True, True, rows, columns, 1e-12)  # a float of the module would be a graph's input
-    outputs = reference.fp8_quantize(*arguments) if backend == "reference" else ops.fp8_quantize(*arguments, backend)
+    outputs = ops.fp8_quantize(*arguments, backend)
     return ScaledTensor(*outputs[:2]) if rows else None, ScaledTensor(*outputs[2:]) if columns else None
 
 

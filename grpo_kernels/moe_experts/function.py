@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from grpo_kernels.moe_experts import ops
 from grpo_kernels.moe_experts.arguments import Experts
-from grpo_kernels.moe_experts.reference import Activation, exact_dtype
+from grpo_kernels.moe_experts.reference import Activation
 from grpo_kernels.moe_experts.stages import Maps, Parts, build_maps
 
 
@@ -163,7 +163,8 @@ class _Backward(NamedTuple):
         grad_preact = grad_down = grad_weights = None
         if needs.grad_preact or needs.weights:
             grad_activated = parts.product(upstream, self.experts.down.to(options.dtype).transpose(1, 2), maps)
-            row_terms = self._bias_terms(upstream) if needs.weights else None
+            bias = self.experts.down_bias if needs.weights else None
+            row_terms = None if bias is None else parts.bias_terms(upstream, bias, maps)
             grad_preact, activated, grad_weights = ops.moe_glu_backward(
                 preact, grad_activated, maps.inv_map, self.weights, row_terms, *options.activation, needs.grad_preact,
                 needs.down, needs.weights, options.backend,
@@ -175,11 +176,3 @@ class _Backward(NamedTuple):
         if needs.down:
             grad_down = parts.weight_gradient(activated, upstream, maps, self.experts.down, accumulator)
         return grad_preact if needs.grad_preact else None, grad_down, grad_weights if needs.weights else None
-
-    def _bias_terms(self, upstream: Tensor) -> Tensor | None:
-        """[R] <g_e, bias>: what an expert's bias adds to the gradient of a weight."""
-        bias = self.experts.down_bias
-        if bias is None:
-            return None
-        columns = bias.to(self.options.dtype)[:, None, :]
-        return self.options.parts.product(upstream, columns, self.maps, dtype=exact_dtype(self.options.dtype))[:, 0]

@@ -140,6 +140,7 @@ moe_glu_quantize = _dispatch.define(
     f"moe_glu_quantize(Tensor preact, Tensor inv_map, {_ACTIVATION}, bool keep_preact, float eps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     package=_PACKAGE,
+    definition="glu_reference",
     fake=_quantize_fake,
 )
 """data, scale of the activation [R, I] of pre-activations [R, 2I], quantised from float32 in tiles of 1 x 128 with
@@ -167,6 +168,7 @@ moe_glu_backward_quantize = _dispatch.define(
     "str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     package=_PACKAGE,
+    definition="glu_reference",
     fake=_backward_quantize_fake,
 )
 """What moe_glu_backward gives, of pre-activations that are kept in tiles of 1 x 128: `QuantizedGradients`.

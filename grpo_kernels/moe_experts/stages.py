@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
+from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import function as grouped
 from grpo_kernels.grouped_gemm import ops as gemm_ops
 from grpo_kernels.moe_experts.arguments import raise_if_no_expert
+from grpo_kernels.moe_experts.reference import exact_dtype
 from grpo_kernels.moe_permute import ops as permute_ops
 from grpo_kernels.moe_permute import reference as permute_reference
 
@@ -52,10 +54,20 @@ class Parts(NamedTuple):
         result: Tensor = gemm_ops.grouped_gemm(rows, weight, maps.offsets, bias, dtype or rows.dtype, self.products)
         return result
 
+    def bias_terms(self, rows: Tensor, bias: Tensor, maps: Maps) -> Tensor:
+        """[R] <row, its expert's bias>: what the bias adds to the gradient of a weight."""
+        columns = bias.to(rows.dtype)[:, None, :]
+        return self.product(rows, columns, maps, dtype=exact_dtype(rows.dtype))[:, 0]
+
     def weight_gradient(
-        self, rows: Tensor, grad: Tensor, maps: Maps, weight: Tensor, accumulator: Tensor | None
+        self,
+        rows: Tensor | ScaledTensor,
+        grad: Tensor | ScaledTensor,
+        maps: Maps,
+        weight: Tensor,
+        accumulator: Tensor | None,
     ) -> Tensor | None:
-        """[E, N, K] like `weight`; None with an accumulator, which takes it."""
+        """[E, N, K] like `weight`; None with an accumulator, which takes it. ScaledTensors are the transposes."""
         return grouped.weight_gradient(rows, grad, maps.offsets, weight, accumulator, self.products)
 
     def row_sum(self, rows: Tensor, maps: Maps) -> Tensor:

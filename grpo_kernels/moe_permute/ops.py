@@ -73,6 +73,7 @@ build_permutation = _dispatch.define(
 moe_permute = _dispatch.define(
     "moe_permute(Tensor x, Tensor row_id_map, Tensor inv_map, Tensor? topk_weights, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="reference",
     fake=empty_rows,
 )
 """Rows of experts; each times its weight, where there are weights."""
@@ -80,6 +81,7 @@ moe_permute = _dispatch.define(
 moe_unpermute = _dispatch.define(
     "moe_unpermute(Tensor y, Tensor row_id_map, Tensor? topk_weights, str backend) -> Tensor",
     package=_PACKAGE,
+    definition="reference",
     fake=empty_tokens,
 )
 
@@ -95,6 +97,7 @@ moe_permute_quantize = _dispatch.define(
     "moe_permute_quantize(Tensor x, Tensor row_id_map, Tensor inv_map, bool power_of_two, bool columns, float eps, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     package=_PACKAGE,
+    definition="quantize_reference",
     fake=empty_quantized_rows,
 )
 """data, scale of the rows, as fp8_quantize gives them, and of their transpose where `columns`; [0] where not."""

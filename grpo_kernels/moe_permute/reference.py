@@ -46,15 +46,20 @@ def build_permutation(
     return row_id_map, inv_map, offsets.to(torch.int32), counts[:experts].to(torch.int32)
 
 
-def moe_permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor) -> Tensor:
-    """[R, H]. The copy of its token in every row, 0 in the rows that are padding or of no slot."""
+def moe_permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor, topk_weights: Tensor | None = None) -> Tensor:
+    """[R, H]. The copy of its token in every row, times its slot's weight, 0 in the rows that are padding or of no
+    slot."""
     if readable(x):
         check_maps("moe_permute", row_id_map, inv_map)
     tokens, top_k = row_id_map.shape
     live = (inv_map >= 0) & (inv_map < tokens * top_k)
     source = torch.where(live, inv_map // max(top_k, 1), tokens)
     wide = x.to(_accumulation(x))  # the gradient sums a token's rows, and rounds once
-    return F.pad(wide, (0, 0, 0, 1)).index_select(0, source).to(x.dtype)
+    rows = F.pad(wide, (0, 0, 0, 1)).index_select(0, source)
+    if topk_weights is not None:
+        slot = torch.where(live, inv_map, tokens * top_k)
+        rows = rows * F.pad(topk_weights.reshape(-1).to(wide.dtype), (0, 1)).index_select(0, slot)[:, None]
+    return rows.to(x.dtype)
 
 
 def moe_unpermute(y: Tensor, row_id_map: Tensor, topk_weights: Tensor | None) -> Tensor:

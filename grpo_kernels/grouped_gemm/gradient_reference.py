@@ -1,4 +1,4 @@
-"""Definitions of the FP8 recipe's parts that no other package has: gradients of weights, in plain PyTorch."""
+"""Gradients of the grouped product's weights and biases in plain PyTorch, as ops that composed ones are made of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _members(offsets: Tensor, rows: int) -> Tensor:
     return (row >= starts[:, None]) & (row < ends[:, None])
 
 
-def weight_gradient(x: Tensor, grad: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+def grouped_gemm_wgrad(x: Tensor, grad: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """[E, N, K]: grad[rows of e].T @ x[rows of e], formed in float32."""
     x, grad = x.to(torch.float32), grad.to(torch.float32)
     members = _members(offsets, len(x))[..., None]
@@ -25,15 +25,15 @@ def weight_gradient(x: Tensor, grad: Tensor, offsets: Tensor, dtype: torch.dtype
     return torch.stack(found).to(dtype)
 
 
-def fp8_weight_gradient(
+def fp8_grouped_gemm_wgrad(
     data: Tensor, scale: Tensor, grad_data: Tensor, grad_scale: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The same of quantised transposes, x^T [K, R] and grad^T [N, R]."""
     x, grad = (fp8.fp8_dequantize(*pair, torch.float32).t() for pair in ((data, scale), (grad_data, grad_scale)))
-    return weight_gradient(x, grad, offsets, dtype)
+    return grouped_gemm_wgrad(x, grad, offsets, dtype)
 
 
-def row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
+def grouped_row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
     """[E, N] float32: the sum of the rows of each expert."""
     members = _members(offsets, len(grad))[..., None]
     return torch.stack([torch.where(own, grad.to(torch.float32), 0.0).sum(0) for own in members])
