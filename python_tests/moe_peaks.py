@@ -37,16 +37,22 @@ def make(dtype: torch.dtype = torch.float32) -> Inputs:
     return made | {"ids": ids, "upstream": torch.randn(TOKENS, MODEL.hidden).to(dtype)}
 
 
-def ours(save: str, inputs: Inputs) -> Tensor:
+def ours(save: str, inputs: Inputs, recipe: str = "bf16") -> Tensor:
     routes = (inputs["weights"], inputs["ids"])
-    return grpo_kernels.moe_experts(inputs["x"], inputs["gate_up"], inputs["down"], routes, save=save)
+    return grpo_kernels.moe_experts(inputs["x"], inputs["gate_up"], inputs["down"], routes, recipe=recipe, save=save)
 
 
 def eager(inputs: Inputs) -> Tensor:
     return moe_definitions.experts_in_turn(inputs["x"], inputs["weights"], inputs["ids"], inputs, MODEL)
 
 
-FORWARDS: dict[str, Forward] = {"preact": partial(ours, "preact"), "input": partial(ours, "input"), "eager": eager}
+FORWARDS: dict[str, Forward] = {
+    "preact": partial(ours, "preact"),
+    "input": partial(ours, "input"),
+    "preact fp8": partial(ours, "preact", recipe="fp8_block128"),
+    "input fp8": partial(ours, "input", recipe="fp8_block128"),
+    "eager": eager,
+}
 
 
 def _both(forward: Forward, inputs: Inputs) -> Sequence[Tensor]:

@@ -56,6 +56,15 @@ def test_a_layer_keeps_what_the_table_says(save: str, dtype: str, bytes_of: dict
 
 
 @pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("save", ["preact", "input"])
+def test_in_fp8_it_keeps_a_byte_for_each_number_and_scales(save: str, dtype: str, bytes_of: dict[str, int]) -> None:
+    """Whatever the dtype of the inputs; the tokens, too. The copies of the weights are there from the run before."""
+    widths = (TOKENS, MODEL.hidden), (TOKENS * MODEL.top_k, 2 * MODEL.width if save == "preact" else 0)
+    tiles = sum(rows * (width + 4 * -(-width // 128)) for rows, width in widths)
+    assert abs(bytes_of[f"{save} fp8 {dtype}, held"] - maps(TOKENS, MODEL.top_k) - tiles) <= SLACK
+
+
+@pytest.mark.parametrize("dtype", BYTES)
 def test_eager_keeps_every_intermediate(dtype: str, bytes_of: dict[str, int]) -> None:
     expected = naive(TOKENS, MODEL.top_k, MODEL.hidden, MODEL.width, BYTES[dtype])
     assert expected - SLACK <= bytes_of[f"eager {dtype}, held"] <= 1.3 * expected
