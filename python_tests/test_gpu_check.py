@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from bench.gpu_check import phases, processes, results, runner, steps, summary
+from bench.gpu_check import phases, processes, results, runner, summary
 from bench.gpu_check import settings as settings_module
 from bench.gpu_check.__main__ import check, main, plan_lines
 from bench.gpu_check.phases import PHASES, Phase
@@ -377,62 +377,3 @@ def test_the_summary_is_one_screen(settings) -> None:
     assert "more failed tests: see the log" in text
     assert str(settings.output) in lines[-1]
     assert summary.status(found) == 1
-
-
-@pytest.mark.parametrize("rehearse", [False, True])
-def test_every_phase_has_a_command(rehearse: bool, tmp_path) -> None:
-    settings = Settings(rehearse, sys.executable, tmp_path, tmp_path, workers=3)
-    machine = {"slug": "a-gpu", "capability": "90", "public": ["token_log_probs"], "packages": ["token_log_probs"]}
-    phases.machine_file(settings).write_text(json.dumps(machine))
-    for phase in PHASES:
-        for limit in (phase.limit, 10.0):
-            command = phase.command(settings, limit)
-            assert all(isinstance(part, str) for part in command)
-            assert command[:2] == [sys.executable, "-m"]
-            for option in ("--deadline", "--seconds"):
-                if option in command:
-                    assert 0 < float(command[command.index(option) + 1]) < limit
-        assert not [part for part in command if part.startswith("python_tests/") and not (ROOT / part).exists()]
-        if rehearse:
-            assert "cuda" not in command
-    assert sum(max(p.reserve for p in PHASES if (p.group or p.name) == name)
-               for name in {p.group or p.name for p in PHASES}) < settings_module.BUDGET / 2  # fmt: skip
-
-
-def test_unknown_phases_are_refused(capsys) -> None:
-    with pytest.raises(SystemExit):
-        main(["--only", "everything"])
-    assert "invalid choice: 'everything'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("body", "status"), [("exit 0", 0), ("exit 7", 7)])
-def test_the_sanitizer_is_run_or_said_to_be_missing(body: str, status: int, tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert steps.sanitizer("memcheck", "cpu") == phases.SKIPPED
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $*\n{body}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
-    assert steps.sanitizer("memcheck", "cpu") == status
-    output = capfd.readouterr().out
-    assert "not found on PATH" in output
-    assert "1 --tool memcheck" in output
-    assert "-m python_tests.gpu.small --device cpu" in output
-
-
-def test_a_rehearsal_leaves_the_built_module_alone(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(steps, "ROOT", tmp_path)
-    package = tmp_path / "grpo_kernels"
-    package.mkdir()
-    assert steps._module_folder(tmp_path / "work", True) == package
-    (package / f"_C{steps.sysconfig.get_config_var('EXT_SUFFIX')}").touch()
-    assert steps._module_folder(tmp_path / "work", True) == tmp_path / "work" / "module"
-    assert steps._module_folder(tmp_path / "work", False) == package
-
-
-def test_the_python_that_is_asked_for_is_found_from_any_folder(monkeypatch) -> None:
-    """Phases run elsewhere, and put its folder on PATH."""
-    monkeypatch.setenv("GK_PYTHON", os.path.relpath(sys.executable))
-    assert settings_module.interpreter(rehearse=False) == sys.executable
-    monkeypatch.setenv("GK_PYTHON", "no-such-python")
-    assert settings_module.interpreter(rehearse=False) == "no-such-python"

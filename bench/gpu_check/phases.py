@@ -142,7 +142,14 @@ def _sanitizer(tool: str) -> Phase:
     def command(settings: Settings, limit: float) -> list[str]:
         return [settings.python, "-m", "bench.gpu_check.steps", "sanitizer", tool, settings.device]
 
-    return Phase(tool, 100, command, reserve=60, note=r"ERROR SUMMARY|RACECHECK SUMMARY|not found", group="sanitizer")
+    return Phase(
+        tool,
+        100,
+        command,
+        reserve=60,
+        note=r"ERROR SUMMARY|RACECHECK SUMMARY|not found|^reported in",
+        group="sanitizer",
+    )
 
 
 _CONTRACT = ("python_tests/gpu/test_contract.py", "python_tests/gpu/test_launches.py")
