@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grpo_kernels.moe_experts.api import moe_experts
+from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
 from grpo_kernels.moe_experts.router_logits import router_logits
 from grpo_kernels.moe_router import RouterOutput, moe_router
 from grpo_kernels.moe_router.layer_replay import LayerReplay
@@ -169,6 +170,10 @@ class MoEExperts(nn.Module):
             num_experts=self.num_experts,
             **self.options,
         )
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        clear_fp8_weight_cache()  # what is written into shards does not count as a change of the gathered weight
 
     def extra_repr(self) -> str:
         _, rows, hidden_size = self.gate_up_proj.shape
