@@ -15,7 +15,7 @@ import pytest
 
 from bench.gpu_check import phases, processes, results, runner, summary
 from bench.gpu_check import settings as settings_module
-from bench.gpu_check.__main__ import check, main, plan_lines
+from bench.gpu_check.__main__ import check, plan_lines
 from bench.gpu_check.phases import PHASES, Phase
 from bench.gpu_check.results import Check, Results
 from bench.gpu_check.runner import Runner

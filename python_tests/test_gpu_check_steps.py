@@ -1,4 +1,4 @@
-"""The commands of the phases that run everything on a GPU, and single steps: the sanitizer, what is built, the Python."""
+"""The commands of the phases that check everything on a GPU, and single steps: sanitizer, build, interpreter."""
 
 from __future__ import annotations
 
