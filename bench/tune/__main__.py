@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> int:
     here = problems.GROUPS if options.device == "cpu" else problems.groups(family)
     chosen = [group for group in here if group.text in (options.group or [group.text])]
     results: dict[str, Any] = {"schema": table.SCHEMA, "measured_on": described}
-    results |= {"family": family if options.device == "cuda" else 0, "groups": []}
+    results |= {"family": family if options.device == "cuda" else 0, "seconds": 0.0, "groups": []}
     with tempfile.TemporaryDirectory() as folder:
         end = begin + options.seconds
         session = Session(options.device, family, Path(folder), end, options.candidate_seconds)
