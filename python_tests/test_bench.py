@@ -250,6 +250,15 @@ def test_the_gate_sees_a_wrong_gradient() -> None:
     assert "exceeds the budget" in Gate(case, inputs).problem(wrong, inputs)
 
 
+@pytest.mark.skipif(bool(_extension.cpu_problem()), reason=f"native CPU kernels: {_extension.cpu_problem()}")
+def test_the_gate_of_fp8_sees_a_layer_in_bfloat16() -> None:
+    case = next(case for case in run.cases("cpu") if case.name.endswith("fp8_block128 fwd+bwd"))
+    inputs = make_inputs(case, "cpu", "smoke")
+    gate = Gate(case, inputs)
+    assert gate.problem(case.provider("ours"), inputs) == ""
+    assert "exceeds the budget" in gate.problem(case.provider("ours in bf16"), inputs)
+
+
 def test_the_gate_sees_wrong_shapes_and_numbers_of_results() -> None:
     case = _fake_case()
     gate = Gate(case, case.make("cpu", "full"))
