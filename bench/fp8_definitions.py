@@ -54,7 +54,7 @@ class _Experts(torch.autograd.Function):
         token, weight = inv_map // model.top_k, weights.to(grad.dtype).flatten()[inv_map][:, None]
         grad_activated = _product(rows_in_fp8(grad)[token], _turned(down, model).transpose(1, 2), None, sizes, dtype)
         with torch.enable_grad():
-            preact.requires_grad_()
+            preact = preact.detach().requires_grad_()
             activated = activation(preact, model)
             (grad_preact,) = torch.autograd.grad(activated, preact, grad_activated * weight)
         activated = activated.detach()
