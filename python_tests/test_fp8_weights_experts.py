@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from grpo_kernels import MoE, moe_experts
 from grpo_kernels.moe_experts import fp8_weights
@@ -61,6 +62,22 @@ def test_steps_of_several_batches(save: str, fp8_wgrad: bool, monkeypatch: pytes
         moe(batches[0]).hidden.square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x = _layer(), torch.randn(T, H)
+    wanted = _without_copies(moe, x)
+    clear_fp8_weight_cache()
+    made = count_quantisations(monkeypatch)
+    for _ in range(2):
+        given = x.clone().requires_grad_()
+        moe.zero_grad()
+        hidden = checkpoint(lambda x: moe(x).hidden, given, use_reentrant=reentrant)
+        hidden.square().sum().backward()
+        grads = [given.grad, *(parameter.grad for parameter in moe.parameters())]
+        assert all(map(torch.equal, [hidden.detach(), *grads], wanted))
+    assert made == ([(True, False)] * 2 + [(False, True)] * 2 if reentrant else [BOTH, BOTH])
 
 
 @pytest.mark.usefixtures("native_cpu")  # plain PyTorch is not compiled to the same bits

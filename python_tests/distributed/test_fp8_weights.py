@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from grpo_kernels import fp8_quantize
+from grpo_kernels import MoE, clear_fp8_weight_cache, fp8_quantize
 from grpo_kernels.moe_experts import fp8_weights
 from python_tests.distributed.launch import run
 from python_tests.fp8_weight_products import Layer, quantized, same, turned
@@ -95,3 +95,25 @@ def test_gathered_weights_are_quantised_anew_after_a_step(world: int) -> None:
             assert result["most"] <= most
             assert result["kept"] == 0
             assert all(map(torch.equal, result["weights"], expected))
+
+
+def _load(rank: int, world: int) -> list[list[bool]]:
+    """Was what was loaded seen? Did anything change? Gathered weights often come to the same address again."""
+    torch.manual_seed(0)
+    moe = MoE(64, 64, 2, 1, recipe="fp8_block128")
+    moe.reset_parameters()
+    fully_shard(moe.experts)
+    fully_shard(moe)
+    x, results = torch.randn(6, 64), []
+    with torch.no_grad():
+        for _ in range(4):
+            before = moe(x).hidden
+            moe.load_state_dict({name: value * 1.5 for name, value in moe.state_dict().items()})
+            after = moe(x).hidden
+            clear_fp8_weight_cache()
+            results.append([torch.equal(after, moe(x).hidden), not torch.equal(after, before)])
+    return results
+
+
+def test_a_state_that_is_loaded_into_shards_is_seen() -> None:
+    assert run(2, _load) == [[[True, True]] * 4] * 2
