@@ -277,15 +277,10 @@ def glu_backward_columns_kernel(
     if GRADIENT:
         grad = load_wide(grad_activated, row.to(tl.int64) * width, column, width, live) * weight
     value, of_gate, of_up = glu_gradients(gate, up, grad, alpha, limit, CLAMPED)
-    if ACTIVATED:
-        write_tiles(
-            value * weight, activated_data_t, activated_scale_t, column, place, width, rows, activated_data_t_stride,
-            activated_scale_t_stride, block, eps, 0, True, ENCODE,
-        )  # fmt: skip
     if GRADIENT and INTERLEAVED:
-        column = 2 * start + tl.arange(0, 2 * COLUMNS)
+        both = 2 * start + tl.arange(0, 2 * COLUMNS)
         write_tiles(
-            _interleaved(of_gate, of_up), data_t, scale_t, column, place, 2 * width, rows, data_t_stride,
+            _interleaved(of_gate, of_up), data_t, scale_t, both, place, 2 * width, rows, data_t_stride,
             scale_t_stride, block, grad_eps, 0, True, ENCODE,
         )  # fmt: skip
     elif GRADIENT:
@@ -296,4 +291,9 @@ def glu_backward_columns_kernel(
         write_tiles(
             of_up, data_t, scale_t, column + width, place, 2 * width, rows, data_t_stride, scale_t_stride, block,
             grad_eps, 0, True, ENCODE,
+        )  # fmt: skip
+    if ACTIVATED:
+        write_tiles(
+            value * weight, activated_data_t, activated_scale_t, column, place, width, rows, activated_data_t_stride,
+            activated_scale_t_stride, block, eps, 0, True, ENCODE,
         )  # fmt: skip

@@ -135,14 +135,19 @@ def _quantized_gate(of: Specialisation) -> Gate:
     converts = (CONVERSION,) if of.constant("ENCODE") == "hardware" else ()
     if of.kernel == "glu_backward_columns_kernel":
         aligned = of.aligned("width", "rows")
-        instructions = (_HALF_WIDE_LOADS, WIDE_STORES, *converts) if aligned else converts
-        variant, registers, shared = "aligned rows" if aligned else "other rows", 192, 8 * 1024
-        return Gate(of.kernel, registers, of.warps * 32, shared, instructions, variant)
+        instructions = (WIDE_STORES, *converts) if aligned else converts
+        if aligned and of.constant("GRADIENT"):
+            instructions += (_HALF_WIDE_LOADS,)
+        variant = "aligned rows" if aligned else "other rows"
+        return Gate(of.kernel, 192, of.warps * 32, 8 * 1024, instructions, variant)
     if not of.aligned("width"):
         return Gate(of.kernel, 128, of.warps * 32, 4096, converts, "other rows")
     if of.kernel == "glu_quantize_kernel":
         instructions = (WIDE_LOADS, _HALF_WIDE_STORES, _SCALES_BARRIERS, *converts)
-        return Gate(of.kernel, 80, of.warps * 32, 128, instructions, "aligned rows")
+        shared = (
+            128 if of.constant("KEEP") else 1024
+        )  # without those of pairs, codes of half a tile are few for a thread
+        return Gate(of.kernel, 80, of.warps * 32, shared, instructions, "aligned rows")
     instructions = (_SCALES_BARRIERS, *converts)
     if of.constant("ROWS") == 8:
         instructions += (_HALF_WIDE_LOADS,)
