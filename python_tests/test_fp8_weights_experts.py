@@ -80,7 +80,6 @@ def test_a_checkpointed_layer(reentrant: bool, monkeypatch: pytest.MonkeyPatch) 
     assert made == ([(True, False)] * 2 + [(False, True)] * 2 if reentrant else [BOTH, BOTH])
 
 
-@pytest.mark.usefixtures("native_cpu")  # plain PyTorch is not compiled to the same bits
 def test_a_compiled_layer_keeps_nothing() -> None:
     moe, x = _layer(), torch.randn(T, H)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
