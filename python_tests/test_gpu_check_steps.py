@@ -96,6 +96,6 @@ def test_a_rehearsal_leaves_the_built_module_alone(tmp_path, monkeypatch) -> Non
 def test_the_python_that_is_asked_for_is_found_from_any_folder(monkeypatch) -> None:
     """Phases run elsewhere, and put its folder on PATH."""
     monkeypatch.setenv("GK_PYTHON", os.path.relpath(sys.executable))
-    assert settings_module.interpreter(rehearse=False) == sys.executable
+    assert settings_module.interpreter(rehearse=False) == os.path.abspath(sys.executable)
     monkeypatch.setenv("GK_PYTHON", "no-such-python")
     assert settings_module.interpreter(rehearse=False) == "no-such-python"
