@@ -162,7 +162,7 @@ class _Backward(NamedTuple):
         """The pre-activations, as the forward formed and quantised them."""
         parts, parameters = self.options.parts, self.parameters
         rows, _ = parts.permute_quantize(self._tokens(), self.maps)
-        gate_up = fp8_weights.quantized(parameters.gate_up, parts.casts, both=False, saved=self.of_gate_up)
+        gate_up = fp8_weights.quantized(parameters.gate_up, parts.casts, both=self.needs.x, saved=self.of_gate_up)
         preact = parts.product(rows, gate_up, self.maps, parameters.gate_up_bias, self.options.dtype)
         return parts.glu(preact, self.maps, self.options.activation, True)[1]
 
