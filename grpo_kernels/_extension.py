@@ -56,3 +56,11 @@ def execution(tensor: torch.Tensor) -> tuple[int, int]:
 def pointer(tensor: torch.Tensor | None) -> int:
     """Address of the data, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def fp8_tensor(data: torch.Tensor, scale: torch.Tensor) -> tuple[int, ...]:
+    """csrc/common/fp8_tensor.h: Fp8Tensor, of [(E,) M, K] data and its scale; of [0] one that is not wanted."""
+    if data.ndim == 1:
+        return (0,) * 7
+    batches = (data.stride(0), scale.stride(0)) if data.ndim == 3 else (0, 0)
+    return (data.data_ptr(), batches[0], data.stride(-2), scale.data_ptr(), batches[1], *scale.stride()[-2:])

@@ -6,18 +6,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _extension
-from grpo_kernels._extension import DTYPE_CODE
+from grpo_kernels._extension import DTYPE_CODE, fp8_tensor
 from grpo_kernels.fp8_quantize.layout import TILE, empty_dequantized, empty_quantized
-
-_ABSENT = (0,) * 7
-
-
-def numbers(data: Tensor, scale: Tensor) -> tuple[int, ...]:
-    """csrc/common/fp8_tensor.h: Fp8Tensor; of [0] one that is not wanted."""
-    if data.ndim == 1:
-        return _ABSENT
-    batches = (data.stride(0), scale.stride(0)) if data.ndim == 3 else (0, 0)
-    return (data.data_ptr(), batches[0], data.stride(-2), scale.data_ptr(), batches[1], *scale.stride()[-2:])
 
 
 def _sizes(tensor: Tensor) -> tuple[int, int, int]:
@@ -28,7 +18,7 @@ def fp8_quantize(
     x: Tensor, square: bool, power_of_two: bool, rows: bool, columns: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = empty_quantized(x, square, power_of_two, rows, columns, eps)
-    plain, transposed = numbers(*outputs[:2]), numbers(*outputs[2:])
+    plain, transposed = fp8_tensor(*outputs[:2]), fp8_tensor(*outputs[2:])
     if x.stride(-1) != 1 and x.stride(-2) == 1:  # a transposed view: the other way round
         x, plain, transposed = x.transpose(-1, -2), transposed, plain
     elif x.stride(-1) != 1:
@@ -59,7 +49,7 @@ def fp8_dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if data.stride(-1) != 1:
         data = data.contiguous()
     _extension.extension().fp8_dequantize(
-        numbers(data, scale),
+        fp8_tensor(data, scale),
         *_sizes(data),
         _tile(scale.shape[-2], data.shape[-2]),
         _tile(scale.shape[-1], data.shape[-1]),

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _extension
-from grpo_kernels._extension import DTYPE_CODE, pointer
-from grpo_kernels.fp8_quantize._native import numbers
+from grpo_kernels._extension import DTYPE_CODE, fp8_tensor, pointer
 from grpo_kernels.moe_experts.ops import (
     QuantizedNeeds,
     empty_activated,
@@ -110,8 +109,8 @@ def moe_glu_quantize(
     _extension.extension().moe_glu_quantize(
         *_layout(preact, inv_map, None, (clamped, alpha, limit, interleaved)),
         eps,
-        numbers(*outputs[:2]),
-        numbers(*outputs[2:]),
+        fp8_tensor(*outputs[:2]),
+        fp8_tensor(*outputs[2:]),
         *_extension.execution(preact),
     )
     return outputs
@@ -150,16 +149,16 @@ def moe_glu_backward_quantize(
     bad_row = module.moe_glu_backward_quantize(
         *_rows(preact_data.shape, dtype, inv_map, topk_weights, (clamped, alpha, limit, interleaved)),
         0,
-        numbers(preact_data, preact_scale),
+        fp8_tensor(preact_data, preact_scale),
         pointer(grad_activated),
         DTYPE_CODE[dtype if grad_activated is None else grad_activated.dtype],
         pointer(row_terms),
         eps,
         grad_eps,
-        numbers(outputs.data, outputs.scale),
-        numbers(outputs.data_t, outputs.scale_t),
+        fp8_tensor(outputs.data, outputs.scale),
+        fp8_tensor(outputs.data_t, outputs.scale_t),
         outputs.wide.data_ptr() if wide else 0,
-        numbers(outputs.activated_data_t, outputs.activated_scale_t),
+        fp8_tensor(outputs.activated_data_t, outputs.activated_scale_t),
         outputs.activated_wide.data_ptr() if activated_wide else 0,
         outputs.weights.data_ptr() if need_weights else 0,
         workspace.data_ptr(),
