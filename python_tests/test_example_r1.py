@@ -300,9 +300,12 @@ def test_a_run_reports_what_it_measured(tmp_path: Path) -> None:
     text = console.export_text()
     assert "digit_sorting grpo 5/5  reward" in text
     assert "greedy accuracy, grpo" in text
+    assert "validation loss, sft" in text
     written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     summary = written["tasks"]["digit_sorting"]
     assert summary["stages"]["grpo"]["steps"] == 5
+    assert summary["stages"]["sft"]["after"]["validation_loss"] < summary["stages"]["sft"]["before"]["validation_loss"]
+    assert "validation_loss" not in summary["stages"]["grpo"]["after"]
     assert [entry["step"] for entry in written["curves"]["digit_sorting"]["evaluations"]["grpo"]] == [0, 2, 4, 5]
     measured = summary["loss_step"]
     shape = [measured[name] for name in ("rows", "columns", "width", "vocabulary")]
