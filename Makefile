@@ -46,8 +46,9 @@ demo: $(STAMP)/build  ## train a small language model with GRPO, end to end, on 
 demo-moe: $(STAMP)/build  ## the same with a mixture of experts, its routes replayed
 	$(PY) -m examples.r1 --model moe --output outputs/r1-moe
 
-demo-check: $(STAMP)/build  ## the demo with three seeds, and a control with shuffled rewards
+demo-check: $(STAMP)/build  ## the demo with three seeds, a control with shuffled rewards, experts in FP8 against bfloat16
 	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS)
+	$(PY) -m examples.r1.precision --tasks digit_sorting --threads 1 --jobs $(JOBS) --save outputs/r1-check/precision.json
 
 test: $(STAMP)/build  ## every test that needs no GPU and no long training
 	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests
@@ -65,6 +66,7 @@ gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled fo
 
 bench: $(STAMP)/build  ## every op against eager PyTorch and torch.compile; the record, its pages and pictures
 	$(PY) -m bench --save bench/results --plot docs/images
+	$(PY) -m bench.fp8_bytes --save
 	$(PY) -m bench.docs
 
 lint: $(STAMP)/build  ## ruff, mypy, clang-format
