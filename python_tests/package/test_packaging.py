@@ -193,5 +193,5 @@ AARCH64 = shutil.which("aarch64-linux-gnu-g++")
 @pytest.mark.skipif(AARCH64 is None, reason="aarch64-linux-gnu-g++ is not installed")
 def test_cpu_sources_compile_for_aarch64(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Icsrc"]
-    for source in [*ROOT.glob("csrc/*/cpu.cpp"), ROOT / "csrc/common/cpu_isa.cpp"]:
+    for source in ROOT.glob("csrc/*/cpu*.cpp"):
         command(AARCH64, *flags, "-DGK_ISA=isa_baseline", "-c", source, "-o", tmp_path / "object.o", cwd=ROOT)
