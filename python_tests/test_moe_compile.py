@@ -33,3 +33,27 @@ def test_a_layer_trains_under_inductor() -> None:
         for ours, eager in zip(_train(compiled, tokens=tokens), _train(_layer, tokens=tokens), strict=True):
             torch.testing.assert_close(ours, eager)
     assert graphs["unique_graphs"] <= 2
+
+
+def test_experts_in_fp8_train_under_inductor_without_a_graph_for_each_length() -> None:
+    """Row counts that are multiples of four and others: scales of one length and of a longer one."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down = (torch.randn(shape, generator=generator) * 0.1 for shape in ((4, 64, 136), (4, 136, 32)))
+
+    def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return grpo_kernels.moe_experts(x, gate_up, down, (weights, ids), recipe="fp8_block128")
+
+    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    graphs.clear()
+    compiled = torch.compile(experts, fullgraph=True)
+    for tokens in (40, 41, 42, 44):
+        x, upstream = (torch.randn(tokens, 136, generator=generator) for _ in range(2))
+        weights, ids = torch.rand(tokens, 2, generator=generator), torch.randint(4, (tokens, 2), generator=generator)
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, gate_up, down, weights)]
+        found, expected = (
+            torch.autograd.grad(function(*leaves, ids), leaves, upstream) for function in (compiled, experts)
+        )
+        for ours, eager in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, eager)
+    assert graphs["unique_graphs"] <= 2

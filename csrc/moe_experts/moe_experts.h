@@ -14,7 +14,7 @@ struct GluRows {
   int64_t rows, width;
   int dtype;
   const int32_t* inv_map;
-  int64_t slots;        // the fault of a launcher is a row whose slot is not below it; it is left alone
+  int64_t slots;        // the fault of a launcher is a row whose slot is not below it
   const void* weights;  // [slots] double for float64 pre-activations, else float
   int clamped;          // gpt-oss' activation, else silu(gate) * up
   double alpha, limit;  // of that

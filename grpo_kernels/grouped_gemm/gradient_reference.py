@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_kernels._gemm import accumulation_dtype
 from grpo_kernels.fp8_quantize import reference as fp8
 from grpo_kernels.grouped_gemm.reference import segment_ends
 
@@ -18,8 +19,9 @@ def _members(offsets: Tensor, rows: int) -> Tensor:
 
 
 def grouped_gemm_wgrad(x: Tensor, grad: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """[E, N, K]: grad[rows of e].T @ x[rows of e], formed in float32."""
-    x, grad = x.to(torch.float32), grad.to(torch.float32)
+    """[E, N, K]: grad[rows of e].T @ x[rows of e], formed in float32 (float64 for float64)."""
+    exact = accumulation_dtype(x.dtype)
+    x, grad = x.to(exact), grad.to(exact)
     members = _members(offsets, len(x))[..., None]
     found = [torch.where(own, grad, 0.0).t() @ torch.where(own, x, 0.0) for own in members]
     return torch.stack(found).to(dtype)
@@ -34,6 +36,6 @@ def fp8_grouped_gemm_wgrad(
 
 
 def grouped_row_sum(grad: Tensor, offsets: Tensor) -> Tensor:
-    """[E, N] float32: the sum of the rows of each expert."""
-    members = _members(offsets, len(grad))[..., None]
-    return torch.stack([torch.where(own, grad.to(torch.float32), 0.0).sum(0) for own in members])
+    """[E, N] float32 (float64 for float64): the sum of the rows of each expert."""
+    members, grad = _members(offsets, len(grad))[..., None], grad.to(accumulation_dtype(grad.dtype))
+    return torch.stack([torch.where(own, grad, 0.0).sum(0) for own in members])

@@ -101,9 +101,10 @@ def _write_cut_tiles(
         up = _load_codes(codes, row, place + width, 2 * width, live, codes_stride, ENCODE)
         other = (start + width) // TILE
         up *= _load_scales(scales, row, place + width, tile, other, tiles, live, scales_stride)
-        grad = load_wide(grad_activated, row.to(tl.int64) * width, place, width, live) * weight
+        grad = load_wide(grad_activated, row.to(tl.int64) * width, place, width, live)
         _, of_gate, of_up = glu_gradients(gate, up, grad, alpha, limit, CLAMPED)
-        value = tl.where(of_ups[None, :], of_up, of_gate)
+        value = tl.where(of_ups[None, :], of_up, of_gate) * weight
+        value = tl.where((column < 2 * width)[None, :], value, 0.0)  # beside the last tile's, scales are of other tiles
         write_tiles(
             value, data, scale, line, column, rows, 2 * width, data_stride, scale_stride, tile, eps, 1, True, ENCODE
         )
@@ -176,7 +177,8 @@ def glu_backward_rows_kernel(
         grad = gate
         if TILES or WIDE or WEIGHTS:
             grad = load_wide(grad_activated, place, column, width, live)
-        value, of_gate, of_up = glu_gradients(gate, up, grad * weight, alpha, limit, CLAMPED)
+        value, of_gate, of_up = glu_gradients(gate, up, grad, alpha, limit, CLAMPED)
+        of_gate, of_up = of_gate * weight, of_up * weight
         if WEIGHTS:
             total += grad * value
         if ACTIVATED:
@@ -275,8 +277,9 @@ def glu_backward_columns_kernel(
     column = tl.max_contiguous(start + tl.arange(0, COLUMNS), _NEIGHBOURS)
     grad = gate
     if GRADIENT:
-        grad = load_wide(grad_activated, row.to(tl.int64) * width, column, width, live) * weight
+        grad = load_wide(grad_activated, row.to(tl.int64) * width, column, width, live)
     value, of_gate, of_up = glu_gradients(gate, up, grad, alpha, limit, CLAMPED)
+    of_gate, of_up = of_gate * weight, of_up * weight
     if GRADIENT and INTERLEAVED:
         both = 2 * start + tl.arange(0, 2 * COLUMNS)
         write_tiles(

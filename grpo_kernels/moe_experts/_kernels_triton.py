@@ -181,10 +181,11 @@ def glu_backward_kernel(
         written = inside & (offsets < width)
         gate, up = _load_gates(preact, start, offsets, width, wanted, INTERLEAVED, ELEMENT)
         grad = tl.load(grad_activated + start + offsets, mask=wanted, other=0.0).to(tl.float32)
-        value, of_gate, of_up = glu_gradients(gate, up, grad * weight, alpha, limit, CLAMPED)
+        value, of_gate, of_up = glu_gradients(gate, up, grad, alpha, limit, CLAMPED)
         if WEIGHTS:
             total += grad * value
         if PREACT:
+            of_gate, of_up = of_gate * weight, of_up * weight
             _store_gates(grad_preact, start, offsets, width, written, of_gate, of_up, INTERLEAVED, ELEMENT)
         if ACTIVATED:
             tl.store(activated + start + offsets, (value * weight).to(ELEMENT), mask=written)

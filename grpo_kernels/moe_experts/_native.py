@@ -137,6 +137,8 @@ def moe_glu_backward_quantize(
     grad_eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
+    if dtype == torch.float64:
+        raise TypeError("moe_glu_backward_quantize: dtype must be float32, bfloat16 or float16, got float64")
     needs = QuantizedNeeds(rows, columns, wide, activated_columns, activated_wide, need_weights)
     outputs = empty_quantized_gradients(preact_data, topk_weights, needs, dtype)
     inv_map, topk_weights = inv_map.contiguous(), topk_weights.contiguous()

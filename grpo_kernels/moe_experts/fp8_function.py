@@ -42,7 +42,7 @@ class Options(NamedTuple):
     fp8_wgrad: bool
 
     @property
-    def wide(self) -> torch.dtype:
+    def wide_dtype(self) -> torch.dtype:
         """Of what was quantised, when it is not: float16 need not hold the power of two above its largest number."""
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
@@ -86,7 +86,15 @@ def _forward(
     both = needs is not None and (needs.grad_preact or needs.weights)
     down = fp8_weights.quantized(experts.down, parts.casts, both=both)
     results = parts.product(activated, down, maps, experts.down_bias, dtype)
-    return parts.wide.unpermute(results, maps, weights.detach()), kept
+    return parts.plain.unpermute(results, maps, weights.detach()), kept
+
+
+def _kept(scaled: ScaledTensor) -> ScaledTensor:
+    """As it is kept. In compiled code with dense scales: of a stride that is the next multiple of four inductor makes a
+    guard, and compiles anew."""
+    if not torch.compiler.is_compiling():
+        return scaled
+    return scaled._replace(scale=scaled.scale.clone(memory_format=torch.contiguous_format))
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -99,8 +107,8 @@ class _RoutedExperts(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[2:8])
         result, kept = _forward(options, experts, weights, maps, needs)
         keep_x = needs.gate_up or (needs.preact and not options.keep_preact)
-        x = options.parts.quantize(experts.x.detach()) if keep_x else (None, None)
-        preact = kept if needs.preact and options.keep_preact else (None, None)
+        x = _kept(options.parts.quantize(experts.x.detach())) if keep_x else (None, None)
+        preact = _kept(kept) if needs.preact and options.keep_preact else (None, None)
         ctx.save_for_backward(*x, *preact, *given[1:], weights, *maps)
         ctx.options, ctx.accumulators = options, accumulators
         ctx.copies = [fp8_weights.reference_to(weight) for weight in given[1:3]]
@@ -138,25 +146,25 @@ class _Backward(NamedTuple):
     def run(self, grad: Tensor, preact: ScaledTensor | None, accumulators: Accumulators) -> tuple[Tensor | None, ...]:
         """Gradients of the tokens, the parameters and the weights."""
         options, needs, parts, maps = self.options, self.needs, self.options.parts, self.maps
-        grad = grad.to(options.wide)
+        grad = grad.to(options.wide_dtype)
         grad_down_bias = (
-            parts.wide.row_sum(parts.wide.permute(grad, maps, self.weights), maps) if needs.down_bias else None
+            parts.plain.row_sum(parts.plain.permute(grad, maps, self.weights), maps) if needs.down_bias else None
         )
         if not needs.preact:
             return None, None, None, None, grad_down_bias, None
         found, grad_down = self._through_down(grad, self._preact() if preact is None else preact, accumulators[1])
-        grad_gate_up_bias = parts.wide.row_sum(found.wide, maps) if needs.gate_up_bias else None
+        grad_gate_up_bias = parts.plain.row_sum(found.wide, maps) if needs.gate_up_bias else None
         grad_gate_up = self._of_gate_up(found, accumulators[0]) if needs.gate_up else None
         grad_x = None
         if needs.x:
             turned = fp8_weights.turned(self.parameters.gate_up, parts.casts, self.of_gate_up)
             rows = parts.product(ScaledTensor(found.data, found.scale), turned, maps, None, options.dtype)
-            grad_x = parts.wide.unpermute(rows, maps)
+            grad_x = parts.plain.unpermute(rows, maps)
         weights = found.weights if needs.weights else None
         return grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias, weights
 
     def _tokens(self) -> Tensor:
-        return self.options.parts.dequantize(self.x, self.options.wide)
+        return self.options.parts.dequantize(self.x, self.options.wide_dtype)
 
     def _preact(self) -> ScaledTensor:
         """The pre-activations, as the forward formed and quantised them."""
@@ -180,31 +188,35 @@ class _Backward(NamedTuple):
             activated_wide=needs.down and not eight_bits,
             weights=needs.weights,
         )
-        rows, columns = parts.permute_quantize(grad, maps, gradient=True, columns=needs.down and eight_bits)
+        rows = columns = None
+        if wanted.grad or wanted.activated_columns:
+            rows, columns = parts.permute_quantize(grad, maps, gradient=True, columns=wanted.activated_columns)
         bias = self.parameters.down_bias if needs.weights else None
-        upstream = parts.wide.permute(grad, maps) if bias is not None or wanted.activated_wide else grad.new_empty(0)
+        upstream = parts.plain.permute(grad, maps) if bias is not None or wanted.activated_wide else grad.new_empty(0)
         grad_activated = None
-        if wanted.grad:
+        if rows is not None and wanted.grad:
             turned = fp8_weights.turned(down, parts.casts, self.of_down)
             grad_activated = parts.product(rows, turned, maps, None, options.dtype)
         del rows
-        row_terms = None if bias is None else parts.wide.bias_terms(upstream, bias, maps)
+        row_terms = None if bias is None else parts.plain.bias_terms(upstream, bias, maps)
         found = parts.glu_backward(
-            preact, grad_activated, maps, self.weights, row_terms, options.activation, wanted, options.wide
+            preact, grad_activated, maps, self.weights, row_terms, options.activation, wanted, options.wide_dtype
         )
         del grad_activated
         if not needs.down:
             return found, None
-        if eight_bits:
+        if columns is not None and eight_bits:
             activated = ScaledTensor(found.activated_data_t, found.activated_scale_t)
-            return found, parts.wide.weight_gradient(activated, columns, maps, down, accumulator)
-        return found, parts.wide.weight_gradient(found.activated_wide, upstream, maps, down, accumulator)
+            return found, parts.plain.weight_gradient(activated, columns, maps, down, accumulator)
+        return found, parts.plain.weight_gradient(found.activated_wide, upstream, maps, down, accumulator)
 
     def _of_gate_up(self, found: QuantizedGradients, accumulator: Tensor | None) -> Tensor | None:
         parts, maps, gate_up = self.options.parts, self.maps, self.parameters.gate_up
         if not self.options.fp8_wgrad:
-            return parts.wide.weight_gradient(
-                parts.wide.permute(self._tokens(), maps), found.wide, maps, gate_up, accumulator
+            return parts.plain.weight_gradient(
+                parts.plain.permute(self._tokens(), maps), found.wide, maps, gate_up, accumulator
             )
-        _, rows = parts.permute_quantize(self._tokens(), maps, columns=True)
-        return parts.wide.weight_gradient(rows, ScaledTensor(found.data_t, found.scale_t), maps, gate_up, accumulator)
+        _, columns = parts.permute_quantize(self._tokens(), maps, columns=True)
+        return parts.plain.weight_gradient(
+            columns, ScaledTensor(found.data_t, found.scale_t), maps, gate_up, accumulator
+        )

@@ -18,7 +18,7 @@ from grpo_kernels.moe_permute import ops as permute_ops
 
 
 def eps(gradient: bool) -> float:
-    """The smallest largest magnitude of a tile. Means over large batches make gradients small.
+    """No tile's scale is below that of a tile whose largest magnitude is this. Means over batches make gradients small.
 
     A function, because torch.compile takes a float of a module for an input of its graph, which a backward cannot have.
     """
@@ -26,11 +26,11 @@ def eps(gradient: bool) -> float:
 
 
 class Fp8Parts(NamedTuple):
-    """The backends of the activation, of quantisation, and those that wide rows have, of moves and products."""
+    """The backends of the activation and of quantisation; moves and products have those of the plain recipe."""
 
     activations: str
     casts: str
-    wide: Parts
+    plain: Parts
 
     @classmethod
     def of(cls, backend: str, tensor: Tensor) -> Fp8Parts:
@@ -43,7 +43,7 @@ class Fp8Parts(NamedTuple):
     ) -> tuple[ScaledTensor, ScaledTensor]:
         """[R, H] the rows of the experts, and their transpose where `columns`."""
         arguments = (x, maps.row_id_map, maps.inv_map, True, columns, eps(gradient))
-        found = permute_ops.moe_permute_quantize(*arguments, self.wide.moves)
+        found = permute_ops.moe_permute_quantize(*arguments, self.plain.moves)
         return ScaledTensor(*found[:2]), ScaledTensor(*found[2:])
 
     def quantize(self, x: Tensor) -> ScaledTensor:
@@ -82,5 +82,5 @@ class Fp8Parts(NamedTuple):
     ) -> Tensor:
         """[R, N] rows of each expert times its weight [N, K], transposed."""
         arguments = (*rows, *weight, maps.offsets, bias, dtype)
-        result: Tensor = gemm_ops.fp8_grouped_gemm(*arguments, self.wide.products)
+        result: Tensor = gemm_ops.fp8_grouped_gemm(*arguments, self.plain.products)
         return result

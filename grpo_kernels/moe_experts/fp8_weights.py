@@ -43,6 +43,7 @@ Reference = WeakIdRef
 
 # Threads may meet here. Dictionaries change by single operations alone, so that the worst is a weight quantised twice.
 _kept: Any = WeakIdKeyDictionary()  # Tensor, by identity -> _Owned
+_cleared = 0
 _watching = False
 _unseen_steps = False
 
@@ -83,6 +84,8 @@ def clear_fp8_weight_cache() -> None:
     `MoE.load_state_dict`. Call it, too, to get the memory of the copies back: at most two bytes for each number of the
     weights, which the next calls take again.
     """
+    global _cleared
+    _cleared += 1
     _kept.clear()
 
 
@@ -101,11 +104,14 @@ def _copies(weight: Tensor, owner: Tensor | None, backend: str, *, turn: bool, b
     plain, transposed = (found.plain, found.turned) if found is not None else (None, None)
     if (transposed if turn else plain) is None:
         _drop_moved()
+        _watch_optimizers()
+        cleared = _cleared
         with torch.inference_mode(False):  # copies made in it could not be used outside
             made = _quantize(weight, backend, not turn, turn or (both and found is None))
         plain, transposed = made[0] or plain, made[1] or transposed
         storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-        _keep(owner, place, _Copies(stamp, storage, plain, transposed))
+        if cleared == _cleared:  # no other thread made a step meanwhile
+            _keep(owner, place, _Copies(stamp, storage, plain, transposed))
     return plain, transposed
 
 
@@ -124,7 +130,7 @@ def _owner(weight: Tensor, saved: Reference | None) -> Tensor | None:
     """
     if torch.compiler.is_compiling() or _unseen_steps or type(weight) not in _KINDS:
         return None
-    if weight.device.type not in ("cpu", "cuda") or weight.is_inference() or _is_traced():
+    if weight.device.type not in ("cpu", "cuda") or weight.is_inference() or weight.is_neg() or _is_traced():
         return None
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
@@ -163,11 +169,14 @@ def _find(owner: Tensor, place: tuple[Any, ...], stamp: tuple[Any, ...]) -> _Cop
     return found
 
 
-def _keep(owner: Tensor, place: tuple[Any, ...], copies: _Copies) -> None:
+def _watch_optimizers() -> None:
     global _watching
     if not _watching:
         _watching = True
         register_optimizer_step_post_hook(_after_step)
+
+
+def _keep(owner: Tensor, place: tuple[Any, ...], copies: _Copies) -> None:
     pointer = _extension.pointer(owner)
     owned: _Owned | None = _kept.get(owner)
     if owned is None or owned.pointer != pointer:

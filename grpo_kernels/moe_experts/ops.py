@@ -175,5 +175,5 @@ moe_glu_backward_quantize = _dispatch.define(
 
 The gradient of the pre-activations [R, 2I] in tiles of 1 x 128 (`rows`), its transpose [2I, R] likewise (`columns`),
 and in `dtype` (`wide`); s * A transposed [I, R] and in `dtype`; and the gradient of the weights. What is quantised are
-the float32 values: no scale below that of a tile of `grad_eps`, for s * A of `eps`. Without a grad_activated nothing
-but s * A can be had."""
+the float32 values: no scale below that of a tile of `grad_eps`, for s * A of `eps`. `dtype` is not float64. Without a
+grad_activated nothing but s * A can be had."""

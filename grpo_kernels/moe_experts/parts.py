@@ -172,13 +172,13 @@ class MoEExperts(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEExperts:
+        clear_fp8_weight_cache()  # weights that leave a GPU make room there; to be swapped they must not be referred to
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        clear_fp8_weight_cache()  # weights that leave a GPU make room there
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
         clear_fp8_weight_cache()  # what is written into shards does not count as a change of the gathered weight
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         _, rows, hidden_size = self.gate_up_proj.shape

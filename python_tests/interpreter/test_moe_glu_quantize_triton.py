@@ -19,6 +19,7 @@ from grpo_kernels.testing import guard_input, guarded_allocations, poisoned_allo
 from python_tests.glu_problems import (
     ACTIVATIONS,
     ALONE,
+    CLAMPED,
     EPS,
     EVERYTHING,
     GPT_OSS,
@@ -112,6 +113,33 @@ def test_the_bits_of_the_backwards_kernels(activation: Any, width: int) -> None:
     p = problem(10, width, DTYPES.get(width, torch.float32))
     same = 8 if activation[-1] and width > 64 else 9
     assert_same(backward(p, activation, dtype=dtype)[:same], composed(p, activation, dtype)[:same])
+
+
+@pytest.mark.parametrize("width", [65, 200])
+def test_nan_stays_in_its_tile(width: int) -> None:
+    """In the last one but one of the pre-activations, of which the last has a part of the width alone."""
+    for activation in (SWIGLU, TURNED):
+        p = problem(3, width, padding=False)
+        p.preact[0, (2 * width - 1) // 128 * 128 - 1] = float("nan")
+        found, expected = backward(p, activation, terms=False), composed(p, activation)
+        assert_same(found[:8], expected[:8])
+        assert found.scale.isnan().any(1).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, 0.0])
+def test_weights_of_any_kind(weight: float) -> None:
+    """A row's weight comes last: what a clamp stops is 0 times the weight, as in the definition."""
+    p = problem(3, 70, padding=False)
+    p.preact[:] *= 10
+    p.weights[:] = weight
+    for activation in (CLAMPED, GPT_OSS):
+        found = backward(p, activation, terms=False)
+        assert_same(found[:8], composed(p, activation)[:8])
+        arguments = (*p.kept, p.grad, p.inv_map, p.weights, None, *activation, *EVERYTHING, EPS, GRAD_EPS)
+        defined = glu_reference.moe_glu_backward_quantize(*arguments, torch.float32)
+        assert torch.equal(found.wide.isnan(), defined.wide.isnan())
+        assert torch.equal(found.wide == 0, defined.wide == 0)
+        assert torch.equal(found.scale.isnan(), defined.scale.isnan())
 
 
 def test_every_product_is_in_the_gradient_of_the_weights() -> None:
