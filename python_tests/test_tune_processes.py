@@ -15,10 +15,10 @@ from bench.case import Provider
 from bench.clock import Runner
 from bench.tune import __main__ as command
 from bench.tune import problems, worker
-from bench.tune import session as tune_session
+from bench.tune import trials as tune_trials
 from bench.tune.candidates import Choice, candidates
 from bench.tune.problems import GROUPS
-from bench.tune.session import Session
+from bench.tune.trials import Trials
 
 GROUP = GROUPS[1]
 TRIED = candidates(GROUP.op, 90, GROUP.size)
@@ -51,11 +51,11 @@ sys.exit(worker.main())
 """
 
 
-def session(folder: Path, script: str, seconds: float = 100.0) -> Session:
+def trials(folder: Path, script: str, seconds: float = 100.0) -> Trials:
     (folder / "fake.py").write_text(script)
     command = (sys.executable, str(folder / "fake.py"))
     end = time.monotonic() + seconds
-    return Session("cpu", 90, folder, end, candidate_seconds=0.001, limit=5.0, worker=command)
+    return Trials("cpu", 90, folder, end, candidate_seconds=0.001, limit=5.0, worker=command)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def _import_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_fate_is_written_down_and_the_others_go_on(tmp_path: Path) -> None:
     fates = [(tuple(TRIED[1]), "hangs"), (tuple(TRIED[2]), "raises"), (tuple(TRIED[3]), "differs")]
-    record = session(tmp_path, FAKE.format(fates=fates)).group(GROUP)
+    record = trials(tmp_path, FAKE.format(fates=fates)).group(GROUP)
     assert record["complete"]
     assert len(record["problems"]) == len(GROUP.problems)
     for which, problem in enumerate(record["problems"]):
@@ -106,7 +106,7 @@ sys.exit({status})
 )
 def test_a_default_that_fails(tmp_path: Path, body: str, status: int, says: str) -> None:
     """Its problems are given up, and the run ends."""
-    record = session(tmp_path, LINES.format(body=body, status=status)).group(GROUP)
+    record = trials(tmp_path, LINES.format(body=body, status=status)).group(GROUP)
     assert all(says in problem["error"] for problem in record["problems"])
     assert record["winner"] is None
 
@@ -120,9 +120,9 @@ def test_no_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.flush()
     __import__('time').sleep(100)
 """
-    monkeypatch.setattr(tune_session, "LEAST", 0.5)
+    monkeypatch.setattr(tune_trials, "LEAST", 0.5)
     begin = time.monotonic()
-    record = session(tmp_path, LINES.format(body=body, status=0), seconds=1.5).group(GROUP)
+    record = trials(tmp_path, LINES.format(body=body, status=0), seconds=1.5).group(GROUP)
     assert time.monotonic() - begin < 20
     assert not record["complete"]
     assert record["winner"] is None

@@ -17,7 +17,7 @@ from bench import machine
 from bench.gpu_check import processes
 from bench.gpu_check.phases import NOT_RUN, SKIPPED
 from bench.tune import choose, problems, table
-from bench.tune.session import Session
+from bench.tune.trials import Trials
 
 OPS = ("grouped_gemm",)
 SECONDS = 150.0
@@ -78,9 +78,9 @@ def measure(options: argparse.Namespace) -> int:
     results |= {"family": family if options.device == "cuda" else 0, "seconds": 0.0, "groups": []}
     with tempfile.TemporaryDirectory() as folder:
         end = begin + options.seconds
-        session = Session(options.device, family, Path(folder), end, options.candidate_seconds)
+        trials = Trials(options.device, family, Path(folder), end, options.candidate_seconds)
         for group in chosen:
-            record = session.group(group)
+            record = trials.group(group)
             results["groups"].append(record)
             results["seconds"] = round(time.monotonic() - begin, 1)
             _save(results, options.save)

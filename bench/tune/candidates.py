@@ -19,7 +19,7 @@ _RESERVED = 1024
 
 
 class Choice(NamedTuple):
-    """An entry of a table. The tiles of a weight's gradient have 128 rows, and its work has one order."""
+    """An entry of a table. The tiles of a weight's gradient have 128 rows, and its order of work is fixed."""
 
     block_m: int
     num_warps: int

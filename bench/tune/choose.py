@@ -35,12 +35,12 @@ def winner(group: Record) -> Record | None:
         return None
     noise = max(WORTH, gains[0], 1 / gains[0])
     # Of equal ones the first: the order of candidates is fixed.
-    others = ((gain, -index) for index, gain in enumerate(gains) if index and gain is not None)
-    gain, index = max(others, default=(1.0, 0))
+    others = [(gain, index) for index, gain in enumerate(gains) if index and gain is not None]
+    gain, index = max(others, key=lambda other: other[0], default=(1.0, 0))
     if gain <= noise:
         gain, index = 1.0, 0
     return {
-        "choice": rows[-index][0]["choice"],
+        "choice": rows[index][0]["choice"],
         "gain": round(gain, 4),
         "compared": sum(gain is not None for gain in gains),
     }

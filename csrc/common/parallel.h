@@ -12,8 +12,8 @@
 namespace grpo_kernels {
 namespace GK_ISA {
 
-// Calls body(worker, begin, end) for consecutive ranges of at most `grain` rows. No two of one worker, a number below
-// `threads`, run at a time. One thread, or one range, opens no parallel region.
+// Calls body(worker, begin, end) for consecutive ranges of at most `grain` rows. Calls with the same worker, a number below
+// `threads`, never overlap. One thread, or one range, opens no parallel region.
 template <typename Body>
 inline void parallel_workers(int64_t rows, int threads, int64_t grain, const Body& body) {
   const int64_t chunks = rows <= 0 ? 0 : (rows + grain - 1) / grain;

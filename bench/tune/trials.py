@@ -21,11 +21,13 @@ LEAST = 5.0
 
 
 @dataclass
-class Session:
-    """Attributes:
-    folder: for requests, lines and the log.
-    end: when everything must be over, on the monotonic clock.
-    candidate_seconds: of measuring one; `limit`: until it counts as one that hangs.
+class Trials:
+    """Measurements of groups of problems, until their time is over.
+
+    Attributes:
+        folder: for requests, lines and the log.
+        end: when everything must be over, on the monotonic clock.
+        candidate_seconds: of measuring one; `limit`: until it counts as one that hangs.
     """
 
     device: str
