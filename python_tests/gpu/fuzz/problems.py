@@ -68,8 +68,10 @@ def wgrad(dice: Dice) -> OpCall:
 
 
 def _activation(dice: Dice) -> tuple[bool, float, float, bool]:
-    clamped = bool(dice.number(0, 2))
-    return (clamped, 1.702, dice.one_of(7.0, 0.7), bool(dice.number(0, 2))) if clamped else (False, 1.0, 1.0, False)
+    interleaved = bool(dice.number(0, 2))
+    if dice.number(0, 2):
+        return True, 1.702, dice.one_of(7.0, 0.7), interleaved
+    return False, 1.0, 1.0, interleaved
 
 
 def _routes(dice: Dice, rows: int) -> tuple[Tensor, Tensor]:
