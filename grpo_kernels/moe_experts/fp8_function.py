@@ -22,7 +22,7 @@ from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.moe_experts import fp8_weights
 from grpo_kernels.moe_experts.arguments import Experts
 from grpo_kernels.moe_experts.fp8_stages import Fp8Parts
-from grpo_kernels.moe_experts.function import Accumulators, Needs
+from grpo_kernels.moe_experts.function import Accumulators, Needs, of_dtypes
 from grpo_kernels.moe_experts.ops import QuantizedGradients, QuantizedNeeds
 from grpo_kernels.moe_experts.reference import Activation
 from grpo_kernels.moe_experts.stages import Maps, build_maps
@@ -124,11 +124,7 @@ class _RoutedExperts(torch.autograd.Function):
         maps = Maps(row_id_map, inv_map, offsets)
         backward = _Backward(ctx.options, needs, tokens, _Parameters(*parameters), weights, maps, *ctx.copies)
         grads = backward.run(grad, kept, ctx.accumulators)
-        results = [
-            None if value is None or dtype is None else value.to(dtype)
-            for value, dtype in zip(grads, (*ctx.dtypes, weights.dtype), strict=True)
-        ]
-        return (None, None, *results, None)
+        return (None, None, *of_dtypes(grads, (*ctx.dtypes, weights.dtype)), None)
 
 
 class _Backward(NamedTuple):

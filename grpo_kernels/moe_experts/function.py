@@ -10,6 +10,7 @@ x_e is gathered again and y_e is not needed: neither is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,12 @@ def _forward(options: Options, experts: Experts, weights: Tensor, maps: Maps) ->
     return parts.unpermute(parts.product(activated, down, maps, down_bias), maps, weights.detach()), preact
 
 
+def of_dtypes(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    """Gradients in the dtypes of what they are of."""
+    pairs = zip(grads, dtypes, strict=True)
+    return [None if value is None or dtype is None else value.to(dtype) for value, dtype in pairs]
+
+
 class Needs(NamedTuple):
     """Whose gradients are wanted, and what they need."""
 
@@ -108,11 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[2:8])
         experts = Experts(x, gate_up, down, gate_up_bias, down_bias)
         grads = _Backward(ctx.options, needs, experts, weights, Maps(*maps)).run(grad, preact, ctx.accumulators)
-        results = [
-            None if value is None or dtype is None else value.to(dtype)
-            for value, dtype in zip(grads, (*ctx.dtypes, weights.dtype), strict=True)
-        ]
-        return (None, None, *results, None)
+        return (None, None, *of_dtypes(grads, (*ctx.dtypes, weights.dtype)), None)
 
 
 class _Backward(NamedTuple):
