@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from grpo_kernels import _extension
 from grpo_kernels.fp8_quantize import ScaledTensor, ops
+from grpo_kernels.moe_experts.fp8_stages import eps
 
 _KINDS = (Tensor, nn.Parameter)
 _TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake tensors, proxies, functional tensors
@@ -116,7 +117,7 @@ def _copies(weight: Tensor, owner: Tensor | None, backend: str, *, turn: bool, b
 
 
 def _quantize(weight: Tensor, backend: str, rows: bool, columns: bool) -> _Pair:
-    arguments = (weight.detach(), True, True, rows, columns, 1e-12)  # a float of the module would be a graph's input
+    arguments = (weight.detach(), True, True, rows, columns, eps(gradient=False))
     outputs = ops.fp8_quantize(*arguments, backend)
     return ScaledTensor(*outputs[:2]) if rows else None, ScaledTensor(*outputs[2:]) if columns else None
 

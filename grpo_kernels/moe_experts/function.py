@@ -35,6 +35,10 @@ class Options(NamedTuple):
     num_experts: int
     alignment: int
 
+    def maps(self, topk_ids: Tensor) -> Maps:
+        """Where the rows of the experts are."""
+        return build_maps(topk_ids, self.num_experts, self.expert_range, self.alignment, self.backend)
+
 
 Accumulators = tuple[Tensor | None, Tensor | None]
 
@@ -47,11 +51,7 @@ def routed_experts(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
         result: Tensor = _RoutedExperts.apply(options, accumulators, *trained, topk_ids)  # type: ignore[no-untyped-call]
         return result
-    return _forward(options, experts, topk_weights, build(options, topk_ids))[0]
-
-
-def build(options: Options, topk_ids: Tensor) -> Maps:
-    return build_maps(topk_ids, options.num_experts, options.expert_range, options.alignment, options.backend)
+    return _forward(options, experts, topk_weights, options.maps(topk_ids))[0]
 
 
 def _detached(experts: Experts, dtype: torch.dtype) -> Experts:
@@ -98,7 +98,7 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, accumulators: Accumulators, *tensors: Any) -> Tensor:
         *experts, weights, topk_ids = tensors
-        given, maps = Experts(*experts), build(options, topk_ids)
+        given, maps = Experts(*experts), options.maps(topk_ids)
         result, preact = _forward(options, given, weights, maps)
         needs = Needs(*ctx.needs_input_grad[2:8])
         keep_x = needs.gate_up or (needs.preact and not options.keep_preact)

@@ -47,14 +47,6 @@ def _as(name: str, definition: Callable[..., Any]) -> Check:
     return check
 
 
-def _permute(x: Tensor, row_id_map: Tensor, inv_map: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return moves.moe_permute(x, row_id_map, inv_map)
-    rows = moves.moe_permute(x.float(), row_id_map, inv_map)
-    weight = weights.reshape(-1)[inv_map.clamp(min=0).long(), None] if weights.numel() else 0.0
-    return torch.where(inv_map[:, None] >= 0, rows * weight, 0.0).to(x.dtype)
-
-
 # --- products --------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +218,7 @@ def _grad_weights(found: Tensor, products: Bounded, terms: Tensor | None, slot: 
 
 CHECKS: dict[str, Check] = {
     "build_permutation": _as("build_permutation", moves.build_permutation),
-    "moe_permute": _as("moe_permute", _permute),
+    "moe_permute": _as("moe_permute", moves.moe_permute),
     "moe_permute_quantize": _as("moe_permute_quantize", quantize_reference.moe_permute_quantize),
     "fp8_quantize": _as("fp8_quantize", fp8.fp8_quantize),
     "fp8_dequantize": _as("fp8_dequantize", fp8.fp8_dequantize),
