@@ -36,6 +36,7 @@ from grpo_kernels.moe_permute import (
 from grpo_kernels.moe_router import RouterOutput, moe_router
 from grpo_kernels.moe_router.balance import update_expert_bias
 from grpo_kernels.moe_router.replay import RouterReplay
+from grpo_kernels.speculative_sampling import VerifyDraftOutput, verify_draft
 from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "RouterReplay",
     "ScaledTensor",
     "TokenLogProbsOutput",
+    "VerifyDraftOutput",
     "__version__",
     "backend",
     "best_of_group",
@@ -75,4 +77,5 @@ __all__ = [
     "moe_unpermute",
     "token_log_probs",
     "update_expert_bias",
+    "verify_draft",
 ]
