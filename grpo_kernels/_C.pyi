@@ -230,6 +230,23 @@ def moe_unpermute_backward(
     stream_or_threads: int,
     /,
 ) -> int: ...
+def mtp_targets(
+    token_ids: int,
+    wide_ids: bool,
+    positions: int,
+    wide_positions: bool,
+    mask: int,
+    rows: int,
+    depths: int,
+    shift: int,
+    sequence_length: int,
+    ignore_index: int,
+    targets: int,
+    counts: int,
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
 def token_log_probs(
     rows: int,
     inner: int,
