@@ -54,10 +54,10 @@ test: $(STAMP)/build  ## every test that needs no GPU and no long training
 	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter python_tests/interpreter
 
-test-slow: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, packaging, every kernel with the oldest Triton
+test-slow: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, packaging, a quarter of the kernels with the oldest Triton
 	$(PYTEST) -m slow python_tests
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) GK_EXPECTED_TRITON=$(OLD_TRITON) $(PYTEST) python_tests/test_gates.py
-	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m bench.gates --compiler triton --json build/gates.json
+	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m bench.gates --compiler triton --sample 4 --json build/gates.json
 	$(MAKE) demo-check
 
 gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100 (FP8 products for sm_89 too), against its limits

@@ -122,6 +122,7 @@ def test_a_broken_limit_fails_the_command(gates_command: Any, capsys: pytest.Cap
 def test_only_complete_runs_are_recorded(gates_command: Any, tmp_path: Path) -> None:
     old, new = "nvcc 12.0", "nvcc 13.0"
     assert gates_command("--quick")[1] == gates_command("--arch", "90")[1] == [old]
+    assert gates_command("--sample", "4")[1] == [old]
     assert gates_command("--json", str(tmp_path / "elsewhere.json"))[1] == [old]
     assert report.load(tmp_path / "elsewhere.json")["rows"][0]["compiler"] == new
     assert gates_command()[1] == gates_command("--op", "grpo_loss")[1] == [old, new]
@@ -131,6 +132,17 @@ def test_only_complete_runs_are_recorded(gates_command: Any, tmp_path: Path) -> 
         gates_command("--beside", str(other.parent))
     (other / "__init__.py").write_text("")
     assert gates_command("--beside", str(other.parent))[1] == ["Triton 3.6.0", new]
+
+
+def test_a_sample_is_a_part_and_changes_with_the_code() -> None:
+    def sample(code: str) -> set[int]:
+        return {i for i in range(400) if sweep.in_sample(code, 90, f"kernel {i}", 4)}
+
+    one, other = sample("one"), sample("other")
+    assert one == sample("one")
+    assert 70 < len(one) < 130
+    assert 70 < len(other) < 130
+    assert len(one & other) < 50
 
 
 def test_new_rows_replace_those_of_their_op_and_compiler(tmp_path: Path) -> None:

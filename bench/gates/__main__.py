@@ -28,11 +28,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="only this architecture")
     parser.add_argument("--compiler", choices=COMPILERS, help="only these kernels")
     parser.add_argument("--quick", action="store_true", help="a few specialisations of each Triton kernel")
+    parser.add_argument("--sample", type=int, default=1, metavar="N",
+                        help="one in N of the Triton kernels, others whenever the code of an op changes")  # fmt: skip
     parser.add_argument("--beside", type=Path, action="append", default=[], metavar="FOLDER",
                         help="another release of Triton (pip install --target FOLDER), in the same table")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--json", type=Path, help="write the rows of this run here, and nowhere else")
     arguments = parser.parse_args()
+    if arguments.sample < 1:
+        parser.error(f"--sample: must be 1 or more, got {arguments.sample}")
     for folder in arguments.beside:
         if not (folder / "triton" / "__init__.py").is_file():
             parser.error(f"--beside: there is no Triton in {folder}")
@@ -55,7 +59,8 @@ def _rows_of_other_triton(folder: Path, arguments: argparse.Namespace) -> list[r
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "rows.json"
         command = [sys.executable, "-m", "bench.gates", "--compiler", "triton", "--json", str(path)]
-        command += ["--jobs", str(arguments.jobs), *(["--quick"] if arguments.quick else [])]
+        command += ["--jobs", str(arguments.jobs), f"--sample={arguments.sample}"]
+        command += ["--quick"] if arguments.quick else []
         command += [f"--op={op}" for op in arguments.op or ()] + [f"--arch={arch}" for arch in arguments.arch or ()]
         status = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
         if not path.is_file():
@@ -71,7 +76,7 @@ def _keep(rows: list[report.Row], arguments: argparse.Namespace, compilers: list
     if asked is not None:
         report.save(rows, asked)
         return asked
-    if arguments.quick or arguments.arch:
+    if arguments.quick or arguments.arch or arguments.sample > 1:
         return None
     # Rows of compilers that are no longer used go when everything was compiled anew.
     everything = arguments.beside and not arguments.op and len(compilers) == len(COMPILERS)
@@ -86,7 +91,8 @@ def main() -> int:
     begin = time.time()
     compilers = _compilers(arguments)
     chosen = arguments.op or list(ops.modules())
-    rows = sweep.run(chosen, arguments.arch or ARCHITECTURES, arguments.jobs, arguments.quick, compilers)
+    architectures = arguments.arch or ARCHITECTURES
+    rows = sweep.run(chosen, architectures, arguments.jobs, arguments.quick, compilers, arguments.sample)
     for folder in arguments.beside:
         rows += _rows_of_other_triton(folder, arguments)
     if not rows:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import multiprocessing
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from bench.gates import cuda_kernels, ops, triton_kernels
+from bench.gates import cuda_kernels, fingerprint, ops, triton_kernels
 from bench.gates.gate import ARCHITECTURES, Gate, Measured, largest_block, resident_warps, violations
 
 Row = dict[str, Any]
@@ -75,19 +76,33 @@ def _compile(op: str, quick: bool, index: int, architecture: int) -> Measured:
     return triton_kernels.compile_launch(launches_for(op, quick, architecture)[index], architecture)
 
 
-def triton_results(chosen: Collection[str], architectures: Sequence[int], jobs: int, quick: bool) -> list[Result]:
-    """Every specialisation of the Triton kernels of these ops, for every architecture, and for those that some kernels
-    begin with if no choice was made."""
+def in_sample(code: str, architecture: int, specialisation: str, sample: int) -> bool:
+    """Whether a kernel is one of a `sample`-th of all, which are others whenever the fingerprint `code` changes."""
+    words = f"{code} {architecture} {specialisation}"
+    return int(hashlib.sha256(words.encode()).hexdigest(), 16) % sample == 0
+
+
+def triton_results(
+    chosen: Collection[str], architectures: Sequence[int], jobs: int, quick: bool, sample: int = 1
+) -> list[Result]:
+    """Every specialisation of the Triton kernels of these ops, or a `sample`-th of them, for every architecture, and
+    for those that some kernels begin with if no choice was made."""
+    compiler = triton_kernels.compiler()
     keys = []
     for op, module in ops.modules().items():
         if op in chosen and hasattr(module, "TRITON"):
             wanted = module.TRITON.architectures() if set(architectures) == set(ARCHITECTURES) else architectures
-            keys += [(op, quick, i, a) for a in wanted for i in range(len(launches_for(op, quick, a)))]
+            code = fingerprint.of(op, compiler)
+            keys += [
+                (op, quick, i, a)
+                for a in wanted
+                for i, launch in enumerate(launches_for(op, quick, a))
+                if sample == 1 or in_sample(code, a, launch.specialisation.text(), sample)
+            ]
     results = []
     for (op, _, index, architecture), measured in zip(keys, _map(_compile, keys, jobs), strict=True):
         specialisation = launches_for(op, quick, architecture)[index].specialisation
         gate = ops.modules()[op].TRITON.gate(specialisation)
-        compiler = triton_kernels.compiler()
         results.append(Result(op, gate, compiler, architecture, specialisation.text(), measured))
     return results
 
@@ -140,11 +155,11 @@ def _instructions(group: list[Result]) -> dict[str, list[int]]:
 
 
 def run(chosen: Collection[str], architectures: Sequence[int] = ARCHITECTURES, jobs: int = 1, quick: bool = False,
-        compilers: Sequence[str] = ("nvcc", "triton")) -> list[Row]:  # fmt: skip
+        compilers: Sequence[str] = ("nvcc", "triton"), sample: int = 1) -> list[Row]:  # fmt: skip
     """Rows of these ops, for the compilers that are asked for."""
     results = []
     if "nvcc" in compilers:
         results += cuda_results(chosen, architectures, jobs)
     if "triton" in compilers:
-        results += triton_results(chosen, architectures, jobs, quick)
+        results += triton_results(chosen, architectures, jobs, quick, sample)
     return rows(results)
