@@ -66,7 +66,8 @@ def test_chunks_have_about_equal_sizes() -> None:
 # --- without a look at the data --------------------------------------------------------------------------------------
 
 VOCAB, ROWS, RANK = 37, 30, 3
-LORA_SCALE, LOGIT_SCALE, SOFTCAP, Z_LOSS, FACTOR = 0.5, 1.2, 4.0, 0.02, 0.1
+LORA_SCALE, LOGIT_SCALE, SOFTCAP, Z_LOSS = 0.5, 1.2, 4.0, 0.02
+FACTORS, TEMPERATURES = torch.linspace(0.0, 0.2, 64), torch.linspace(0.5, 1.5, 64)  # of the first rows
 
 
 @pytest.fixture
@@ -83,19 +84,24 @@ def device_op(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def eager(head: list[Tensor], target: Tensor, live: Tensor, dtype: torch.dtype, narrow: torch.dtype) -> list[Tensor]:
-    """Values and gradients from all logits, whose gradient, like that of the projection, is rounded to `narrow`."""
+    """Values, likeliest tokens and gradients from all logits.
+
+    The gradient of the logits, like that of the projection, is rounded to `narrow`.
+    """
+    factors, temperatures = FACTORS[: len(target)].to(dtype), TEMPERATURES[: len(target), None].to(dtype)
     x, weight, bias, a, b = (tensor.to(dtype) for tensor in head)
     x = torch.where(live[:, None], x, 0)
     logits = (x @ weight.T + bias + LORA_SCALE * (x @ a.T) @ b.T).requires_grad_()
-    z = SOFTCAP * torch.tanh(logits * LOGIT_SCALE / SOFTCAP)
+    z = SOFTCAP * torch.tanh(logits * LOGIT_SCALE / SOFTCAP) / temperatures
     log_sum_exp = z.logsumexp(-1)
     log_probs = z.gather(-1, target.clamp(min=0)[:, None])[:, 0] - log_sum_exp
-    loss = FACTOR * (Z_LOSS * log_sum_exp.square() - log_probs)[live].sum()
+    loss = (factors * (Z_LOSS * log_sum_exp.square() - log_probs))[live].sum()
     grad = torch.autograd.grad(loss, logits)[0].to(narrow).to(dtype)
     through = (LORA_SCALE * grad @ b).to(narrow).to(dtype)
     projected = (x @ a.T).to(narrow).to(dtype)
     gradients = [grad @ weight + through @ a, grad.T @ x, grad.sum(0), through.T @ x, LORA_SCALE * grad.T @ projected]
-    return [torch.where(live, value.detach(), 0) for value in (log_probs, log_sum_exp)] + gradients
+    values = [torch.where(live, value.detach(), 0) for value in (log_probs, log_sum_exp)]
+    return [*values, torch.where(live, z.argmax(-1), -1), *gradients]
 
 
 @pytest.mark.parametrize("width", [6, 24])
@@ -122,12 +128,13 @@ def test_the_form_that_reads_nothing_on_the_host(
     monkeypatch.setattr(Sums, "finish", lambda self: (kept.append(self.kept is not None), finish(self))[1])
     with poisoned_allocations():
         actual = device_op(
-            *dirty, LORA_SCALE, target, mask, LOGIT_SCALE, SOFTCAP, torch.tensor(FACTOR), Z_LOSS, *(True,) * 4, results,
-            results,
+            *dirty, LORA_SCALE, target, mask, TEMPERATURES[:ROWS], 0.0, LOGIT_SCALE, SOFTCAP, FACTORS[:ROWS], Z_LOSS,
+            True, *(True,) * 4, results, results,
         )  # fmt: skip
     assert kept == [results == dtype == torch.bfloat16 and 4 * VOCAB * width > 2 * ROWS * VOCAB]
     expected = eager(head, target, live, torch.float64, torch.float64)
     plain = eager(head, target, live, torch.float32, dtype)
-    for index, name in enumerate(("log_probs", "log_sum_exp", *sizes)):
+    assert torch.equal(actual[2], expected[2])
+    for index, name in ((0, "log_probs"), (1, "log_sum_exp"), *enumerate(sizes, 3)):
         assert_as_accurate(actual[index], expected[index], plain[index], name=name)
-    assert not actual[2][~live].any()
+    assert not actual[3][~live].any()

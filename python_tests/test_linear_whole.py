@@ -13,10 +13,20 @@ from grpo_kernels.linear_log_probs import chunks, losses, whole
 from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.testing import assert_as_accurate, poisoned_allocations
-from python_tests.test_linear_chunks import FACTOR, LOGIT_SCALE, LORA_SCALE, RANK, SOFTCAP, Z_LOSS, eager
+from python_tests.test_linear_chunks import (
+    FACTORS,
+    LOGIT_SCALE,
+    LORA_SCALE,
+    RANK,
+    SOFTCAP,
+    TEMPERATURES,
+    Z_LOSS,
+    eager,
+)
 
 pytestmark = pytest.mark.usefixtures("native_cpu")
 
+FACTOR = 0.1
 WIDTH, VOCAB = 41, 803  # odd, so that no slice of a half-width gradient ends on four bytes
 
 
@@ -49,16 +59,18 @@ def test_against_float64(dtype: torch.dtype, share: float, taken: list[int]) -> 
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     with poisoned_allocations():
         actual = losses.implementations("native")[0](
-            *head, LORA_SCALE, target, mask, LOGIT_SCALE, SOFTCAP, torch.tensor(FACTOR, dtype=exact), Z_LOSS,
-            *(True,) * 4, dtype, dtype,
+            *head, LORA_SCALE, target, mask, TEMPERATURES[:rows].to(exact), 0.0, LOGIT_SCALE, SOFTCAP,
+            FACTORS[:rows].to(exact), Z_LOSS, True, *(True,) * 4, dtype, dtype,
         )  # fmt: skip
     assert taken == [rows]
     expected = eager(head, target, mask, torch.float64, torch.float64)
     plain = eager(head, target, mask, torch.float32, torch.float32)
     names = ("log_probs", "log_sum_exp", "hidden", "weight", "bias", "a", "b")
-    for name, result, float64, float32 in zip(names, actual, expected, plain, strict=True):
+    assert torch.equal(actual[2], expected[2])
+    others = (values[:2] + values[3:] for values in (list(actual), expected, plain))
+    for name, result, float64, float32 in zip(names, *others, strict=True):
         assert_as_accurate(result, float64, float32, name=name)
-    assert not actual[2][~mask].any()
+    assert not actual[3][~mask].any()
 
 
 @pytest.mark.parametrize("frozen", [0, 2, 3])
@@ -68,14 +80,14 @@ def test_gradients_only_where_they_are_wanted(frozen: int, taken: list[int]) -> 
 
     def run(needs: list[bool]) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = losses.implementations("native")[0](
-            *head, LORA_SCALE, target, None, LOGIT_SCALE, SOFTCAP, torch.tensor(FACTOR), Z_LOSS, *needs,
-            torch.float32, torch.float32,
+            *head, LORA_SCALE, target, None, None, 1.0, LOGIT_SCALE, SOFTCAP, torch.tensor(FACTOR), Z_LOSS, False,
+            *needs, torch.float32, torch.float32,
         )  # fmt: skip
         return results
 
     everything, some = run([True] * 4), run(needs)
     assert taken == [20, 20]
-    wanted = [True, True, *needs, needs[3]]
+    wanted = [True, True, False, *needs, needs[3]]
     for result, complete, want in zip(some, everything, wanted, strict=True):
         assert torch.equal(result, complete) if want else result.numel() == 0
 
@@ -106,7 +118,14 @@ def test_rows_without_a_derivative_take_no_product(monkeypatch: pytest.MonkeyPat
         targets = whole.Targets(target, None, None, 1.0, LOGIT_SCALE, SOFTCAP)
         live = torch.ones(30, dtype=torch.bool)
         whole.one_pass_within(
-            head[0], Head(*head[1:], LORA_SCALE), targets, live, slopes, Needs(True, True, True, True), gradients
+            head[0],
+            Head(*head[1:], LORA_SCALE),
+            targets,
+            live,
+            slopes,
+            Needs(True, True, True, True),
+            gradients,
+            False,
         )
         exact, plain = (_masked_gradients(head, target, keep, dtype) for dtype in (torch.float64, torch.float32))
         for gradient, float64, float32 in zip(gradients, exact, plain, strict=True):

@@ -83,6 +83,7 @@ def one_pass(
     gradients: Gradients,
     *,
     sequence_length: int = 0,
+    top1_ids: bool = False,
     backend: str,
 ) -> Values:
     """Computes the values of all rows, and the gradients of a loss.
@@ -98,17 +99,18 @@ def one_pass(
         needs: the gradients that are wanted.
         gradients: where they are written.
         sequence_length: chunks hold whole sequences of this length; 0: the loss takes rows one by one.
+        top1_ids: whether the likeliest token of each row is wanted.
         backend: of the row kernels.
     """
     compact = backend == "native"
     live = live_rows(targets.token_ids, targets.mask)
     targets = targets._replace(mask=None if compact else live)
     if compact and fits(int(live.sum()), head, needs, gradients):
-        return one_pass_within(hidden, head, targets, live, slopes, needs, gradients)
+        return one_pass_within(hidden, head, targets, live, slopes, needs, gradients, top1_ids)
     vocab, width = head.weight.shape
     chunks = list(_chunks(live, vocab, width, max(sequence_length, 1), compact))
     exact = accumulation_dtype(hidden.dtype)
-    values = Values(*(hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3)))
+    values = Values.of(hidden, top1_ids)
     sums = Sums(hidden, head, live, needs, gradients, len(chunks), compact)
     buffer = hidden.new_empty(max(map(_size, chunks), default=0), vocab, dtype=exact)
     for chunk in chunks:
@@ -168,12 +170,11 @@ def _forward(work: _Work, head: Head, values: Values, backend: str) -> Tensor:
     """Writes the logits and the values of the rows; returns the row statistics."""
     for start, end in parts(head):
         head.part(start, end).logits(work.logits[:, start:end], work.hidden, work.projected)
-    log_probs, entropy, _, _, statistics = row_ops.token_log_probs(
-        work.logits, *work.targets, True, False, False, True, backend
+    log_probs, entropy, _, top1_ids, statistics = row_ops.token_log_probs(
+        work.logits, *work.targets, True, False, values.top1_ids is not None, True, backend
     )
     log_sum_exp = statistics[MAXIMUM] + statistics[TOTAL].log()  # 0 + log 1 in a masked row
-    for value, result in zip(values, (log_probs, entropy, log_sum_exp), strict=True):
-        value[work.rows] = result
+    values.write(work.rows, log_probs, entropy, log_sum_exp, top1_ids)
     row_statistics: Tensor = statistics
     return row_statistics
 

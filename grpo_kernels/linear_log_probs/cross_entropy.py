@@ -134,8 +134,8 @@ def _one_pass(
 
 def _run(options: Options, z_loss: float, wanted: tuple[Any, ...], *tensors: Any) -> tuple[Any, Gradients]:
     hidden, head = cast(options, *tensors[:5])
-    *values, a, b, c, d, e = ops_one_pass.linear_cross_entropy(
-        hidden, *head, *tensors[5:7], options.logit_scale, options.softcap, tensors[7], z_loss, *wanted,
-        options.backend,
+    log_probs, log_sum_exp, _, a, b, c, d, e = ops_one_pass.linear_cross_entropy(
+        hidden, *head, *tensors[5:7], None, options.temperature, options.logit_scale, options.softcap, tensors[7],
+        z_loss, False, *wanted, options.backend,
     )  # fmt: skip
-    return values, Gradients(a, b, c, d, e)
+    return (log_probs, log_sum_exp), Gradients(a, b, c, d, e)

@@ -227,8 +227,8 @@ def _one_pass(call: _Call, accumulator: Tensor | None) -> GRPOLossOutput:
 def _run(options: Options, wanted: tuple[Any, ...], constants: tuple[Any, ...], *tensors: Any) -> tuple[Any, Gradients]:
     hidden, head = cast(options, *tensors[:5])
     token_ids, mask, temperatures, *terms = tensors[5:]
-    *values, a, b, c, d, e = ops_one_pass.linear_grpo_loss(
+    log_probs, entropy, _, _, a, b, c, d, e = ops_one_pass.linear_grpo_loss(
         hidden, *head, token_ids, mask, temperatures, options.temperature, options.logit_scale, options.softcap,
-        *terms, *constants, *wanted, options.backend,
+        *terms, *constants, None, 0.0, False, *wanted, options.backend,
     )  # fmt: skip
-    return values, Gradients(a, b, c, d, e)
+    return (log_probs, entropy), Gradients(a, b, c, d, e)

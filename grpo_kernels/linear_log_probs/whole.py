@@ -43,6 +43,7 @@ def one_pass_within(
     slopes: Callable[[Values, int, int], Slopes],
     needs: Needs,
     gradients: Gradients,
+    top1_ids: bool,
 ) -> Values:
     """What `chunks.one_pass` does, for rows that `fits` allows."""
     exact = accumulation_dtype(hidden.dtype)
@@ -50,14 +51,12 @@ def one_pass_within(
     x, targets = wide(hidden[rows]), targets.at(rows)
     projected = head.project(x)
     memory = _Memory(head, len(x), gradients.weight)
-    statistics = _statistics(memory, x, projected, targets)
-    values = Values(*(hidden.new_zeros(len(hidden), dtype=exact) for _ in range(3)))
+    found_rows = _statistics(memory, x, projected, targets, top1_ids)
+    statistics = found_rows.values
+    values = Values.of(hidden, top1_ids)
     everywhere = torch.ones(len(x), dtype=torch.bool)
-    log_probs, entropy, _, _ = finish(statistics, None, None, everywhere, True)
-    log_sum_exp = statistics[MAXIMUM] + statistics[TOTAL].log()
-    for value, result in zip(values, (log_probs, entropy, log_sum_exp), strict=True):
-        if result is not None:
-            value[rows] = result.to(exact)
+    log_probs, entropy, _, likeliest = finish(statistics, None, found_rows.top1_ids, everywhere, True)
+    values.write(rows, log_probs, entropy, statistics[MAXIMUM] + statistics[TOTAL].log(), likeliest)
     found = slopes(values, 0, len(hidden)).at(rows)
     keep = torch.stack([slope != 0 for slope in found if slope is not None]).any(0)
     chosen = None if bool(keep.all()) else keep.nonzero()[:, 0]  # rows without a derivative take no product
@@ -71,18 +70,19 @@ def one_pass_within(
     return values
 
 
-def _statistics(memory: _Memory, hidden: Tensor, projected: Tensor | None, targets: Targets) -> Tensor:
-    """[4, n] float64 statistics of the rows. Leaves their logits in the memory."""
+def _statistics(memory: _Memory, hidden: Tensor, projected: Tensor | None, targets: Targets, top1_ids: bool) -> Part:
+    """Of the whole vocabulary, without squares. Leaves their logits in the memory."""
     merged: Part | None = None
     for part in memory.slices(backward=False):
         part.head.logits(part.logits, hidden, projected)
         own = targets._replace(token_ids=part_ids(targets.token_ids, part.start, part.end, 0))
-        *_, statistics = row_ops.token_log_probs(part.logits, *own, True, False, False, True, _BACKEND)
-        found = Part.of(part.start, part.end, targets.token_ids, statistics, None, None)
+        *_, likeliest, statistics = row_ops.token_log_probs(part.logits, *own, True, False, top1_ids, True, _BACKEND)
+        top1 = likeliest if top1_ids else None
+        found = Part.of(part.start, part.end, targets.token_ids, statistics, None, top1)
         merged = found if merged is None else merged.merged_with(found)
     if merged is None:
         raise RuntimeError("a vocabulary without tokens")
-    return merged.values
+    return merged
 
 
 def _products(

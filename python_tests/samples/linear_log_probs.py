@@ -55,8 +55,9 @@ def _backward(
 def _cross_entropy(
     dtype: torch.dtype, full: bool, needs: tuple[bool, bool, bool, bool], *, hidden: Tensor = X, ids: Tensor = I
 ) -> tuple[Any, ...]:
-    mask = MASK.reshape(6) if full else None
-    rows = (mask, 1.3, 5.0, torch.tensor(0.25), 0.1) if full else (mask, 1.0, 0.0, torch.tensor(1.0), 0.0)
+    """With `full` a factor for every row, and the likeliest tokens."""
+    factor = torch.linspace(0.0, 0.5, len(ids)) if full else torch.tensor(1.0)
+    rows = (*FULL, factor, 0.1, True) if full else (*PLAIN, factor, 0.0, False)
     return (*_head(dtype, full, hidden), ids, *rows, *needs, dtype, dtype)
 
 
@@ -68,9 +69,11 @@ def _loss(
     hidden: Tensor = X,
     ids: Tensor = POLICY_I,
     sequence_length: int = 0,
+    behind: int = 0,
 ) -> tuple[Any, ...]:
-    """Two sequences of three tokens; with `full` every input, and a sampler's correction."""
-    count = len(ids)
+    """Two sequences of three tokens; with `full` every input, and a sampler's correction. The last `behind` rows carry
+    cross-entropy, and their likeliest tokens are wanted."""
+    count = len(ids) - behind
     old = torch.linspace(-4.0, -1.0, count)
     config = GRPOLossConfig(
         reduction="none", ratio_level="sequence" if sequence_length else "token", kl_coef=0.3 if full else 0.0,
@@ -81,8 +84,8 @@ def _loss(
     options, parameters = config.pack()
     return (
         *_head(dtype, full, hidden), ids, *(FULL if full else PLAIN), old, old.cos(), *optional,
-        torch.full((count,), 0.2), bonus, coefficient, 0.0, sequence_length, list(options), list(parameters), *needs,
-        dtype, dtype,
+        torch.full((count,), 0.2), bonus, coefficient, 0.0, sequence_length, list(options), list(parameters),
+        torch.linspace(0.1, 0.4, behind) if behind else None, 0.1 if behind else 0.0, behind > 0, *needs, dtype, dtype,
     )  # fmt: skip
 
 
@@ -113,6 +116,8 @@ OPS = {
         _loss(torch.float32, False, BASE),
         _loss(torch.bfloat16, True, EVERYTHING),
         _loss(torch.float32, True, (True, False, False, True), sequence_length=3),
+        _loss(torch.float32, True, EVERYTHING, behind=2),
+        _loss(torch.bfloat16, False, BASE, sequence_length=3, behind=3),
         _loss(torch.float32, False, BASE, hidden=X[:0], ids=I[:0]),
         _loss(torch.float32, False, BASE, ids=torch.full_like(I, -100)),
     ],
