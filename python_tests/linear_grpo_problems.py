@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, LoRAFactors, grpo_loss, linear_grpo_loss
 from grpo_kernels.grpo_loss.metrics import NAMES
-from grpo_kernels.linear_log_probs import grpo
+from grpo_kernels.linear_log_probs import policy
 from grpo_kernels.testing import assert_as_accurate
 from python_tests.samples.grpo_loss import batch, pack
 
@@ -27,7 +27,7 @@ Problem = dict[str, Tensor | None]
 @contextmanager
 def two_passes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "passes", lambda *_, **__: 2)
+        patch.setattr(policy, "passes", lambda *_, **__: 2)
         yield
 
 

@@ -8,21 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import _checks, _dispatch
+from grpo_kernels import _dispatch
 from grpo_kernels._gemm import accumulation_dtype, gemm_dtype
-from grpo_kernels._token_ids import live_rows
 from grpo_kernels.distributed import VocabShard
-from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics
-from grpo_kernels.grpo_loss.api import evaluate
-from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs, with_entropy_threshold
-from grpo_kernels.grpo_loss.reference import LossInputs, Rows, rows_of
-from grpo_kernels.linear_log_probs import chunks, ops_one_pass
+from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput
+from grpo_kernels.linear_log_probs import ops_one_pass
 from grpo_kernels.linear_log_probs.arguments import check_head
 from grpo_kernels.linear_log_probs.attach import attach, cast, may_form_gradients, needs_gradient, requests
 from grpo_kernels.linear_log_probs.function import Options, Wanted
 from grpo_kernels.linear_log_probs.head import Head, LoRAFactors
+from grpo_kernels.linear_log_probs.policy import Policy, check_layout
 from grpo_kernels.linear_log_probs.sums import Gradients
-from grpo_kernels.linear_log_probs.token_terms import passes, token_terms
 from grpo_kernels.linear_log_probs.two_pass import rows_of_head
 from grpo_kernels.token_log_probs.arguments import check_rows, check_transform, raise_if_outside, split_temperature
 
@@ -112,51 +108,32 @@ def linear_grpo_loss(
     Source:
         Gradients in the forward: Liger's fused linear losses. Variants: the presets of `GRPOLossConfig`.
     """
-    batch = _check_layout(hidden, cu_seqlens)
+    batch = check_layout(_OP, "hidden", hidden, cu_seqlens)
     arguments = check_head(_OP, hidden, weight, bias, lora, vocab_shard, weight_grad_accumulator)
     check_rows(_OP, hidden, "hidden", arguments.leading, "token_ids", token_ids, None)
     check_transform(_OP, hidden, "hidden", arguments.leading, temperature, logit_scale, softcap)
     dtype = gemm_dtype(hidden, weight)
     exact = accumulation_dtype(dtype)
-    stand_in = torch.zeros((), dtype=exact, device=hidden.device).expand(arguments.leading)
-    inputs = loss_inputs(
-        Subject(_OP, stand_in, "hidden"),
-        config,
-        batch,
-        old_log_probs,
-        advantages,
-        mask,
-        ref_log_probs=ref_log_probs,
-        sampler_log_probs=sampler_log_probs,
-        token_weights=token_weights,
-        entropy=stand_in,
-        kl_coef=kl_coef,
-        entropy_coef=entropy_coef,
-        cu_seqlens=cu_seqlens,
-        num_items=num_items,
-        max_length=max_length,
-    )
-    live = live_rows(token_ids, None if inputs.mask is None else inputs.mask != 0)
-    rows = rows_of(stand_in, live, cu_seqlens)
-    inputs = inputs._replace(mask=rows.live)
+    backend = _dispatch.resolve(_OP, weight if weight.dtype == torch.float64 else hidden)
+    policy = Policy.of(
+        _OP, hidden, "hidden", batch, token_ids, exact, backend, old_log_probs, advantages, mask, config,
+        ref_log_probs=ref_log_probs, sampler_log_probs=sampler_log_probs, token_weights=token_weights,
+        kl_coef=kl_coef, entropy_coef=entropy_coef, cu_seqlens=cu_seqlens, num_items=num_items, max_length=max_length,
+    )  # fmt: skip
     if vocab_shard is None:
-        raise_if_outside(_OP, token_ids, rows.live, arguments.vocab)
+        raise_if_outside(_OP, token_ids, policy.rows.live, arguments.vocab)
     temperatures, number = split_temperature(_OP, temperature, hidden.device, exact)
     if temperatures is not None and temperatures.ndim > 0:
         temperatures = temperatures.reshape(-1)
-    backend = _dispatch.resolve(_OP, weight if weight.dtype == torch.float64 else hidden)
     options = Options(
         _OP, dtype, arguments.head.lora_scale, number, float(logit_scale), 0.0 if softcap is None else float(softcap),
         Wanted(entropy=True), vocab_shard, backend,
     )  # fmt: skip
-    call = _Call(
-        options, config, inputs, rows, arguments.hidden, arguments.head, token_ids.reshape(-1), temperatures,
-        _dispatch.resolve_part("grpo_loss", stand_in, backend),
-    )  # fmt: skip
+    call = _Call(options, policy, arguments.hidden, arguments.head, token_ids.reshape(-1), temperatures)
     leaves = (arguments.hidden, *arguments.head[:4])
     if not needs_gradient(leaves):
         return _two_passes(call, weight_grad_accumulator, 1)
-    if may_form_gradients(options) and call.loss_backend == "native" and _passes(call) == 1:
+    if may_form_gradients(options) and policy.takes_one_pass(len(arguments.head.weight)):
         return _one_pass(call, weight_grad_accumulator)
     return _two_passes(call, weight_grad_accumulator, 2)
 
@@ -165,62 +142,29 @@ class _Call(NamedTuple):
     """A call after its checks."""
 
     options: Options
-    config: GRPOLossConfig
-    inputs: LossInputs  # log_probs and entropy are stand-ins
-    rows: Rows
+    policy: Policy
     hidden: Tensor  # [N, H]
     head: Head
     token_ids: Tensor  # [N]
     temperatures: Tensor | None
-    loss_backend: str
-
-
-def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Returns the number of sequences."""
-    _checks.check_tensor(_OP, "hidden", hidden)
-    if cu_seqlens is None:
-        _checks.check_ndim(_OP, "hidden", hidden, "[B, T, H]")
-        return hidden.shape[0]
-    _checks.check_ndim(_OP, "hidden", hidden, "[N, H]")
-    return check_cu_seqlens(_OP, cu_seqlens, "hidden", hidden)
-
-
-def _passes(call: _Call) -> int:
-    return passes(
-        call.config,
-        length=call.rows.live.shape[-1],
-        longest=chunks.most_rows(call.head.weight.shape[0], call.hidden.device.type),
-        packed=call.inputs.cu_seqlens is not None,
-        on_policy=call.inputs.old_log_probs is None,
-    )
-
-
-def _output(call: _Call, log_probs: Tensor, entropy: Tensor, count: int) -> GRPOLossOutput:
-    """The loss of these log-probs, and what goes with it."""
-    log_probs, entropy = (value.view(call.rows.live.shape) for value in (log_probs, entropy))
-    coef = call.inputs.entropy_coef
-    bonus = entropy if isinstance(coef, Tensor) or coef != 0.0 else entropy.detach()
-    inputs = with_entropy_threshold(call.inputs._replace(log_probs=log_probs, entropy=bonus), call.config)
-    loss, values = evaluate(inputs, call.config, call.loss_backend)
-    return GRPOLossOutput(loss, GRPOMetrics(values, count), log_probs.detach(), entropy.detach())
 
 
 def _two_passes(call: _Call, accumulator: Tensor | None, count: int) -> GRPOLossOutput:
-    mask = call.rows.live.reshape(-1)
+    mask = call.policy.rows.live.reshape(-1)
     found = rows_of_head(call.options, call.hidden, call.head, call.token_ids, mask, call.temperatures, accumulator)
     if found.entropy is None:
         raise RuntimeError(f"{_OP}: no entropy")
-    return _output(call, found.log_probs, found.entropy, count)
+    return call.policy.output(found.log_probs, found.entropy, count)
 
 
 def _one_pass(call: _Call, accumulator: Tensor | None) -> GRPOLossOutput:
     leaves = (call.hidden, *call.head[:4])
     with torch.no_grad():
-        terms = token_terms(call.config, call.inputs, call.rows)
+        terms = call.policy.terms()
         again = partial(_run, call.options, requests(leaves, accumulator), tuple(terms[8:]))
-        others = (call.token_ids, call.rows.live.reshape(-1), call.temperatures, *terms[:8])
+        others = (call.token_ids, call.policy.rows.live.reshape(-1), call.temperatures, *terms[:8])
         (log_probs, entropy), gradients = again(*leaves, *others)
-        output = _output(call, log_probs, entropy, 1)
+        output = call.policy.output(log_probs, entropy, 1)
     return output._replace(loss=attach(output.loss, gradients, leaves, others, again, accumulator))
 
 
