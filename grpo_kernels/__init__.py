@@ -17,12 +17,12 @@ from grpo_kernels.group_advantages import (
 from grpo_kernels.grouped_gemm import grouped_gemm
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics, grpo_loss
 from grpo_kernels.linear_log_probs import (
-    FusedLMHead,
     LoRAFactors,
     linear_cross_entropy,
     linear_grpo_loss,
     linear_token_log_probs,
 )
+from grpo_kernels.linear_log_probs.module import FusedLMHead
 from grpo_kernels.moe_experts import moe_experts
 from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
 from grpo_kernels.moe_experts.module import MoE, MoEOutput
@@ -36,6 +36,7 @@ from grpo_kernels.moe_permute import (
 from grpo_kernels.moe_router import RouterOutput, moe_router
 from grpo_kernels.moe_router.balance import update_expert_bias
 from grpo_kernels.moe_router.replay import RouterReplay
+from grpo_kernels.multi_token_prediction import MTPLossOutput, PolicyTerms, mtp_linear_cross_entropy
 from grpo_kernels.speculative_sampling import VerifyDraftOutput, verify_draft
 from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
@@ -48,9 +49,11 @@ __all__ = [
     "GRPOMetrics",
     "GroupAdvantagesOutput",
     "LoRAFactors",
+    "MTPLossOutput",
     "MoE",
     "MoEOutput",
     "Permutation",
+    "PolicyTerms",
     "RouterOutput",
     "RouterReplay",
     "ScaledTensor",
@@ -75,6 +78,7 @@ __all__ = [
     "moe_permute_quantize",
     "moe_router",
     "moe_unpermute",
+    "mtp_linear_cross_entropy",
     "token_log_probs",
     "update_expert_bias",
     "verify_draft",

@@ -4,6 +4,5 @@ from grpo_kernels.linear_log_probs.api import linear_token_log_probs
 from grpo_kernels.linear_log_probs.cross_entropy import linear_cross_entropy
 from grpo_kernels.linear_log_probs.grpo import linear_grpo_loss
 from grpo_kernels.linear_log_probs.head import LoRAFactors
-from grpo_kernels.linear_log_probs.module import FusedLMHead
 
-__all__ = ["FusedLMHead", "LoRAFactors", "linear_cross_entropy", "linear_grpo_loss", "linear_token_log_probs"]
+__all__ = ["LoRAFactors", "linear_cross_entropy", "linear_grpo_loss", "linear_token_log_probs"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from grpo_kernels.linear_log_probs.cross_entropy import linear_cross_entropy
 from grpo_kernels.linear_log_probs.grpo import linear_grpo_loss
 from grpo_kernels.linear_log_probs.head import LoRAFactors
 from grpo_kernels.linear_log_probs.weights import check_weight
+from grpo_kernels.multi_token_prediction import MTPLossOutput, mtp_linear_cross_entropy
+from grpo_kernels.multi_token_prediction.arguments import stacked
 from grpo_kernels.token_log_probs import TokenLogProbsOutput
 
 _OP = "FusedLMHead"
@@ -153,6 +155,14 @@ class FusedLMHead(nn.Module):
         arguments = (token_ids, old_log_probs, advantages, mask, config)
         output, (loss,) = self._call(linear_grpo_loss, lambda output: (output.loss,), hidden, arguments, options)
         return GRPOLossOutput(loss, output.metrics, output.log_probs, output.entropy)
+
+    def mtp_cross_entropy(self, hiddens: Tensor | Sequence[Tensor], token_ids: Tensor, **options: Any) -> MTPLossOutput:
+        """`mtp_linear_cross_entropy` with this head. Options: positions, policy and the others of that function."""
+        hiddens = stacked(_OP, hiddens)
+        output, (loss,) = self._call(
+            mtp_linear_cross_entropy, lambda output: (output.loss,), hiddens, (token_ids,), options
+        )
+        return MTPLossOutput(loss, *output[1:])
 
     def _call(
         self,

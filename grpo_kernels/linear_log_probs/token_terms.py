@@ -31,6 +31,11 @@ class TokenTerms(NamedTuple):
     options: list[int]
     parameters: list[float]
 
+    def times(self, weight: Tensor) -> TokenTerms:
+        """Those of the loss times a 0-d weight."""
+        bonus = self.entropy_factor
+        return self._replace(factors=self.factors * weight, entropy_factor=None if bonus is None else bonus * weight)
+
 
 def passes(config: GRPOLossConfig, *, length: int, longest: int, packed: bool, on_policy: bool) -> int:
     """1 where the derivative of the loss by a token's log-prob is known with that of its sequence, else 2.

@@ -1,1 +1,6 @@
 """Multi-token prediction: the modules that predict further ahead, and the loss of all depths in one pass."""
+
+from grpo_kernels.multi_token_prediction.api import mtp_linear_cross_entropy
+from grpo_kernels.multi_token_prediction.outputs import MTPLossOutput, PolicyTerms
+
+__all__ = ["MTPLossOutput", "PolicyTerms", "mtp_linear_cross_entropy"]
