@@ -247,6 +247,32 @@ def mtp_targets(
     stream_or_threads: int,
     /,
 ) -> int: ...
+def verify_draft_workspace(drafts: int, vocab: int, element_size: int, filters: bool, /) -> int: ...
+def verify_draft(
+    batch: int,
+    drafts: int,
+    vocab: int,
+    dtype: int,
+    mode: int,
+    target: tuple[int, int, int],
+    draft: tuple[int, int, int],
+    draft_ids: int,
+    wide_ids: bool,
+    draft_lengths: int,
+    temperatures: int,
+    top_k: int,
+    top_p: int,
+    seeds: int,
+    offsets: int,
+    workspace: int,
+    workspace_stride: int,
+    token_ids: int,
+    num_accepted: int,
+    log_probs: int,
+    device: int,
+    stream_or_threads: int,
+    /,
+) -> int: ...
 def token_log_probs(
     rows: int,
     inner: int,

@@ -81,6 +81,7 @@ void bind_moe_experts(py::module_& module);
 void bind_moe_permute(py::module_& module);
 void bind_moe_router(py::module_& module);
 void bind_multi_token_prediction(py::module_& module);
+void bind_speculative_sampling(py::module_& module);
 void bind_token_log_probs(py::module_& module);
 
 }  // namespace grpo_kernels

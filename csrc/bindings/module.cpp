@@ -65,5 +65,6 @@ PYBIND11_MODULE(_C, m) {
   bind_moe_permute(m);
   bind_moe_router(m);
   bind_multi_token_prediction(m);
+  bind_speculative_sampling(m);
   bind_token_log_probs(m);
 }

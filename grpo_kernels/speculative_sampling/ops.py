@@ -9,7 +9,7 @@ from grpo_kernels import _dispatch
 
 _PACKAGE = "grpo_kernels.speculative_sampling"
 
-_dispatch.register_backends("verify_draft", cpu=(), cuda=("triton",), interpretable=True)
+_dispatch.register_backends("verify_draft", cpu=("native",), cuda=("triton",), interpretable=True)
 
 MODES = ("token", "block", "greedy")
 """The rules of acceptance, in the order of their numbers in csrc/speculative_sampling."""

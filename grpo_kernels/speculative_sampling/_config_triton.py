@@ -1,0 +1,45 @@
+"""How the Triton kernels of speculative_sampling cut a row of logits: a pure function, the same for every batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_SPLITS = 32
+"""Most parts of a row that are reduced on their own: lanes of the warp that merges them."""
+
+
+class LaunchConfig(NamedTuple):
+    """Tiles of [slots, width], whole slots a thread. Depends on V, dtype and alignment, so that a row's bits do not
+    depend on the batch."""
+
+    slots: int
+    width: int  # neighbouring elements that a thread loads at once, if rows are aligned
+    neighbours: bool  # whether a slot's elements lie side by side; else every thread's neighbour has the next one
+    num_warps: int
+    columns: int  # of a part of the row
+    splits: int
+    filter_slots: int  # of the kernel that has a row to itself
+    filter_warps: int
+
+
+def launch_config(vocab: int, element_size: int, aligned: bool) -> LaunchConfig:
+    """Tiles of 4 KiB, two or more a part, 16 bytes a thread.
+
+    16 rows of 32000 bfloat16 at two positions, and their drafts, are then three programs for each of 132
+    multiprocessors; rows of 152064 are cut in 19 parts.
+    """
+    width = 16 // element_size
+    slots = min(256, max(32, _power_of_two(-(-vocab // width))))
+    tiles = -(-vocab // (slots * width))
+    each = max(2, -(-tiles // 24)) if tiles < 64 else max(4, -(-tiles // 24))
+    columns = each * slots * width
+    filter_slots = min(1024, max(32, _power_of_two(-(-vocab // width))))
+    splits = -(-vocab // columns)
+    return LaunchConfig(
+        slots, width, aligned and vocab % 16 == 0, slots // 32, columns, splits, filter_slots, filter_slots // 32
+    )
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not smaller."""
+    return 1 << (number - 1).bit_length()
