@@ -37,6 +37,7 @@ from grpo_kernels.moe_router import RouterOutput, moe_router
 from grpo_kernels.moe_router.balance import update_expert_bias
 from grpo_kernels.moe_router.replay import RouterReplay
 from grpo_kernels.multi_token_prediction import MTPLossOutput, PolicyTerms, mtp_linear_cross_entropy
+from grpo_kernels.multi_token_prediction.module import MultiTokenPrediction
 from grpo_kernels.speculative_sampling import VerifyDraftOutput, verify_draft
 from grpo_kernels.token_log_probs import TokenLogProbsOutput, token_log_probs
 
@@ -52,6 +53,7 @@ __all__ = [
     "MTPLossOutput",
     "MoE",
     "MoEOutput",
+    "MultiTokenPrediction",
     "Permutation",
     "PolicyTerms",
     "RouterOutput",
