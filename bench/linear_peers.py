@@ -86,6 +86,14 @@ def liger_cross_entropy(device: str) -> Peer | None:
     return lambda inputs: (loss(accum_dtype=torch.float32)(inputs["weight"], inputs["hidden"], inputs["token_ids"]),)
 
 
+def cut_cross_entropy(device: str) -> Peer | None:
+    """Apple's Triton kernels, which skip gradients that bf16 would not show."""
+    function = _attribute("cut_cross_entropy", "linear_cross_entropy")
+    if function is None or device != "cuda":
+        return None
+    return lambda inputs: (function(inputs["hidden"], inputs["weight"], inputs["token_ids"]),)
+
+
 def liger_grpo_loss() -> Peer | None:
     """Liger's chunks of sequences, compiled as its default has it."""
     loss = _attribute("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")

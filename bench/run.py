@@ -21,6 +21,8 @@ MODULES = (
     "token_log_probs",
     "grpo_loss",
     "linear_log_probs",
+    "multi_token_prediction",
+    "speculative_sampling",
     "moe_router",
     "moe_permute",
     "fp8_quantize",

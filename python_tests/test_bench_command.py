@@ -84,7 +84,8 @@ def test_list_names_every_case_and_provider(capsys) -> None:
     [
         (
             ["--op", "nothing"],
-            "linear_cross_entropy, linear_grpo_loss, build_permutation, moe_unpermute, fp8_dequantize, got nothing",
+            "linear_cross_entropy, linear_grpo_loss, mtp_linear_cross_entropy, verify_draft, build_permutation, "
+            "moe_unpermute, fp8_dequantize, got nothing",
         ),
         (["--fail-above", "1.2"], "--fail-above needs --compare"),
         (["--compare", "missing.json"], "missing.json"),
