@@ -28,8 +28,9 @@ CALLS = [
 def public_function(registered: str) -> str:
     """The public function that a registered op serves, such as token_log_probs_backward_: it decides the backend."""
     public = _dispatch.public_ops()
-    package = _dispatch.registered_ops()[registered].rpartition(".")[2]
-    return max((op for op in public if registered.startswith(op)), key=len, default=package)
+    package = _dispatch.registered_ops()[registered] + "."
+    neighbours = [op for op in public if getattr(grpo_kernels, op).__module__.startswith(package)]
+    return max((op for op in public if registered.startswith(op)), key=len, default=neighbours[0])
 
 
 def kernel_backends(op: str, device: str) -> list[str]:

@@ -174,6 +174,37 @@ def _linear_grpo_loss(device: str, config: GRPOLossConfig) -> Callable[[], list[
     return lambda: run(call, inputs_of(call, device))
 
 
+def _mtp_linear_cross_entropy(device: str, policy: bool, **options: Any) -> Callable[[], list[Tensor]]:
+    """Three depths in packed documents, or behind a policy."""
+    hidden, weight, ids = _head(device)
+    hiddens = torch.stack([hidden, hidden.flip(0), -hidden])
+    if policy:
+        hiddens, ids = hiddens.unflatten(1, (_SEQUENCES, -1)), ids.view(_SEQUENCES, -1)
+        old, advantages = -10.0 - 2 * torch.rand(ids.shape, device=device), torch.randn(len(ids), device=device)
+        terms = grpo_kernels.PolicyTerms(old, advantages, GRPOLossConfig.preset("dapo", entropy_coef=0.1))
+        options |= {"policy": terms, "shift": 0}
+    else:
+        options["positions"] = torch.arange(len(ids), device=device) % 13
+
+    def function(x: Tensor, w: Tensor) -> list[Tensor]:
+        output = grpo_kernels.mtp_linear_cross_entropy(x, w, ids, **options)
+        return tensors(output)
+
+    call = Call("big", function, lambda device: (hiddens, weight), (0, 1))
+    return lambda: run(call, inputs_of(call, device))
+
+
+def _verify_draft(device: str, **options: Any) -> Callable[[], list[Tensor]]:
+    batch, drafts, vocab = (64, 3, 50_257) if device == "cuda" else (7, 3, 517)
+    target = torch.randn(batch, drafts + 1, vocab, device=device) * 3
+    draft = target[:, :drafts] + torch.randn(batch, drafts, vocab, device=device) / 2
+    ids = draft.argmax(-1)
+    seeds = torch.randint(2**62, (batch,), device=device)
+    if device == "cuda":
+        target, draft = target.bfloat16(), draft.bfloat16()
+    return lambda: list(grpo_kernels.verify_draft(target, ids, draft_logits=draft, seeds=seeds, **options))
+
+
 _ROUTES: dict[str, Any] = {"scoring_func": "sigmoid", "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
 
 
@@ -317,6 +348,15 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "linear_cross_entropy-per_token": lambda device: _linear_cross_entropy(device, "none"),
     "linear_grpo_loss": lambda device: _linear_grpo_loss(device, GRPOLossConfig.preset("dapo", entropy_coef=0.1)),
     "linear_grpo_loss-sequences": lambda device: _linear_grpo_loss(device, GRPOLossConfig.preset("gspo")),
+    "mtp_linear_cross_entropy": lambda device: _mtp_linear_cross_entropy(device, policy=False),
+    "mtp_linear_cross_entropy-policy": lambda device: _mtp_linear_cross_entropy(device, policy=True),
+    "mtp_linear_cross_entropy-detached": lambda device: _mtp_linear_cross_entropy(
+        device, policy=False, detach_head=True, z_loss=0.01
+    ),
+    "verify_draft": lambda device: _verify_draft(device, temperature=0.7),
+    "verify_draft-filters": lambda device: _verify_draft(device, top_k=40, top_p=0.9),
+    "verify_draft-block": lambda device: _verify_draft(device, mode="block"),
+    "verify_draft-greedy": lambda device: _verify_draft(device, mode="greedy"),
     "moe_router": lambda device: _moe_router(device, **_ROUTES),
     "moe_router-losses": lambda device: _moe_router(
         device, replay=True, z_loss_coef=1.0, aux_loss_coef=1.0, seq_aux_loss_coef=1.0

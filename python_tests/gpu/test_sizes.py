@@ -118,6 +118,30 @@ def test_group_advantages(device: str) -> None:
         assert_identical([tensor[which] for tensor in whole], list(alone))
 
 
+@ON_DEVICES
+@pytest.mark.parametrize("options", [{}, {"mode": "block"}, {"top_k": 30, "top_p": 0.9}], ids=["", "block", "filters"])
+def test_verify_draft(options: dict[str, Any], device: str) -> None:
+    need(device, 24)
+    vocab = 131_077 if device == "cuda" else 131  # odd: rows are not aligned
+    batch = beyond_int32(8_500, 2 * 131_077, device)
+    target = torch.empty(batch, 2, vocab, device=device, dtype=torch.bfloat16).normal_()
+    draft = torch.empty(batch, 1, vocab, device=device, dtype=torch.bfloat16).normal_()
+    ids = torch.randint(vocab, (batch, 1), device=device)
+    ids[-LAST:] = vocab - 1
+    seeds = torch.randint(2**62, (batch,), device=device)
+
+    def run(which: slice) -> list[torch.Tensor]:
+        return list(
+            grpo_kernels.verify_draft(
+                target[which], ids[which], draft_logits=draft[which], seeds=seeds[which], **options
+            )
+        )
+
+    whole = run(slice(0, batch))
+    for which in (slice(0, LAST), slice(batch - LAST, batch)):
+        assert_identical([tensor[which] for tensor in whole], run(which))
+
+
 # --- mixture of experts: T * K * H beyond 2^31 -----------------------------------------------------------------------
 
 
