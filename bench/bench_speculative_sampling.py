@@ -27,7 +27,6 @@ Forward = Callable[[Inputs], Values]
 
 _SMOKE = (3, 2, 97)
 _SPREAD, _APART = 3.0, 0.5  # of the logits, and between target and draft: about four of five tokens are accepted
-_TOP_K, _TOP_P = 50, 0.95
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,18 @@ class Problem:
     vocab: int
     dtype: torch.dtype
     mode: str = "token"
-    filtered: bool = False
+    top_k: int = 0  # no filter
+    top_p: float = 1.0  # no filter
 
     @property
     def name(self) -> str:
-        kind = self.mode + (f", top-k {_TOP_K}, top-p {_TOP_P}" if self.filtered else "")
+        kind = self.mode + "".join(f", {name.replace('_', '-')} {value:g}" for name, value in self.filters.items())
         return f"B={self.batch} K={self.drafts} V={self.vocab} {str(self.dtype).removeprefix('torch.')}, {kind}"
 
     @property
     def filters(self) -> dict[str, Any]:
-        return {"top_k": _TOP_K, "top_p": _TOP_P} if self.filtered else {}
+        asked = {"top_k": self.top_k, "top_p": self.top_p}
+        return {name: value for name, value in asked.items() if value not in (0, 1.0)}
 
 
 def _make(problem: Problem, device: str, size: str) -> Inputs:
@@ -166,7 +167,7 @@ def _providers(problem: Problem, device: str) -> tuple[Provider, ...]:
 
 
 def _chain(problem: Problem, device: str) -> Forward | None:
-    return flashinfer_chain(device) if problem.mode == "token" and not problem.filtered else None
+    return flashinfer_chain(device) if problem.mode == "token" and not problem.filters else None
 
 
 def _bytes(problem: Problem) -> int:
@@ -192,7 +193,9 @@ def _case(device: str, problem: Problem, quick: bool) -> Case:
         sample_outputs=_sample,
         quick=quick,
         memory=_bytes(problem),
-        absent=("FlashInfer",) if problem.mode == "token" and not _chain(problem, device) else (),
+        absent=("FlashInfer",)
+        if problem.mode == "token" and not problem.filters and not _chain(problem, device)
+        else (),
     )
 
 
@@ -205,6 +208,7 @@ def cases(device: str) -> list[Case]:
         shapes = [(16, 5, 32000), (8, 1, 151936)]
         first = Problem(8, 3, 129280, torch.float32)
     plain = [first, *(replace(first, batch=b, drafts=k, vocab=v) for b, k, v in shapes)]
-    kinds = [replace(first, mode="block"), replace(first, mode="greedy"), replace(first, filtered=True)]
+    filtered = [replace(first, top_k=50, top_p=0.95), replace(first, top_p=0.95)]
+    kinds = [replace(first, mode="block"), replace(first, mode="greedy"), *filtered]
     narrow = [] if device == "cuda" else [replace(first, dtype=torch.bfloat16)]
     return [_case(device, problem, quick=problem in (first, kinds[0])) for problem in (*plain, *narrow, *kinds)]

@@ -19,12 +19,10 @@ def log_softmaxes(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[T
     log_probs = torch.log_softmax(wide, dim=-1)
     if not top_k and top_p == 1.0:
         return log_probs, log_probs
-    ordered, order = log_probs.sort(dim=-1, descending=True)
-    if top_k:
-        ordered = ordered.masked_fill(torch.arange(ordered.shape[-1], device=logits.device) >= top_k, -torch.inf)
+    ordered, order = log_probs.topk(top_k) if top_k else log_probs.sort(dim=-1, descending=True)
     probs = torch.softmax(ordered, dim=-1)
     ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
-    kept = torch.empty_like(ordered).scatter_(-1, order, ordered)
+    kept = torch.full_like(log_probs, -torch.inf).scatter_(-1, order, ordered)
     return log_probs, torch.log_softmax(kept, dim=-1)
 
 
