@@ -126,13 +126,13 @@ def residual_kernel(
     # Reads both logits once where the decision is open, and nothing elsewhere.
     row = (tl.program_id(0) // (drafts - 1)).to(tl.int64)
     position = tl.program_id(0) % (drafts - 1) + 1
-    length, _ = length_of(draft_lengths, row, drafts, HAS_LENGTHS)
+    length, fitting = length_of(draft_lengths, row, drafts, HAS_LENGTHS)
     certain = tl.load(window + row)
-    if (certain >= 0) & (position > certain) & (position < length):
-        scale, _ = scale_of(temperatures, row, HAS_TEMPERATURES)
+    if fitting & (certain >= 0) & (position > certain) & (position < length):
+        scale, _positive = scale_of(temperatures, row, HAS_TEMPERATURES)
         source = row * sources + position
-        top, _, mass, threshold = softmax_of(partials, masses, thresholds, source, splits, scale, FILTERED, SPLITS)
-        draft_top, _, draft_mass, draft_threshold = softmax_of(
+        top, _total, mass, threshold = softmax_of(partials, masses, thresholds, source, splits, scale, FILTERED, SPLITS)
+        draft_top, _draft_total, draft_mass, draft_threshold = softmax_of(
             partials, masses, thresholds, source + drafts + 1, splits, scale, FILTERED, SPLITS
         )
         log_weight = tl.load(chain + row * (drafts + 1) + position)
@@ -144,14 +144,14 @@ def residual_kernel(
         split = tl.program_id(1)
         begin = split * columns
         end = tl.minimum(begin + columns, vocab)
-        total = tl.zeros((SLOTS,), tl.float32)
+        rest = tl.zeros((SLOTS,), tl.float32)
         for start in range(begin, end, SLOTS * WIDTH):
             x = load_tile(target_row, start, end, SLOTS, WIDTH, NEIGHBOURS)
             y = load_tile(draft_row, start, end, SLOTS, WIDTH, NEIGHBOURS)
             p = weights(x, top, scale, log2_weight, threshold, FILTERED)
             q = weights(y, draft_top, scale, draft_weight, draft_threshold, FILTERED)
-            total += tl.sum(tl.maximum(p - q, 0.0), axis=1)
-        tl.store(residuals + (row * drafts + position) * splits + split, tl.sum(total, axis=0))
+            rest += tl.sum(tl.maximum(p - q, 0.0), axis=1)
+        tl.store(residuals + (row * drafts + position) * splits + split, tl.sum(rest, axis=0))
 
 
 @triton.jit(do_not_specialize=["drafts", "sources", "splits"])
@@ -188,8 +188,8 @@ def block_kernel(
     # One program, one warp, owns a sequence: from its last open position down, the first that passes ends the search.
     # Reads 4 bytes a part of each, writes which position the race is for.
     row = tl.program_id(0).to(tl.int64)
-    length, _ = length_of(draft_lengths, row, drafts, HAS_LENGTHS)
-    scale, _ = scale_of(temperatures, row, HAS_TEMPERATURES)
+    length, _fitting = length_of(draft_lengths, row, drafts, HAS_LENGTHS)
+    scale, _positive = scale_of(temperatures, row, HAS_TEMPERATURES)
     certain = tl.load(window + row)
     fault = certain < 0
     certain = tl.maximum(certain, 0)
@@ -209,7 +209,7 @@ def block_kernel(
             mass = tl.sum(tl.load(place, mask=split < splits, other=0.0), axis=0)
         else:  # P (1 - p(x)), all but the draft
             source = row * sources + accepted
-            top, _, kept, threshold = softmax_of(
+            top, _total, kept, threshold = softmax_of(
                 partials, masses, thresholds, source, splits, scale, FILTERED, SPLITS
             )
             token = tl.load(draft_ids + row * drafts + accepted).to(tl.int64)

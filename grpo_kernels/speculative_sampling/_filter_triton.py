@@ -74,9 +74,7 @@ def search(
         )  # fmt: skip
         past_a, past_b, past_c = found_a >= goal, found_b >= goal, found_c >= goal
         high = tl.where(past_c, high, tl.where(past_b, c, tl.where(past_a, b, a)))
-        above_high = tl.where(
-            past_c, above_high, tl.where(past_b, number_c, tl.where(past_a, number_b, number_a))
-        )
+        above_high = tl.where(past_c, above_high, tl.where(past_b, number_c, tl.where(past_a, number_b, number_a)))
         low = tl.where(past_c, c, tl.where(past_b, b, tl.where(past_a, a, low)))
         above_low = tl.where(past_c, number_c, tl.where(past_b, number_b, tl.where(past_a, number_a, above_low)))
         if not MASS:

@@ -26,6 +26,7 @@ from grpo_kernels.speculative_sampling._tiles_triton import (
     uniform,
 )
 
+
 @triton.jit(do_not_specialize=["drafts", "sources", "splits"])
 def statistics_kernel(
     target,

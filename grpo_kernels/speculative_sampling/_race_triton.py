@@ -166,7 +166,7 @@ def choose_kernel(
         winner = tl.min(tl.where(score == best, token, NO_TOKEN), axis=0)
         record = records + row * RECORD
         if best == 0.0:
-            _, winner = fastest(
+            best, winner = fastest(
                 target_row, target_row, record, PLAIN, -1, seed, place, 0, vocab, scale, False, FILTERED, SLOTS, WIDTH
             )  # fmt: skip
         x = tl.load(target_row + winner).to(tl.float32)

@@ -84,7 +84,7 @@ class _Buffers(NamedTuple):
 
 def _buffers(of: _Problem, mode: str) -> _Buffers:
     batch = of.target.shape[0]
-    vocab, drafts, sources = of.sizes
+    _, drafts, sources = of.sizes
     splits, rows = of.config.splits, batch * sources
     filtered = rows if _filtered(of) else 0
     drawn, block = batch * (mode != "greedy"), batch * (mode == "block")
@@ -106,9 +106,9 @@ def _filtered(of: _Problem) -> bool:
     return of.top_k is not None or of.top_p is not None
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def _dense(tensor: Tensor) -> Tensor:
     """With a dense last axis, other strides as they are."""
-    return tensor if tensor is None or tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _aligned(tensor: Tensor | None) -> bool:
@@ -220,7 +220,7 @@ def verify_draft(
         draft_logits = top_k = top_p = None
     if draft_ids.shape[1] == 0:
         draft_logits = None
-    target, draft = _dense(target_logits), _dense(draft_logits)
+    target, draft = _dense(target_logits), None if draft_logits is None else _dense(draft_logits)
     config = launch_config(target_logits.shape[2], target.element_size(), _aligned(target) and _aligned(draft))
     of = _Problem(
         target, draft, draft_ids.contiguous(), _contiguous(draft_lengths), _contiguous(temperatures),
