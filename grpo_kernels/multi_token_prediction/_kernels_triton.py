@@ -51,7 +51,9 @@ def targets_kernel(
     # integers: in any order the same.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = row < rows
-    end = tl.minimum((row // sequence_length + 1) * sequence_length, rows)
+    end = rows.to(tl.int64)
+    if sequence_length is not None:
+        end = tl.minimum((row // sequence_length + 1) * sequence_length, end)
     here = row
     if positions is not None:
         here = tl.load(positions + row, mask=alive, other=-1).to(tl.int64)

@@ -35,7 +35,7 @@ def mtp_targets(
             rows,
             depths,
             min(shift, rows),
-            min(sequence_length or rows, rows),
+            sequence_length if 0 < sequence_length < rows else None,
             ignore_index,
             ROWS=config.rows,
             num_warps=config.num_warps,
