@@ -37,6 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     add("--width", type=int, default=default.width, help="of the model (default: %(default)s)")
     add("--layers", type=int, default=default.layers, help="of the model (default: %(default)s)")
     add("--heads", type=int, default=default.heads, help="of the model (default: %(default)s)")
+    add("--mtp", type=int, default=default.mtp, help="tokens drafted at a time; 0: no drafts (default: %(default)s)")
     add("--model", choices=MODELS, default=default.model, help="(default: %(default)s)")
     add("--experts", type=int, default=default.experts, help="of a layer of the MoE model (default: %(default)s)")
     add("--experts-per-token", type=int, default=default.experts_per_token, help="(default: %(default)s)")

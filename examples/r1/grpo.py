@@ -13,12 +13,22 @@ from torch import Tensor
 from examples.r1 import rewards
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer
+from examples.r1.mtp import hidden_of_depths, record_of
 from examples.r1.rollout import Rollout, Sequences, python_rng, roll_out, torch_rng
 from examples.r1.routes import Routes
 from examples.r1.settings import Settings
 from examples.r1.stage import Record, Stage
 from examples.r1.tasks import Problem, Task
-from grpo_kernels import FusedLMHead, GRPOLossConfig, GRPOLossOutput, RouterReplay, group_advantages, informative_groups
+from grpo_kernels import (
+    FusedLMHead,
+    GRPOLossConfig,
+    GRPOLossOutput,
+    GRPOMetrics,
+    PolicyTerms,
+    RouterReplay,
+    group_advantages,
+    informative_groups,
+)
 
 _LOGGED = ("kl", "entropy", "ratio_max", "clip_fraction")
 
@@ -52,6 +62,9 @@ class GRPOStage(Stage):
             "grpo", clip_low=settings.clip, clip_high=settings.clip, kl_coef=settings.kl_coef
         )
         self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.reference.mtp = None  # it drafts nothing
+        if model.mtp is not None:
+            model.mtp.detach = "trunk"
         self.experts = model.config.experts
         self.reward_weights = torch.tensor(rewards.WEIGHTS, device=self.device)
 
@@ -76,6 +89,7 @@ class GRPOStage(Stage):
             "reward": float(rollout.totals().mean()),
             **rollout.means(),
             **record,
+            **({} if rollout.drafts is None else rollout.drafts.record()),
             "informative": float(informative.float().mean()),
             "tokens": float(rollout.generated_tokens),
             "sample_seconds": sampled - start,
@@ -106,7 +120,9 @@ class GRPOStage(Stage):
         ).advantages
         routes = self._routes(rollout)
         again = None if routes is None else routes.again()
-        old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature, routes)
+        old = rollout.log_probs
+        if old is None or self.experts:  # the pass also records routes, or says how they differ
+            old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature, routes)
         ref = sequence_log_probs(self.reference, rollout.sequences, self.settings.temperature, again)
         return LossInputs(rollout.sequences, old, ref, advantages, routes)
 
@@ -124,15 +140,41 @@ class GRPOStage(Stage):
         for start in range(0, prompts, size):
             part = inputs.groups(start, start + size)
             routes = part.routes or Routes()
-            hidden = self.model.completion_hidden(part.sequences.prompts, part.sequences.completions, routes)
-            output = self.loss(self.model.head, hidden, part)
-            norm = self.descend(output.loss, index)
-            metrics = output.metrics.to_dict()
-            record = {name: metrics[name] for name in _LOGGED}
-            record |= {"loss": float(output.loss.detach()), "grad_norm": norm}
+            loss, metrics, record = self._objective(part, routes)
+            record["grad_norm"] = self.descend(loss, index)
+            found = metrics.to_dict()
+            record |= {name: found[name] for name in _LOGGED}
             if self.experts:
                 record |= routes.metrics(self.settings.experts_per_token)
         return record
+
+    def _objective(self, inputs: LossInputs, routes: Routes) -> tuple[Tensor, GRPOMetrics, Record]:
+        """What an update minimises: the policy's loss; if the model drafts, with it those of the deeper depths.
+
+        They learn from the samples as they come, so that acceptance keeps up with the policy. Their gradients end at
+        the model's hidden states, embeddings and head: they imitate whatever was sampled, good or bad, and what
+        imitation would do to the policy, the advantages did not ask for.
+        """
+        sequences = inputs.sequences
+        if self.model.mtp is None:
+            hidden = self.model.completion_hidden(sequences.prompts, sequences.completions, routes)
+            output = self.loss(self.model.head, hidden, inputs)
+            return output.loss, output.metrics, {"loss": float(output.loss.detach())}
+        policy = PolicyTerms(
+            inputs.old_log_probs, inputs.advantages, self.loss_config, ref_log_probs=inputs.ref_log_probs
+        )
+        depths = self.model.head.mtp_cross_entropy(
+            hidden_of_depths(self.model, sequences.prompts, sequences.completions, routes),
+            sequences.completions,
+            shift=0,
+            mask=sequences.mask,
+            policy=policy,
+            detach_head=True,
+            temperature=self.settings.temperature,
+        )
+        if depths.metrics is None:
+            raise RuntimeError("the loss of a policy comes with its metrics")
+        return depths.loss, depths.metrics, {"loss": float(depths.depth_losses[0]), **record_of(depths)}
 
     def loss(self, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> GRPOLossOutput:
         return head.grpo_loss(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from examples.r1 import vocabulary
 from examples.r1.routes import Pass, Routes
-from grpo_kernels import FusedLMHead, MoE, RouterReplay
+from grpo_kernels import FusedLMHead, MoE, MultiTokenPrediction, RouterReplay
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,29 @@ class ModelConfig:
     shared_expert: bool = True
     aux_loss_coef: float = 0.0
     recipe: str = "fp32"  # of the experts' products
+    mtp: int = 0  # layers of multi-token prediction
 
 
-class KVCache:
+class Cache(ABC):
+    """Keys and values of the tokens that a pass continues."""
+
+    length = 0
+    visible: Tensor | None = None  # [B, 1, Q, K] bool, the keys that each query sees; None: all up to itself
+
+    @abstractmethod
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes a layer's new keys and values [B, heads, T, width / heads]; returns what the new tokens may see."""
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Places of the next tokens in their sequences, [count] or [B, count]."""
+        return torch.arange(self.length, self.length + count, device=device)
+
+    def advance(self, count: int) -> None:
+        """Every layer has taken this many tokens."""
+        self.length += count
+
+
+class KVCache(Cache):
     """Keys and values of the tokens so far, [layers, B, heads, T, width / heads], written in place: for sampling."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
@@ -58,27 +79,23 @@ class KVCache:
         )
 
 
-class SharedPrefix:
+class SharedPrefix(Cache):
     """Keys and values of prompts, read once for all completions of a group: for training, where nothing is in place."""
 
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
-        self.length = 0
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self.layers: list[tuple[Tensor, Tensor]] = []
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Records the prompts' keys and values in the first pass; puts them before the completions' in the second."""
         if self.length == 0:
-            self._layers.append((keys, values))
+            self.layers.append((keys, values))
             return keys, values
-        prefix_keys, prefix_values = self._layers[layer]
+        prefix_keys, prefix_values = self.layers[layer]
         return (
             torch.cat((prefix_keys.repeat_interleave(self.group_size, dim=0), keys), dim=2),
             torch.cat((prefix_values.repeat_interleave(self.group_size, dim=0), values), dim=2),
         )
-
-
-Cache = KVCache | SharedPrefix
 
 
 class Attention(nn.Module):
@@ -92,7 +109,7 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         k, v = cache.append(layer, k, v)
-        mixed = _attend(q, k, v)
+        mixed = _attend(q, k, v, cache.visible)
         output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return output
 
@@ -100,14 +117,15 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.attention_norm = nn.RMSNorm(config.width)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.width)
         self.mlp = _experts(config, layer) if config.experts else _feed_forward(config)
         self.recipe = config.recipe
 
-    def forward(self, x: Tensor, layer: int, cache: Cache, routing: Pass | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layer, cache)
+    def forward(self, x: Tensor, cache: Cache, routing: Pass | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), self.layer, cache)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoE) and routing is not None:
             with _operands(self.recipe, x.device):
@@ -152,6 +170,13 @@ def _experts(config: ModelConfig, layer: int) -> MoE:
     )
 
 
+def _multi_token_prediction(config: ModelConfig) -> MultiTokenPrediction:
+    """Layers that guess further tokens. Their feed-forward is dense in an MoE model too: guesses have no routes."""
+    dense = replace(config, experts=0)
+    blocks = [Block(dense, layer) for layer in range(config.mtp)]
+    return MultiTokenPrediction(config.width, blocks, final_norm=nn.RMSNorm(config.width))
+
+
 class CharTransformer(nn.Module):
     """Character-level language model. Padding on the left is a token like any other; the model learns to ignore it."""
 
@@ -164,6 +189,9 @@ class CharTransformer(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.head = FusedLMHead(nn.Linear(config.width, config.vocabulary_size, bias=False))
         self.apply(_initialise)
+        self.mtp: MultiTokenPrediction | None = None
+        if config.mtp > 0:  # last, so that the rest starts from the same parameters with and without it
+            self.mtp = _multi_token_prediction(config).apply(_initialise)
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -178,11 +206,11 @@ class CharTransformer(nn.Module):
         """
         reports = None if routes is None else routes.reports
         routing = Pass(tokens != vocabulary.PAD, replay, reports) if self.config.experts else None
-        positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device)
+        positions = cache.positions(tokens.shape[1], tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache, routing)
-        cache.length += tokens.shape[1]
+        for block in self.blocks:
+            x = block(x, cache, routing)
+        cache.advance(tokens.shape[1])
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -191,21 +219,30 @@ class CharTransformer(nn.Module):
 
         Column t is what the head predicts completion token t from. The MoE model takes or records `routes`.
         """
+        return self.prompt_and_completion_hidden(prompts, completions, routes)[1]
+
+    def prompt_and_completion_hidden(
+        self, prompts: Tensor, completions: Tensor, routes: Routes | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states of all prompt tokens, [N, P, width], and `completion_hidden`."""
         routes = Routes() if routes is None else routes
         group_size = len(completions) // len(prompts)
         prefix = SharedPrefix(group_size)
-        first = self(prompts, prefix, routes.prompts, routes)[:, -1:].repeat_interleave(group_size, dim=0)
+        prompt_hidden = self(prompts, prefix, routes.prompts, routes)
+        first = prompt_hidden[:, -1:].repeat_interleave(group_size, dim=0)
         rest = self(completions[:, :-1], prefix, routes.completions, routes)
-        return torch.cat((first, rest), dim=1)
+        return prompt_hidden, torch.cat((first, rest), dim=1)
 
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Attention [B, heads, Q, width / heads] of the last Q of K tokens to what came before them and to themselves."""
     queries, keys = q.shape[2], k.shape[2]
+    if visible is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     if queries == 1:  # sampling: two small products beat the fused kernel here
         return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
     if queries == keys:

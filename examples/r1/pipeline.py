@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from examples.r1 import loss_step
+from examples.r1 import draft_speed, loss_step
 from examples.r1.checkpoint import CheckpointFolder, Progress
+from examples.r1.draft_speed import DraftSpeed
 from examples.r1.grpo import GRPOStage
 from examples.r1.loss_step import LossStepComparison
 from examples.r1.model import CharTransformer, ModelConfig, count_parameters
@@ -34,6 +35,7 @@ class TaskResult:
     progress: Progress
     loss_step: LossStepComparison
     model: CharTransformer
+    draft_speed: DraftSpeed | None = None  # of a model that drafts
 
 
 def build_model(task: Task, settings: Settings) -> CharTransformer:
@@ -49,6 +51,7 @@ def build_model(task: Task, settings: Settings) -> CharTransformer:
         shared_expert=settings.shared_expert,
         recipe=settings.recipe,
         aux_loss_coef=settings.aux_loss_coef,
+        mtp=settings.mtp,
     )
     return CharTransformer(config).to(settings.device)
 
@@ -58,7 +61,8 @@ def evaluate(model: CharTransformer, task: Task, held_out: Sequence[Problem]) ->
     greedy = roll_out(model, task, held_out)
     generator = torch_rng(model.head.weight.device, task.name, "evaluation")
     sampled = roll_out(model, task, held_out, generator=generator)
-    return {**greedy.means(), "sampled_accuracy": sampled.means()["accuracy"]}
+    record = {**greedy.means(), "sampled_accuracy": sampled.means()["accuracy"]}
+    return record if sampled.drafts is None else record | sampled.drafts.record()
 
 
 def prepare(name: str, settings: Settings) -> tuple[Task, list[Problem], CharTransformer]:
@@ -86,7 +90,9 @@ def run_task(name: str, settings: Settings, console: Console) -> TaskResult:
         _run_stage(stage, progress, held_out, settings, folder, console)
     if not isinstance(stage, GRPOStage):
         raise RuntimeError("the last stage must be GRPO: the loss step is measured on its policy")
-    return TaskResult(name, count_parameters(model), progress, loss_step.compare(stage, stage.steps), model)
+    comparison = loss_step.compare(stage, stage.steps)
+    speed = None if model.mtp is None else draft_speed.compare(stage, stage.steps)
+    return TaskResult(name, count_parameters(model), progress, comparison, model, speed)
 
 
 def _run_stage(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from examples.r1 import draft_report
 from examples.r1.checkpoint import comparable_settings, write_atomically
 from examples.r1.pipeline import TaskResult
 from examples.r1.settings import Settings
@@ -29,6 +30,7 @@ def summarise(result: TaskResult) -> dict[str, Any]:
         "sampled_tokens_per_second": _rate(records["grpo"], "sample_seconds"),
         "trained_tokens_per_second": _rate(records["grpo"], "train_seconds"),
         "loss_step": result.loss_step._asdict(),
+        **draft_report.summary(result),
     }
 
 
@@ -65,6 +67,7 @@ def table(results: Sequence[TaskResult]) -> Table:
     rows.append(("tokens/s, sampling", [f"{s['sampled_tokens_per_second']:,.0f}" for s in summaries]))
     rows.append(("tokens/s, training", [f"{s['trained_tokens_per_second']:,.0f}" for s in summaries]))
     rows += _routing_rows(results)
+    rows += draft_report.rows(results)
     steps = [result.loss_step for result in results]
     rows.append(("loss step, hidden states", [f"{s.rows} x {s.columns} x {s.width}" for s in steps]))
     rows.append(("  time, this package", [f"{s.seconds * 1e3:.2f} ms" for s in steps]))
@@ -112,14 +115,18 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_curves(path: Path, results: Sequence[TaskResult]) -> None:
-    """Three pictures a task: the cold start's loss, the rewards of GRPO's samples, the accuracy on held-out prompts."""
+    """Pictures of a task: the cold start's loss, the rewards of GRPO's samples, the accuracy on held-out prompts.
+
+    And what drafts were worth, if the models draft.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(results), 3, figsize=(16, 3.4 * len(results)), squeeze=False)
-    for (loss, rewards, accuracy), result in zip(axes, results, strict=True):
+    columns = 4 if any(draft_report.depths(result) for result in results) else 3
+    figure, axes = pyplot.subplots(len(results), columns, figsize=(16 * columns / 3, 3.4 * len(results)), squeeze=False)
+    for (loss, rewards, accuracy, *more), result in zip(axes, results, strict=True):
         _plot_loss(loss, result)
         records = result.progress.records["grpo"]
         for name in ("reward", "accuracy", "language", "format"):
@@ -136,6 +143,8 @@ def save_curves(path: Path, results: Sequence[TaskResult]) -> None:
             start = steps[-1]
         accuracy.set(title=f"{result.task}: held-out prompts", xlabel="step", ylim=(-0.03, 1.03))
         accuracy.legend(fontsize=8)
+        for drafts in more:
+            draft_report.plot(drafts, result)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from examples.r1 import rewards, vocabulary
+from examples.r1 import draft, rewards, vocabulary
+from examples.r1.draft import DraftCounts
 from examples.r1.model import CharTransformer, KVCache
-from examples.r1.routes import Recorder, Routes
+from examples.r1.routes import DraftRecorder, Recorder, Routes
 from examples.r1.tasks import Problem, Task
 
 
@@ -107,6 +108,8 @@ class Rollout(NamedTuple):
     rewards: Tensor  # [B, 3] float32, on the CPU
     texts: list[str]
     routes: Routes | None = None  # of an MoE model, if they were recorded
+    log_probs: Tensor | None = None  # [B, C] float32 under the policy, and
+    drafts: DraftCounts | None = None  # what drafts were worth: of a model that drafts
 
     @property
     def generated_tokens(self) -> int:
@@ -133,19 +136,35 @@ def roll_out(
     generator: torch.Generator | None = None,
     record_routes: bool = False,
 ) -> Rollout:
-    """Samples `group_size` completions a problem (greedy without a generator) and scores them."""
-    recorder = Recorder(model.config.experts) if record_routes else None
-    device = model.head.weight.device
-    prompts = encode_prompts(task, problems, device)
-    completions = generate(
-        model,
-        prompts,
-        task.completion_length,
-        group_size=group_size,
-        temperature=temperature,
-        generator=generator,
-        recorder=recorder,
-    )
+    """Samples `group_size` completions a problem (greedy without a generator) and scores them.
+
+    A model with layers of multi-token prediction drafts. The samples are others than without, their law is the same.
+    """
+    prompts = encode_prompts(task, problems, model.head.weight.device)
+    recorder: Recorder | None = None
+    log_probs, counts = None, None
+    if model.mtp is None:
+        recorder = Recorder(model.config.experts) if record_routes else None
+        completions = generate(
+            model,
+            prompts,
+            task.completion_length,
+            group_size=group_size,
+            temperature=temperature,
+            generator=generator,
+            recorder=recorder,
+        )
+    else:
+        recorder = DraftRecorder(model.config.experts) if record_routes else None
+        completions, log_probs, counts = draft.generate(
+            model,
+            prompts,
+            task.completion_length,
+            group_size=group_size,
+            temperature=temperature,
+            generator=generator,
+            recorder=recorder,
+        )
     rows = completions.tolist()
     texts = [vocabulary.decode(row) for row in rows]
     finished = [vocabulary.END in row for row in rows]
@@ -153,4 +172,4 @@ def roll_out(
     scores = rewards.score_all(task, repeated, texts, finished)
     sequences = make_sequences(prompts, completions.clone())
     routes = None if recorder is None else recorder.routes(len(completions), task.completion_length)
-    return Rollout(sequences, scores, texts, routes)
+    return Rollout(sequences, scores, texts, routes, None if log_probs is None else log_probs.clone(), counts)

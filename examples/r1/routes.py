@@ -97,3 +97,36 @@ class Recorder:
         for index, column in enumerate(columns):
             packed[:, index] = column.pack()
         return Routes(prompts, RouterReplay.from_packed(packed.flatten(0, 1), self.experts, prompts.layer_ids))
+
+
+class DraftRecorder(Recorder):
+    """The same where a pass brings each row several tokens at its own place, and what was rejected is overwritten."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__(experts)
+        self._starts: list[Tensor] = []
+        self._lengths = torch.zeros(0)
+
+    def next_pass(self, lengths: Tensor | None = None) -> RouterReplay:
+        """Of the prompts; or of a round in which completions of lengths [samples] go on from their newest token."""
+        if lengths is not None:
+            self._starts.append(lengths - 1)
+        return super().next_pass()
+
+    def finish(self, lengths: Tensor) -> None:
+        """Completions are of these lengths; what was recorded from their last token on were guesses."""
+        self._lengths = lengths
+
+    def routes(self, samples: int, completion_length: int) -> Routes:
+        prompts, *rounds = self._passes
+        first = prompts.pack()
+        parts = [part.pack().view(samples, -1, *first.shape[1:]) for part in rounds]
+        room = completion_length + max((part.shape[1] for part in parts), default=0)
+        packed = first.new_full((samples, room, *first.shape[1:]), -1)
+        places = torch.arange(room, device=packed.device)
+        rows = torch.arange(samples, device=packed.device).unsqueeze(1)
+        for part, starts in zip(parts, self._starts, strict=True):
+            packed[rows, starts.unsqueeze(1) + places[: part.shape[1]]] = part
+        packed[places >= self._lengths.unsqueeze(1) - 1] = -1
+        known = packed[:, : completion_length - 1].flatten(0, 1)
+        return Routes(prompts, RouterReplay.from_packed(known, self.experts, prompts.layer_ids))

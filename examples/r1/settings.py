@@ -26,6 +26,7 @@ class Settings:
     width: int = 64
     layers: int = 2
     heads: int = 4
+    mtp: int = 0  # layers of multi-token prediction; as many tokens of a sample are drafted at a time
     model: str = "dense"  # or "moe": experts in place of the feed-forward layers
     experts: int = 8  # this and what follows: of the MoE model
     experts_per_token: int = 2
@@ -54,6 +55,8 @@ class Settings:
     evaluation_prompts: int = 256
 
     def __post_init__(self) -> None:
+        if self.mtp < 0:
+            raise ValueError(f"mtp must be at least 0 (no drafts), got {self.mtp}")
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         if self.recipe != "fp32" and self.model != "moe":

@@ -29,6 +29,7 @@ class Stage(ABC):
         self.learning_rate = learning_rate
         self.device = model.head.weight.device
         self.excluded_prompts = frozenset(problem.prompt for problem in held_out)
+        self._policy_parameters = [value for name, value in model.named_parameters() if not name.startswith("mtp.")]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
 
     @property
@@ -49,11 +50,13 @@ class Stage(ABC):
         return {}
 
     def descend(self, loss: Tensor, index: int) -> float:
-        """One optimiser step; returns the gradient's norm before clipping."""
+        """One optimiser step; returns the norm of the policy's gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (index + 1) / self.warm_up)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, self.settings.max_grad_norm)
+        if self.model.mtp is not None:  # by themselves, so that drafts never make the policy's steps smaller
+            torch.nn.utils.clip_grad_norm_(self.model.mtp.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         return float(norm)
