@@ -103,7 +103,6 @@ CALLS = [
         autocast=(0, 1),
     ),
     _policy("mtp_policy", GRPOLossConfig(kl_coef=0.3, entropy_coef=0.1), z_loss=0.1),
-    _policy("mtp_policy_of_sequences", GRPOLossConfig.preset("gspo", kl_coef=0.3)),
     _policy("mtp_policy_packed", GRPOLossConfig.preset("gspo", kl_coef=0.3), packed=True, detach_head=True),
 ]  # fmt: skip
 
