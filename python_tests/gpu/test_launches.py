@@ -59,6 +59,32 @@ def test_token_log_probs_is_one_launch_each_way(outputs: tuple[str, ...]) -> Non
     assert len([name for name in both if "fill" not in name.lower()]) == 2, both
 
 
+_VERIFY: dict[str, tuple[dict[str, Any], int]] = {
+    "token": ({"mode": "token"}, 4),  # statistics, decision, race and its end
+    "filters": ({"mode": "token", "top_k": torch.full((16,), 40)}, 5),  # and their thresholds
+    "block": ({"mode": "block"}, 6),  # products, sums and decision
+    "greedy": ({"mode": "greedy"}, 2),
+}
+
+
+@pytest.mark.parametrize("kind", _VERIFY)
+def test_verify_draft(kind: str) -> None:
+    options, most = _VERIFY[kind]
+    options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    target = torch.randn(16, 4, 32000, device="cuda", dtype=torch.bfloat16)
+    draft, ids = target[:, :3] + 0.5, target[:, :3].argmax(-1)
+    seeds = torch.arange(16, device="cuda")
+    names = launches(lambda: grpo_kernels.verify_draft(target, ids, draft_logits=draft, seeds=seeds, **options))
+    assert len([name for name in names if "fill" not in name.lower()]) <= most, names
+
+
+def test_the_targets_of_all_depths_are_one_launch() -> None:
+    ids = torch.randint(1000, (8192,), device="cuda")
+    positions, mask = torch.arange(8192, device="cuda") % 700, torch.rand(8192, device="cuda") < 0.9
+    names = launches(lambda: torch.ops.grpo_kernels.mtp_targets(ids, positions, mask, 3, 1, 0, -100, "triton"))
+    assert len([name for name in names if "fill" not in name.lower()]) == 1, names
+
+
 @pytest.mark.parametrize("replay", [False, True], ids=["live", "replayed"])
 def test_moe_router_is_two_launches_each_way(replay: bool) -> None:
     """The second one sums the losses."""
