@@ -100,19 +100,6 @@ Softmax<A> softmax_of(const T* x, int64_t vocab, A factor, bool wants_likeliest)
   return row;
 }
 
-// The sum over what the threshold keeps.
-template <typename T, typename A>
-double kept_sum(const T* x, int64_t vocab, const Softmax<A>& row) {
-  alignas(64) A y[kBlock];
-  double sum = 0.0;
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t count = vocab - begin < kBlock ? vocab - begin : kBlock;
-    load_block(x + begin, count, y);
-    sum += sum_block(y, count, row.max, row.factor, row.threshold);
-  }
-  return sum;
-}
-
 // w_j = scale * p_j of a block, with a scale that holds 1 / sum.
 template <typename T, typename A>
 void target_weights(const T* x, int64_t count, const Softmax<A>& p, A scale, A* w) {

@@ -1,0 +1,357 @@
+"""What verify_draft emits has the law of the target: exactly, by enumeration, and in samples."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grpo_kernels
+from grpo_kernels.speculative_sampling import reference
+
+EXACT = 1e-12
+FILTERS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 0.75, "temperature": 1.4},
+    "top_k and top_p": {"top_k": 3, "top_p": 0.8},
+}
+
+
+# --- by enumeration: the definition's pieces, its uniforms and its race integrated ------------------------------------
+
+
+class Model:
+    """Logits of every context up to a length: two unrelated tables, one for the target and one for the draft."""
+
+    def __init__(self, vocab: int, depth: int, seed: int, spread: float = 1.5) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.vocab = vocab
+        self.tables = [torch.randn(vocab**i, vocab, generator=generator).double() * spread for i in range(depth + 1)]
+
+    def rows(self, sequences: Tensor, count: int) -> Tensor:
+        """[B, count, V]. The logits behind the first 0, 1, ... tokens of each sequence."""
+        found = []
+        for i in range(count):
+            place = torch.zeros(len(sequences), dtype=torch.int64)
+            for j in range(i):
+                place = place * self.vocab + sequences[:, j]
+            found.append(self.tables[i][place])
+        return torch.stack(found, 1) if found else self.tables[0].new_empty(len(sequences), 0, self.vocab)
+
+
+def _sequences(vocab: int, length: int) -> Tensor:
+    """Every sequence, in the order of their numbers."""
+    rows = list(itertools.product(range(vocab), repeat=length))
+    return torch.tensor(rows, dtype=torch.int64).reshape(vocab**length, length)
+
+
+def _log_probs(model: Model, sequences: Tensor, count: int, filters: dict[str, float]) -> Tensor:
+    """[B, count, V] under the filters, by the definition."""
+    batch = len(sequences)
+
+    def filled(name: str, dtype: torch.dtype) -> Tensor | None:
+        return torch.full((batch,), filters[name], dtype=dtype) if name in filters else None
+
+    numbers = filled("temperature", torch.float64), filled("top_k", torch.int64), filled("top_p", torch.float64)
+    return reference.distribution(model.rows(sequences, count), *numbers).log_probs
+
+
+def _law_of_target(model: Model, length: int, filters: dict[str, float]) -> Tensor:
+    """[V^length]. The probability of every sequence."""
+    sequences = _sequences(model.vocab, length)
+    return _of_tokens(_log_probs(model, sequences, length, filters), sequences).sum(1).exp()
+
+
+def _of_tokens(log_probs: Tensor, sequences: Tensor) -> Tensor:
+    return log_probs.gather(-1, sequences[..., None]).squeeze(-1)
+
+
+def _chances(mode: str, log_p: Tensor, log_q: Tensor, drafts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[B, K + 1] each: the probability over the uniforms that i drafts are accepted, and the residual's scale there.
+
+    Only the first `count` of the K drafts count.
+    """
+    batch, columns = drafts.shape
+    ratios = reference.log_ratios(log_p, log_q, drafts)
+    if mode == "token":
+        passes, weights = reference.token_thresholds(ratios), torch.ones(batch, columns + 1, dtype=torch.float64)
+        accepted = reference.accepted_by_token
+    else:
+        weights = reference.prefix_weights(ratios)
+        passes = reference.block_thresholds(log_p, log_q, weights, torch.full((batch,), count))
+        accepted = reference.accepted_by_block
+    chances = torch.zeros(batch, columns + 1, dtype=torch.float64)
+    for outcome in itertools.product([False, True], repeat=count):
+        passed = torch.tensor([outcome], dtype=torch.bool).reshape(1, count).expand(batch, count)
+        chance = torch.where(passed, passes[:, :count], 1.0 - passes[:, :count]).prod(1)
+        chances.scatter_add_(1, accepted(passed)[:, None], chance[:, None])
+    return chances, weights
+
+
+def _law_of_sampler(
+    target: Model, draft: Model, count: int, length: int, mode: str, filters: dict[str, float], certain: bool
+) -> tuple[Tensor, float]:
+    """[V^length]: the law of what is emitted for `count` drafts and then sampled from the target; and E[accepted].
+
+    A certain draft is the draft model's likeliest token. There are length - 1 drafts; those behind `count` are 0.
+    """
+    vocab = target.vocab
+    drafts = torch.nn.functional.pad(_sequences(vocab, count), (0, length - 1 - count))
+    log_q = _log_probs(draft, drafts, length - 1, filters)
+    if certain:
+        chance_of_drafts = (drafts == log_q.argmax(-1))[:, :count].all(1).double()
+        log_q = reference.one_hot(drafts, vocab, torch.float64)
+    else:
+        chance_of_drafts = _of_tokens(log_q, drafts)[:, :count].sum(1).exp()
+    log_p = _log_probs(target, drafts, length, filters)
+    chances, scales = _chances(mode, log_p, log_q, drafts, count)
+    law = torch.zeros(vocab**length, dtype=torch.float64)
+    everything = _sequences(vocab, length)
+    continued = _of_tokens(_log_probs(target, everything, length, filters), everything)
+    for accepted in range(count + 1):
+        at = torch.full((len(drafts),), accepted)
+        weights = reference.final_weights(log_p, log_q, scales[:, accepted], at, torch.full_like(at, count))
+        last = weights / weights.sum(-1, keepdim=True)
+        tail = continued[:, accepted + 1 :].sum(1).exp()
+        for row, start in enumerate(drafts[:, :accepted]):
+            fits = (everything[:, :accepted] == start).all(1)
+            weight = chance_of_drafts[row] * chances[row, accepted] * last[row, everything[:, accepted]] * tail
+            law += torch.where(fits, weight, 0.0)
+    mean = (chance_of_drafts[:, None] * chances * torch.arange(length)).sum()
+    return law, float(mean)
+
+
+@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+@pytest.mark.parametrize("certain", [False, True], ids=["sampled", "certain"])
+@pytest.mark.parametrize("mode", ["token", "block"])
+def test_the_joint_law_is_the_target_s(mode: str, certain: bool, filters: dict[str, float]) -> None:
+    """Of every number of drafts, 0 included, a row's `draft_lengths` decide, continued to one length."""
+    for vocab, depth, seed in ((3, 3, 0), (5, 2, 1), (4, 2, 2)):
+        target, draft = Model(vocab, depth, seed), Model(vocab, depth, seed + 100)
+        expected = _law_of_target(target, depth + 1, filters)
+        for count in range(depth + 1):
+            law, _ = _law_of_sampler(target, draft, count, depth + 1, mode, filters, certain)
+            assert abs(law.sum() - 1.0) < EXACT
+            assert (law - expected).abs().max() < EXACT, (vocab, count)
+
+
+def test_filtered_laws_leave_tokens_out() -> None:
+    """Else the test above would not have tested them."""
+    for name in ("top_k", "top_p", "top_k and top_p"):
+        assert (_law_of_target(Model(5, 2, 1), 3, FILTERS[name]) == 0.0).sum() > 30
+
+
+@pytest.mark.parametrize("fault", ["sampled rule for a certain draft", "target in place of the residual", "scale"])
+def test_the_enumeration_sees_a_wrong_law(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = Model(3, 2, 0), Model(3, 2, 100)
+    expected = _law_of_target(target, 3, {})
+    mode, certain = ("block" if fault == "scale" else "token"), fault.startswith("sampled")
+    if certain:
+        monkeypatch.setattr(reference, "one_hot", lambda ids, vocab, dtype: _log_probs(draft, ids, 2, {}))
+    elif fault == "scale":
+        rule = reference.residual
+        monkeypatch.setattr(reference, "residual", lambda p, q, scale: rule(p, q, torch.ones_like(scale)))
+    else:
+        monkeypatch.setattr(reference, "residual", lambda p, q, scale: p.exp())
+    law, _ = _law_of_sampler(target, draft, 2, 3, mode, {}, certain)
+    assert (law - expected).abs().max() > 0.01
+
+
+def test_the_block_rule_accepts_at_least_as_many() -> None:
+    for seed in range(20):
+        target, draft = Model(3, 3, seed, spread=1.0), Model(3, 3, seed + 100, spread=1.0)
+        for count in (1, 2, 3):
+            means = [_law_of_sampler(target, draft, count, 4, mode, {}, False)[1] for mode in ("token", "block")]
+            if count == 1:
+                assert abs(means[0] - means[1]) < EXACT
+            else:
+                assert means[1] > means[0] + 1e-4
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("token", 10 / 9), ("block", 11 / 9)])
+def test_accepted_drafts_of_the_block_paper_s_example(mode: str, expected: float) -> None:
+    """Two drafts, p = (1/3, 2/3) and q = (2/3, 1/3) everywhere: the first section of 2403.10444."""
+    target, draft = Model(2, 2, 0), Model(2, 2, 0)
+    for model, probs in ((target, (1 / 3, 2 / 3)), (draft, (2 / 3, 1 / 3))):
+        model.tables = [torch.tensor(probs, dtype=torch.float64).log().repeat(len(table), 1) for table in model.tables]
+    assert abs(_law_of_sampler(target, draft, 2, 3, mode, {}, False)[1] - expected) < EXACT
+
+
+# --- in samples: the kernels -----------------------------------------------------------------------------------------
+
+LIKELY, UNLIKELY = 1e-3, 1e-6
+"""A right sampler's p-values are above the first for the seeds that stand here; a wrong one's are below the second."""
+
+
+def _p_value(counts: Tensor, probs: Tensor) -> float:
+    """Of Pearson's chi-square test. Cells in which less than 8 are expected are pooled."""
+    expected = probs.double() * counts.sum()
+    small = expected < 8.0
+    counts, expected = (
+        torch.cat([v[~small].double(), v[small].double().sum(0, keepdim=True)]) for v in (counts, expected)
+    )
+    inside = expected > 1e-6
+    if counts[~inside].sum() > 0:
+        return 0.0
+    statistic = ((counts - expected)[inside].square() / expected[inside]).sum()
+    return float(torch.special.gammaincc((inside.sum().double() - 1.0) / 2.0, statistic / 2.0))
+
+
+def _draw(log_probs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count] tokens of one distribution, by its inverse: a sampler of its own."""
+    uniform = torch.rand(count, dtype=torch.float64, generator=generator)
+    return torch.searchsorted(log_probs.double().exp().cumsum(0), uniform).clamp(max=len(log_probs) - 1)
+
+
+def _seeds(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator)
+
+
+class Large:
+    """Contexts of 32000 tokens and two drafts, shared by all rows without a copy; tokens in bins of equal mass."""
+
+    vocab, rows, bins = 32000, 12000, 40
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(11)
+        self.target = torch.randn(3, self.vocab, generator=self.generator) * 2.5
+        self.draft = self.target[:2] + torch.randn(2, self.vocab, generator=self.generator)
+        self.seeds = _seeds(self.rows, self.generator)
+
+    def laws(self, **filters: float) -> tuple[Tensor, Tensor]:
+        """[3, V] and [2, V] log-probs under the filters, by the definition in float64."""
+        numbers = [torch.tensor([filters[n]]) if n in filters else None for n in ("temperature", "top_k", "top_p")]
+        return tuple(reference.distribution(x[None].double(), *numbers).log_probs[0] for x in (self.target, self.draft))  # type: ignore[return-value]
+
+    def drafts(self, log_q: Tensor) -> Tensor:
+        return torch.stack([_draw(row, self.rows, self.generator) for row in log_q], 1)
+
+    def verify(self, drafts: Tensor, certain: bool = False, **options: Any) -> grpo_kernels.VerifyDraftOutput:
+        target, draft = (logits.expand(self.rows, *logits.shape) for logits in (self.target, self.draft))
+        return grpo_kernels.verify_draft(
+            target, drafts, draft_logits=None if certain else draft, seeds=self.seeds, **options
+        )
+
+    def p_values(self, out: grpo_kernels.VerifyDraftOutput, log_p: Tensor, log_q: Tensor) -> list[float]:
+        """Whether each position has the target's law, where it is drawn from the target if nothing was emitted."""
+        found = []
+        for i in range(3):
+            others = _draw(log_p[i], self.rows, self.generator)
+            tokens = torch.where(out.num_accepted >= i, out.token_ids[:, i], others)
+            found.append(self.p_value(tokens, log_p[i], log_q[min(i, 1)]))
+        return found
+
+    def p_value(self, tokens: Tensor, log_p: Tensor, log_q: Tensor) -> float:
+        """Bins hold apart what the target likes more than the draft: where drafts go wrong."""
+        ranked = (log_p - log_q).nan_to_num(0.0).argsort()
+        bins = torch.empty(self.vocab, dtype=torch.int64)
+        bins[ranked] = (log_p.exp()[ranked].cumsum(0) * self.bins).long().clamp(max=self.bins - 1)
+        bins[log_p == -torch.inf] = self.bins
+        probs = torch.zeros(self.bins + 1, dtype=torch.float64).index_add_(0, bins, log_p.exp())
+        return _p_value(torch.bincount(bins[tokens], minlength=self.bins + 1), probs)
+
+
+@pytest.fixture(scope="module")
+def large() -> Large:
+    return Large()
+
+
+@pytest.mark.usefixtures("native_cpu")
+@pytest.mark.parametrize(
+    ("certain", "options"),
+    [
+        (False, {}),
+        (False, {"mode": "block"}),
+        (True, {}),
+        (False, {"temperature": 0.8, "top_k": 400, "top_p": 0.9}),
+        (True, {"temperature": 1.2, "top_p": 0.7, "mode": "block"}),
+    ],
+    ids=["token", "block", "certain", "filtered", "certain block filtered"],
+)
+def test_samples_of_32000_tokens(large: Large, certain: bool, options: dict[str, Any]) -> None:
+    log_p, log_q = large.laws(**{name: value for name, value in options.items() if name != "mode"})
+    drafts = log_q.argmax(-1).expand(large.rows, 2) if certain else large.drafts(log_q)
+    out = large.verify(drafts, certain, **options)
+    assert min(large.p_values(out, log_p, log_q)) > LIKELY
+    if options.get("mode") != "block":
+        chance = log_p[0, drafts[0, 0]].exp() if certain else torch.minimum(log_p[0], log_q[0].exp().log()).exp().sum()
+        accepted = (out.num_accepted >= 1).sum()
+        counts = torch.stack([accepted, large.rows - accepted])
+        assert _p_value(counts, torch.stack([chance, 1.0 - chance])) > LIKELY
+
+
+@pytest.mark.usefixtures("native_cpu")
+@pytest.mark.parametrize("bias", ["sampled rule for certain drafts", "target for the residual", "residual not scaled"])
+def test_samples_of_a_wrong_law_are_told_apart(large: Large, bias: str) -> None:
+    log_p, log_q = large.laws()
+    certain = log_q.argmax(-1).expand(large.rows, 2)
+    out = large.verify(certain if bias.startswith("sampled") else large.drafts(log_q))
+    tokens, rejected = out.token_ids[:, 0], out.num_accepted == 0
+    if bias == "target for the residual":
+        tokens = torch.where(rejected, _draw(log_p[0], large.rows, large.generator), tokens)
+    elif bias == "residual not scaled":
+        residual = (log_p[0].exp() - log_q[0].exp()).clamp(min=0.0)
+        tokens = torch.where(rejected, _draw(residual.log(), large.rows, large.generator), tokens)
+    assert large.p_value(tokens, log_p[0], log_q[0]) < UNLIKELY
+
+
+@pytest.mark.parametrize(("levels", "right"), [(2**32, True), (2**8, False)])
+def test_the_race_needs_fine_noise(levels: int, right: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    probs = torch.randn(100, dtype=torch.float64, generator=generator).mul(2.0).softmax(0)
+    y = (torch.randint(levels, (40000, 100), generator=generator) + 0.5) / levels
+    counts = torch.bincount(reference.race(probs, -torch.log1p(-y)), minlength=100)
+    assert (_p_value(counts, probs) > LIKELY) if right else (_p_value(counts, probs) < UNLIKELY)
+
+
+@pytest.mark.usefixtures("native_cpu")
+@pytest.mark.parametrize(
+    ("certain", "options"),
+    [
+        (False, {}),
+        (False, {"mode": "block"}),
+        (True, {"mode": "block", "temperature": 0.7}),
+        (False, {"temperature": 1.3, "top_p": 0.8}),
+    ],
+    ids=["token", "block", "certain block", "filtered"],
+)
+def test_a_million_samples_of_a_few_tokens(certain: bool, options: dict[str, Any]) -> None:
+    """The joint law of three tokens, contexts and all, continued with the target."""
+    rows, vocab = 2**20, 4
+    filters = {name: value for name, value in options.items() if name != "mode"}
+    target, draft = Model(vocab, 2, 5, spread=1.0), Model(vocab, 2, 6, spread=1.0)
+    generator = torch.Generator().manual_seed(7)
+
+    def follow(model: Model, tokens: Tensor, likeliest: bool = False) -> Tensor:
+        """The next token of every row, by the model, given its first tokens."""
+        count = tokens.shape[1]
+        contexts = _sequences(vocab, count)
+        log_probs = _log_probs(model, contexts, count + 1, filters)[:, count]
+        place = (tokens * vocab ** torch.arange(count - 1, -1, -1)).sum(1)
+        if likeliest:
+            return log_probs.argmax(-1)[place]
+        uniform = torch.rand(rows, 1, dtype=torch.float64, generator=generator)
+        return (uniform > log_probs.exp().cumsum(1)[place]).sum(1).clamp(max=vocab - 1)
+
+    drafts = torch.empty(rows, 0, dtype=torch.int64)
+    for _ in range(2):
+        drafts = torch.cat([drafts, follow(draft, drafts, certain)[:, None]], 1)
+    out = grpo_kernels.verify_draft(
+        target.rows(drafts, 3).float(),
+        drafts,
+        draft_logits=None if certain else draft.rows(drafts, 2).float(),
+        seeds=_seeds(rows, generator),
+        **options,
+    )
+    tokens = out.token_ids[:, :1]
+    for i in (1, 2):
+        tokens = torch.cat(
+            [tokens, torch.where(out.num_accepted >= i, out.token_ids[:, i], follow(target, tokens))[:, None]], 1
+        )
+    counts = torch.bincount((tokens * torch.tensor([16, 4, 1])).sum(1), minlength=64)
+    assert _p_value(counts, _law_of_target(target, 3, filters)) > LIKELY
