@@ -12,6 +12,7 @@ import grpo_kernels
 from grpo_kernels import VerifyDraftOutput, verify_draft
 from grpo_kernels.speculative_sampling import noise_reference
 from grpo_kernels.testing import assert_as_accurate
+from grpo_kernels.testing.verification import Case, speculative_sampling
 
 INF, NAN = float("inf"), float("nan")
 MODES = ["token", "block", "greedy"]
@@ -237,3 +238,18 @@ def test_a_huge_vocabulary() -> None:
     out, expected = verify_draft(target, ids, **options), _by_definition(target, ids, **options)
     assert torch.equal(out.token_ids, expected.token_ids)
     assert out.token_ids[:, 0].min() >= 0
+
+
+@pytest.mark.parametrize("case", speculative_sampling.CASES, ids=lambda case: case.name)
+def test_no_case_of_the_verification_stands_on_an_edge(case: Case) -> None:
+    """Else the rounding of a machine would decide what `grpo-kernels verify` says of it."""
+    for dtype in set(case.dtypes) - {torch.float64}:
+        found = []
+        for factor in (1 - 2e-6, 1 + 2e-6):
+            inputs = case.make(torch.Generator().manual_seed(0))
+            rows = len(inputs["draft_ids"])
+            inputs = {name: v.to(dtype).double() if v.is_floating_point() else v for name, v in inputs.items()}
+            inputs["temperature"] = inputs.get("temperature", torch.ones(rows, dtype=torch.float64)) * factor
+            with grpo_kernels.backend("reference"):
+                found.append(case.run(inputs)["token_ids"])
+        assert torch.equal(*found)
