@@ -33,7 +33,7 @@ def launch_config(vocab: int, element_size: int, aligned: bool) -> LaunchConfig:
     tiles = -(-vocab // (slots * width))
     each = max(2, -(-tiles // 24)) if tiles < 64 else max(4, -(-tiles // 24))
     columns = each * slots * width
-    filter_slots = min(1024, max(32, _power_of_two(-(-vocab // width))))
+    filter_slots = min(512, max(32, _power_of_two(-(-vocab // width))))
     splits = -(-vocab // columns)
     return LaunchConfig(
         slots, width, aligned and vocab % 16 == 0, slots // 32, columns, splits, filter_slots, filter_slots // 32
