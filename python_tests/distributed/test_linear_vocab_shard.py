@@ -110,7 +110,11 @@ GRPO = [
     Case("grpo_loss", {"config": GRPOLossConfig.preset("dapo"), "temperature": 0.8}, cuts=2, accumulate=True),
     Case("grpo_loss", {"config": GRPOLossConfig(reduction="none"), "on_policy": True}, dtype=torch.float64),
 ]
-CASES = [*LOG_PROBS, *CROSS_ENTROPY, *GRPO]
+MTP = [
+    Case("mtp", {"z_loss": 1e-2, "detach_head": True, "per_row": True}, cuts=1, padding=3, bias=True, lora=True),
+    Case("mtp", {"policy": True, "softcap": 8.0}, reduce=False, accumulate=True, dtype=torch.float64),
+]
+CASES = [*LOG_PROBS, *CROSS_ENTROPY, *GRPO, *MTP]
 
 
 def call(case: Case, inputs: dict[str, Any], shard: VocabShard | None) -> dict[str, Tensor]:
@@ -168,7 +172,16 @@ def _grpo_loss(hidden: Tensor, weight: Tensor, inputs: dict[str, Any], options: 
     return {"loss": out.loss, "metrics": out.metrics.values, "log_probs": out.log_probs, "entropy": out.entropy}
 
 
-FUNCTIONS = {"log_probs": _log_probs, "cross_entropy": _cross_entropy, "grpo_loss": _grpo_loss}
+def _mtp(hidden: Tensor, weight: Tensor, inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, Tensor]:
+    """Two depths, the second of whose rows stand also where the token of the first does not count."""
+    hiddens = torch.stack([hidden, torch.where(hidden.isnan(), 0.1, hidden).sin()])
+    if options.pop("policy", False):
+        options["policy"] = grpo_kernels.PolicyTerms(inputs["old"], inputs["advantages"])
+    out = grpo_kernels.mtp_linear_cross_entropy(hiddens, weight, inputs["ids"], shift=0, mask=inputs["mask"], **options)
+    return {name: value for name, value in out._asdict().items() if isinstance(value, Tensor)}
+
+
+FUNCTIONS = {"log_probs": _log_probs, "cross_entropy": _cross_entropy, "grpo_loss": _grpo_loss, "mtp": _mtp}
 
 
 def _shard(case: Case, rank: int, world: int) -> VocabShard:
@@ -203,6 +216,7 @@ def _check_ids(rank: int, world: int) -> None:
         lambda: grpo_kernels.linear_token_log_probs(hidden, weight, ids, vocab_shard=shard),
         lambda: grpo_kernels.linear_cross_entropy(hidden, weight, ids, vocab_shard=shard),
         lambda: grpo_kernels.linear_grpo_loss(hidden, weight, ids, None, torch.ones(2), None, vocab_shard=shard),
+        lambda: grpo_kernels.mtp_linear_cross_entropy(hidden[None], weight, ids, shift=0, vocab_shard=shard),
     ):
         with pytest.raises(ValueError, match=rf"must be the id of a token that one rank.* got {5 * world}"):
             function()
