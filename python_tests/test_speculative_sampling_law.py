@@ -355,3 +355,32 @@ def test_a_million_samples_of_a_few_tokens(certain: bool, options: dict[str, Any
         )
     counts = torch.bincount((tokens * torch.tensor([16, 4, 1])).sum(1), minlength=64)
     assert _p_value(counts, _law_of_target(target, 3, filters)) > LIKELY
+
+
+@pytest.mark.usefixtures("native_cpu")
+@pytest.mark.parametrize(("mode", "step", "right"), [("token", 1, True), ("block", 4, True), ("block", 1, False)])
+def test_sequences_of_calls_with_one_seed(mode: str, step: int, right: bool) -> None:
+    """Offsets go on by the emitted tokens; in blocks by all positions, of which the noise was looked at.
+
+    All contexts are alike, so that one distribution serves every row and call: a token and the next make a pair.
+    """
+    rows, count, length = 2**17, 3, 4
+    generator = torch.Generator().manual_seed(9)
+    target, draft = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.2, 0.4, 0.4]).log()
+    tokens, emitted = torch.zeros(rows, length + count + 1, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    seeds, offsets = _seeds(rows, generator), torch.zeros(rows, dtype=torch.int64)
+    for _ in range(length):
+        drafts = _draw(draft, rows * count, generator).view(rows, count)
+        logits = target.expand(rows, count + 1, 3), draft.expand(rows, count, 3)
+        out = grpo_kernels.verify_draft(
+            logits[0], drafts, draft_logits=logits[1], seeds=seeds, offsets=offsets, mode=mode
+        )
+        offsets = offsets + (count + 1 if step == count + 1 else out.num_accepted + 1)
+        open_ = emitted < length
+        for i in range(count + 1):
+            there = open_ & (out.num_accepted >= i)
+            tokens[there, emitted[there] + i] = out.token_ids[there, i]
+        emitted = torch.where(open_, emitted + out.num_accepted + 1, emitted)
+    counts = torch.bincount((tokens[:, :length] * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81)
+    law = target.double().exp()[_sequences(3, length)].prod(1)
+    assert (_p_value(counts, law) > LIKELY) if right else (_p_value(counts, law) < UNLIKELY)

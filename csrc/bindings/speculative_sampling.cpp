@@ -2,6 +2,7 @@
 #include "speculative_sampling/speculative_sampling.h"
 
 #include "bindings/bindings.h"
+#include "speculative_sampling/workspace.h"
 
 namespace grpo_kernels {
 namespace {
@@ -12,9 +13,9 @@ LogitRowsOfDrafts make_rows(const Rows& rows) {
   return {pointer<const void>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)};
 }
 
-// Bytes for one thread.
-int64_t workspace_bytes(int64_t drafts, int64_t vocab, int64_t element_size, bool filters) {
-  return verify_draft_workspace(drafts, vocab, element_size, filters);
+// In bytes, for one thread.
+int64_t verify_draft_workspace(int64_t drafts, int64_t vocab, int64_t element_size, bool filters) {
+  return GK_ISA::workspace_bytes(drafts, vocab, element_size, filters);
 }
 
 int64_t verify_draft(int64_t batch, int64_t drafts, int64_t vocab, int dtype, int mode, const Rows& target, const Rows& draft,
@@ -51,7 +52,7 @@ int64_t verify_draft(int64_t batch, int64_t drafts, int64_t vocab, int dtype, in
 
 void bind_speculative_sampling(py::module_& module) {
   module.def("verify_draft", &verify_draft);
-  module.def("verify_draft_workspace", &workspace_bytes);
+  module.def("verify_draft_workspace", &verify_draft_workspace);
 }
 
 }  // namespace grpo_kernels

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "speculative_sampling/cpu_softmax.h"
+#include "speculative_sampling/workspace.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {

@@ -34,16 +34,6 @@ struct VerifyDraftArgs {
   void* log_probs;        // [batch, drafts + 1] of the arithmetic type
 };
 
-// What a thread remembers: of each draft two softmaxes; where there are filters a key and a mass for each token, and the maxima
-// of groups of tokens.
-constexpr int64_t kDraftBytes = 128;
-constexpr int64_t kFilterGroup = 64;
-inline constexpr int64_t filter_bytes(int64_t count, int64_t element_size) { return (count * element_size + 63) / 64 * 64; }
-inline constexpr int64_t verify_draft_workspace(int64_t drafts, int64_t vocab, int64_t element_size, bool filters) {
-  const int64_t groups = (vocab + kFilterGroup - 1) / kFilterGroup;
-  return drafts * kDraftBytes + (filters ? 2 * filter_bytes(vocab, element_size) + filter_bytes(groups, element_size) : 0);
-}
-
 // Returns the first row whose draft length, draft ids, temperature or top_p are out of range.
 GK_DECLARE_CPU_LAUNCHER(verify_draft, VerifyDraftArgs)
 
