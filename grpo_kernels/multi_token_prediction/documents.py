@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels.grpo_loss.inputs import check_cu_seqlens
 
 
 class Documents(NamedTuple):
@@ -35,10 +36,11 @@ def documents(op: str, token_ids: Any, positions: Any, cu_seqlens: Any) -> Docum
     sequence_length = token_ids.shape[1] if token_ids.ndim == 2 else 0
     if positions is not None:
         if cu_seqlens is not None:
-            raise ValueError(f"{op}: positions and cu_seqlens are exclusive, got both")
+            raise ValueError(f"{op}: positions and cu_seqlens exclude each other, got both")
         _checks.check_tensor(op, "positions", positions)
         _checks.check_dtype(op, "positions", positions, _checks.INTEGER)
-        _checks.check_shape(op, "positions", positions, ("that of token_ids", token_ids.shape))
+        symbol = "[B, T]" if token_ids.ndim == 2 else "[N]"
+        _checks.check_shape(op, "positions", positions, (symbol, token_ids.shape))
         _checks.check_same_device(op, "positions", positions, "token_ids", token_ids)
         return Documents(positions.reshape(-1), sequence_length)
     if cu_seqlens is not None:
@@ -48,13 +50,9 @@ def documents(op: str, token_ids: Any, positions: Any, cu_seqlens: Any) -> Docum
 
 def _positions(op: str, token_ids: Tensor, cu_seqlens: Any) -> Tensor:
     """[N]. The rows' positions in the sequences that cu_seqlens cuts; -1 before the first and behind the last."""
-    _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
-    _checks.check_dtype(op, "cu_seqlens", cu_seqlens, _checks.INTEGER)
-    _checks.check_same_device(op, "cu_seqlens", cu_seqlens, "token_ids", token_ids)
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{op}: cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
     if token_ids.ndim != 1:
-        raise ValueError(f"{op}: cu_seqlens must be None with token_ids of shape [B, T] = {list(token_ids.shape)}")
+        raise ValueError(f"{op}: cu_seqlens is for packed token_ids [N], got {list(token_ids.shape)}")
+    check_cu_seqlens(op, cu_seqlens, "token_ids", token_ids)
     _raise_faults(op, cu_seqlens, token_ids.shape[0])
     rows = torch.arange(token_ids.shape[0], device=token_ids.device, dtype=cu_seqlens.dtype)
     after = torch.searchsorted(cu_seqlens.contiguous(), rows, right=True)
