@@ -292,3 +292,13 @@ def test_numbers_change_without_recompiling() -> None:
         numbers = (target[rows], ids[rows], torch.arange(20 + i), 0.5 + 0.1 * i, 5 + i, 0.5 + 0.04 * i)
         _assert_rows_equal(compiled(*numbers), call(*numbers), torch.arange(20 + i))
     assert graphs <= 2
+
+
+def test_seeds_are_drawn_in_a_compiled_graph() -> None:
+    target, ids, _ = _problem()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, i: verify_draft(x, i), backend="aot_eager", fullgraph=True)
+    first, second = compiled(target, ids), compiled(target, ids)
+    assert (first.token_ids != second.token_ids).any()
+    assert (first.num_accepted <= DRAFTS).all()
+    assert (first.token_ids[:, 0] >= 0).all()
