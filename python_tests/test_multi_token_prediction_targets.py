@@ -14,6 +14,8 @@ from torch import Tensor
 from grpo_kernels.multi_token_prediction import ops
 from grpo_kernels.multi_token_prediction.documents import documents
 
+pytestmark = pytest.mark.usefixtures("native_cpu")
+
 BACKENDS = ("native", "reference")
 MOST, LEAST = 2**63 - 1, -(2**63)
 

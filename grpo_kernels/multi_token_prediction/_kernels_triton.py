@@ -46,7 +46,7 @@ def targets_kernel(
     ROWS: tl.constexpr,
 ):
     # Program b owns ROWS rows at every depth: it walks from each row forward, as long as the positions go on by one, and
-    # writes what lies `shift` rows ahead and behind that. Memory gives every id, position and mask once, 8 to 17 bytes a
+    # writes what lies `shift` rows ahead and behind that. Memory gives every id, position and mask once, 4 to 17 bytes a
     # row, since what neighbours read is the same and in the caches, and takes 8 bytes a depth and row. Counts are added as
     # integers: in any order the same.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
