@@ -7,6 +7,11 @@ from typing import NamedTuple
 MAX_SPLITS = 32
 """Most parts of a row that are reduced on their own: lanes of the warp that merges them."""
 
+MAX_RACES = 256
+"""Most parts of the row that a token is drawn from."""
+_WARPS = 4096
+"""As many as 132 multiprocessors hold of the race at a time, about."""
+
 
 class LaunchConfig(NamedTuple):
     """Tiles of [slots, width], whole slots a thread. Depends on V, dtype and alignment, so that a row's bits do not
@@ -38,6 +43,16 @@ def launch_config(vocab: int, element_size: int, aligned: bool) -> LaunchConfig:
     return LaunchConfig(
         slots, width, aligned and vocab % 16 == 0, slots // 32, columns, splits, filter_slots, filter_slots // 32
     )
+
+
+def race_config(batch: int, vocab: int, element_size: int) -> tuple[int, int]:
+    """Columns of a part of the race, and how many parts. A warp has one; the longer it is, the fewer of its tiles may
+    hold a winner. No result depends on it."""
+    tile = 32 * 16 // element_size
+    tiles = -(-vocab // tile)
+    wanted = min(tiles, MAX_RACES, max(1, _WARPS // batch))
+    columns = -(-tiles // wanted) * tile
+    return columns, -(-vocab // columns)
 
 
 def _power_of_two(number: int) -> int:

@@ -9,20 +9,23 @@ import triton.language as tl
 from grpo_kernels._math_triton import LOG2E
 from grpo_kernels.speculative_sampling._tiles_triton import is_sound, load_tile, merged, row_of, scale_of
 
+SIGN = tl.constexpr(-(2**31))
+
 
 @triton.jit
 def key_of(x, SHIFT: tl.constexpr):
-    """An integer that grows with x: the bits of a float32 without the last ones, which logits of 16 bits do not have."""
+    """A number that grows with x: the bits of a float32 without the last ones, which logits of 16 bits do not have."""
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
+    return (bits ^ ((bits >> 31) | SIGN)).to(tl.uint32, bitcast=True) >> SHIFT
 
 
 @triton.jit
 def value_of(key, SHIFT: tl.constexpr):
     """The logit of a key."""
-    key = key.to(tl.int32)
-    bits = (key << SHIFT) | tl.where(key < 0, (1 << SHIFT) - 1, 0)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    bits = (key << SHIFT).to(tl.int32, bitcast=True)
+    rest = tl.where(bits < 0, 0, (1 << SHIFT) - 1)
+    bits = (bits | rest) ^ (((bits ^ SIGN) >> 31) | SIGN)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -31,23 +34,26 @@ def survey(
     NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """How many logits of a row are not below each of three, and the sum of their e^z (else those numbers again)."""
-    count_a = tl.zeros((SLOTS,), tl.int32)
-    count_b = tl.zeros((SLOTS,), tl.int32)
-    count_c = tl.zeros((SLOTS,), tl.int32)
+    count_a = tl.zeros((SLOTS,), tl.float32)
+    count_b = tl.zeros((SLOTS,), tl.float32)
+    count_c = tl.zeros((SLOTS,), tl.float32)
     mass_a = tl.zeros((SLOTS,), tl.float32)
     mass_b = tl.zeros((SLOTS,), tl.float32)
     mass_c = tl.zeros((SLOTS,), tl.float32)
     for start in range(0, vocab, SLOTS * WIDTH):
         x = load_tile(row, start, vocab, SLOTS, WIDTH, NEIGHBOURS)
-        count_a += tl.sum((x >= a).to(tl.int32), axis=1)
-        count_b += tl.sum((x >= b).to(tl.int32), axis=1)
-        count_c += tl.sum((x >= c).to(tl.int32), axis=1)
+        count_a += tl.sum(tl.where(x >= a, 1.0, 0.0), axis=1)
+        count_b += tl.sum(tl.where(x >= b, 1.0, 0.0), axis=1)
+        count_c += tl.sum(tl.where(x >= c, 1.0, 0.0), axis=1)
         if MASS:
             e = tl.exp2((x - top) * scale * LOG2E)
             mass_a += tl.sum(tl.where(x >= a, e, 0.0), axis=1)
             mass_b += tl.sum(tl.where(x >= b, e, 0.0), axis=1)
             mass_c += tl.sum(tl.where(x >= c, e, 0.0), axis=1)
-    number_a, number_b, number_c = tl.sum(count_a, axis=0), tl.sum(count_b, axis=0), tl.sum(count_c, axis=0)
+    # A slot counts in floats, exactly: sums of truth values become code that goes through local memory.
+    number_a = tl.sum(count_a.to(tl.int32), axis=0)
+    number_b = tl.sum(count_b.to(tl.int32), axis=0)
+    number_c = tl.sum(count_c.to(tl.int32), axis=0)
     if MASS:
         found_a, found_b, found_c = tl.sum(mass_a, axis=0), tl.sum(mass_b, axis=0), tl.sum(mass_c, axis=0)
     else:
@@ -62,7 +68,7 @@ def search(
 ):  # fmt: skip
     """The largest key in [low, high) at which the logits that are not below reach the goal, or one that they do not
     differ for. Reads the row once for two bits of the key."""
-    above_low = vocab + 0 * low.to(tl.int32)
+    above_low = vocab + (low * 0).to(tl.int32)
     above_high = above_low * 0
     # One logit between them, or (for top-k) the goal itself: there is nothing left to tell apart.
     while (high - low > 1) & (above_low - above_high > 1):

@@ -14,12 +14,15 @@ from grpo_kernels.speculative_sampling._tiles_triton import (
     PLAIN,
     RECORD,
     RESIDUAL,
+    below_one,
     exponentials,
     load_tile,
     random_words,
     scale_of,
     tile,
 )
+
+MARGIN = tl.constexpr(1.0 - 2.0**-20)
 
 
 @triton.jit
@@ -37,14 +40,17 @@ def fastest(
     target, draft, record, kind, excluded, seed, place, begin, end, scale, HAS_DRAFT: tl.constexpr,
     FILTERED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The best score of columns [begin, end), and the lowest id that has it; 0 where no token has a weight."""
+    """The best score of columns [begin, end), and the lowest id that has it; 0 where no token has a weight.
+
+    -log(1 - y) is not less than y: weights that are not above best * y cannot win. Most tiles have no others, and need
+    neither logarithms nor divisions. With a margin for rounding, so that the result does not depend on the parts.
+    """
     top, log2_weight, threshold = tl.load(record), tl.load(record + 1), tl.load(record + 2)
     if HAS_DRAFT:
         draft_top, draft_weight, draft_threshold = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
-    BLOCK: tl.constexpr = SLOTS * WIDTH
-    best = tl.zeros((SLOTS, WIDTH), tl.float32)
-    first = tl.zeros((SLOTS, WIDTH), tl.int32)
-    for start in range(begin, end, BLOCK):
+    best = 0.0
+    winner = NO_TOKEN + 0
+    for start in range(begin, end, SLOTS * WIDTH):
         x = load_tile(target, start, end, SLOTS, WIDTH, True)
         weight = weights(x, top, scale, log2_weight, threshold, FILTERED)
         if HAS_DRAFT:
@@ -53,12 +59,14 @@ def fastest(
             weight -= weights(y, draft_top, scale, draft_weight, draft_threshold, FILTERED)
         else:
             weight = tl.where(tile(start, SLOTS, WIDTH, True) == excluded, 0.0, weight)
-        score = weight / exponentials(random_words(seed, place, start, SLOTS, WIDTH))
-        better = score > best
-        best = tl.where(better, score, best)
-        first = tl.where(better, start, first)
-    score = tl.max(best)
-    return score, tl.min(tl.where(best == score, first + tile(0, SLOTS, WIDTH, True), NO_TOKEN))
+        words = random_words(seed, place, start, SLOTS, WIDTH)
+        if tl.max(tl.fma(below_one(words), best * -MARGIN, weight)) > 0.0:
+            score = weight / exponentials(words)
+            highest = tl.max(score)
+            if highest > best:
+                best = highest
+                winner = tl.min(tl.where(score == highest, tile(start, SLOTS, WIDTH, True), NO_TOKEN))
+    return best, winner
 
 
 @triton.jit
@@ -101,9 +109,9 @@ def race_kernel(
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    # Program (b, c) owns part c of the one position of sequence b where a token is drawn. Reads each logit of the target
-    # once and, for a residual, of the draft; writes the best score and its token, 8 bytes. A thread draws the noise of
-    # its own tokens, one Philox block for each four, and keeps their best scores in registers: no barrier in the loop.
+    # Program (b, c), one warp, owns part c of the one position of sequence b where a token is drawn. Reads each logit of
+    # the target once and, for a residual, of the draft; writes the best score and its token, 8 bytes. A thread draws the
+    # noise of its own tokens, one Philox block for each four. Logarithms are formed only in tiles where a token may win.
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     kind = tl.load(kinds + row)

@@ -165,12 +165,18 @@ def random_words(seed, place, start, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def below_one(word):
+    """y = (word + 1/2) / 2^32, not cut."""
+    return (word.to(tl.float32) + 0.5) * UNIT
+
+
+@triton.jit
 def exponentials(word):
     """-log(1 - y), y = (word + 1/2) / 2^32 but at most 1 - 2^-24, to a few units in the last place everywhere.
 
     Near y = 0 as a series. Else 1 - y is formed from the complement of the word, of which nothing cancels.
     """
-    y = (word.to(tl.float32) + 0.5) * UNIT
+    y = below_one(word)
     series = y * (1.0 / 7.0) + 1.0 / 6.0
     series = series * y + 0.2
     series = series * y + 0.25

@@ -10,7 +10,13 @@ from torch import Tensor
 from grpo_kernels._extension import pointer
 from grpo_kernels._launch import on_device
 from grpo_kernels.speculative_sampling._block_triton import block_kernel, chain_kernel, residual_kernel
-from grpo_kernels.speculative_sampling._config_triton import MAX_SPLITS, LaunchConfig, launch_config
+from grpo_kernels.speculative_sampling._config_triton import (
+    MAX_RACES,
+    MAX_SPLITS,
+    LaunchConfig,
+    launch_config,
+    race_config,
+)
 from grpo_kernels.speculative_sampling._filter_triton import filter_kernel
 from grpo_kernels.speculative_sampling._kernels_triton import greedy_kernel, statistics_kernel, token_kernel
 from grpo_kernels.speculative_sampling._race_triton import choose_kernel, race_kernel
@@ -71,12 +77,11 @@ class _Buffers(NamedTuple):
     """What kernels leave for each other."""
 
     partials: Tensor  # [rows of logits, 2, splits]
-    ids: Tensor  # [rows of logits, splits] where greedy, else [B, splits]
+    ids: Tensor  # [rows of logits, splits], of the greedy rule
     masses: Tensor  # [rows of logits]
     thresholds: Tensor
     records: Tensor  # [B, RECORD]
     kinds: Tensor  # [B]
-    scores: Tensor  # [B, splits]
     chain: Tensor  # [B, K + 1]
     window: Tensor  # [B]
     residuals: Tensor  # [B, K, splits]
@@ -96,8 +101,8 @@ def _buffers(of: _Problem, mode: str) -> _Buffers:
         return of.target.new_empty(shape, dtype=torch.int32)
 
     return _Buffers(
-        real(rows, 2, splits), whole(rows if mode == "greedy" else batch, splits), real(filtered), real(filtered),
-        real(drawn, RECORD.value), whole(drawn), real(drawn, splits), real(block, drafts + 1), whole(block),
+        real(rows, 2, splits), whole(rows if mode == "greedy" else 0, splits), real(filtered), real(filtered),
+        real(drawn, RECORD.value), whole(drawn), real(block, drafts + 1), whole(block),
         real(block, drafts, splits),
     )  # fmt: skip
 
@@ -182,18 +187,21 @@ def _race(of: _Problem, to: _Buffers, outputs: tuple[Tensor, Tensor, Tensor]) ->
     token_ids, num_accepted, log_probs = outputs
     batch, config = len(num_accepted), of.config
     vocab, drafts, _ = of.sizes
+    columns, parts = race_config(batch, vocab, of.target.element_size())
+    scores, ids = to.records.new_empty((batch, parts)), to.kinds.new_empty((batch, parts))
     flags: dict[str, Any] = {
         "HAS_TEMPERATURES": of.temperatures is not None, "HAS_OFFSETS": of.offsets is not None,
-        "FILTERED": _filtered(of), "SLOTS": config.slots, "WIDTH": config.width, "num_warps": config.num_warps,
+        "FILTERED": _filtered(of), "WIDTH": config.width,
     }  # fmt: skip
-    race_kernel[(batch, config.splits)](
+    race_kernel[(batch, parts)](
         of.target, of.draft, of.draft_ids, of.temperatures, of.seeds, of.offsets, to.records, to.kinds, num_accepted,
-        to.scores, to.ids, vocab, drafts, config.splits, config.columns, *of.strides, HAS_DRAFT=of.draft is not None,
-        **flags,
+        scores, ids, vocab, drafts, parts, columns, *of.strides, HAS_DRAFT=of.draft is not None, **flags, SLOTS=32,
+        num_warps=1,
     )  # fmt: skip
     choose_kernel[(batch,)](
-        of.target, of.draft_ids, of.temperatures, of.seeds, of.offsets, to.records, to.kinds, num_accepted, to.scores,
-        to.ids, token_ids, log_probs, vocab, drafts, config.splits, *of.target_strides, SPLITS=MAX_SPLITS, **flags,
+        of.target, of.draft_ids, of.temperatures, of.seeds, of.offsets, to.records, to.kinds, num_accepted, scores,
+        ids, token_ids, log_probs, vocab, drafts, parts, *of.target_strides, SPLITS=MAX_RACES, **flags,
+        SLOTS=config.slots, num_warps=config.num_warps,
     )  # fmt: skip
 
 

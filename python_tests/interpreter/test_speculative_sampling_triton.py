@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import grpo_kernels
 from grpo_kernels import verify_draft
-from grpo_kernels.speculative_sampling import noise_reference
+from grpo_kernels.speculative_sampling import _config_triton, noise_reference
 from grpo_kernels.speculative_sampling._tiles_triton import exponentials, random_words, uniform
 from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations, poisoned_allocations
 from python_tests.gpu.devices import assert_identical, inputs_of, run
@@ -31,7 +32,8 @@ INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(autouse=True)
-def _triton() -> Any:
+def _triton(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(_config_triton, "_WARPS", 6)  # long parts of the race: here a program costs more than a GPU's
     with grpo_kernels.backend("triton"), poisoned_allocations():
         yield
 
@@ -85,7 +87,7 @@ PROBLEMS = [
     Problem("token", torch.float32, 1025, drafts=1, options=("top_p",)),
     Problem("token", torch.float16, 1, certain=True),
     Problem("token", torch.bfloat16, 4112, drafts=1),  # two parts, aligned rows, a tile that is not full
-    Problem("token", torch.float32, 9001, drafts=1, options=("temperature",)),
+    Problem("token", torch.float32, 2601, drafts=1, options=("temperature",)),
     Problem("token", torch.float16, 1025, drafts=0, certain=True, options=("top_k", "offsets")),
     Problem("token", torch.float16, 31, batch=3, certain=True, options=OTHERS),
     Problem("block", torch.float32, 31, batch=4, drafts=3),
@@ -156,7 +158,7 @@ def test_the_seed_of_the_largest_uniform() -> None:
 @pytest.mark.parametrize("mode", ["token", "block"])
 def test_a_residual_of_nothing_gives_the_target(mode: str) -> None:
     """A draft that q cannot have given is rejected; where p and q agree, p - q is then zero everywhere."""
-    target = torch.randn(2, 2, 5000)
+    target = torch.randn(2, 2, 300)
     target[:, :, [4, 7]] = -INF
     ids, seeds = torch.tensor([[4], [7]]), torch.tensor([5, 6])
     options = {"draft_logits": target[:, :1], "seeds": seeds, "mode": mode}
@@ -179,6 +181,26 @@ def test_rows_are_read_where_they_lie_and_each_for_itself() -> None:
     backwards = {name: value.flip(0) if isinstance(value, Tensor) else value for name, value in options.items()}
     found = verify_draft(target.flip(0), ids.flip(0), draft_logits=draft.flip(0), **backwards)
     assert_identical([value.flip(0) for value in found], list(expected))
+
+
+def test_the_parts_of_the_race_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, ids, options = Problem("token", torch.float32, 1100, drafts=1).make()
+    expected = verify_draft(target, ids, **options)
+    for warps in (1, 2 * _config_triton.MAX_RACES):
+        monkeypatch.setattr(_config_triton, "_WARPS", warps)
+        assert_identical(list(verify_draft(target, ids, **options)), list(expected))
+
+
+def test_parts_are_whole_tiles_and_cover_the_row() -> None:
+    for vocab, size, batch in itertools.product((1, 31, 32000, 50257, 152064, 1 << 20), (2, 4), (1, 16, 256, 10**6)):
+        columns, parts = _config_triton.race_config(batch, vocab, size)
+        assert columns % (32 * 16 // size) == 0
+        assert columns * (parts - 1) < vocab <= columns * parts
+        assert parts <= _config_triton.MAX_RACES
+        config = _config_triton.launch_config(vocab, size, True)
+        assert config.columns % (config.slots * config.width) == 0
+        assert config.columns * (config.splits - 1) < vocab <= config.columns * config.splits
+        assert config.splits <= _config_triton.MAX_SPLITS
 
 
 def test_one_row_for_all() -> None:
