@@ -17,14 +17,8 @@ from grpo_kernels.linear_log_probs.function import Options, Wanted
 from grpo_kernels.linear_log_probs.head import LoRAFactors
 from grpo_kernels.linear_log_probs.policy import Policy
 from grpo_kernels.multi_token_prediction import ops
-from grpo_kernels.multi_token_prediction.arguments import (
-    Documents,
-    depth_weights_of,
-    documents,
-    raise_if_outside,
-    shares_of,
-    stacked,
-)
+from grpo_kernels.multi_token_prediction.arguments import depth_weights_of, raise_if_outside, shares_of, stacked
+from grpo_kernels.multi_token_prediction.documents import Documents, documents
 from grpo_kernels.multi_token_prediction.loss import Depths, Losses, losses_of
 from grpo_kernels.multi_token_prediction.outputs import MTPLossOutput, PolicyTerms
 from grpo_kernels.token_log_probs.arguments import check_rows, check_transform, split_temperature

@@ -1,26 +1,18 @@
-"""The arguments of the loss that speak of depths and documents: checked, and brought into one form."""
+"""The arguments of the loss that speak of depths: checked, and brought into one form."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
-from grpo_kernels.grpo_loss.inputs import check_cu_seqlens
 from grpo_kernels.token_log_probs.layout import raise_outside
 
 NORMALIZERS = ("valid", "tokens")
 _SHARE_OF_THE_OTHERS = 0.3
-
-
-class Documents(NamedTuple):
-    """Where rows [N] belong, as the op mtp_targets takes it."""
-
-    positions: Tensor | None  # [N]
-    sequence_length: int  # 0: rows are of one sequence
 
 
 def stacked(op: str, hiddens: Tensor | Sequence[Tensor]) -> Tensor:
@@ -41,35 +33,6 @@ def stacked(op: str, hiddens: Tensor | Sequence[Tensor]) -> Tensor:
     if hiddens.shape[0] == 0:
         raise ValueError(f"{op}: {name} must hold at least depth 0, got {list(hiddens.shape)}")
     return hiddens
-
-
-def documents(op: str, token_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Documents:
-    """Of tokens [N] or [B, T], whose shape has been checked."""
-    length = token_ids.shape[1] if token_ids.ndim == 2 else 0
-    if positions is not None:
-        if cu_seqlens is not None:
-            raise ValueError(f"{op}: positions and cu_seqlens exclude each other, got both")
-        _checks.check_tensor(op, "positions", positions)
-        _checks.check_dtype(op, "positions", positions, _checks.INTEGER)
-        symbol = "[B, T]" if length else "[N]"
-        _checks.check_shape(op, "positions", positions, (symbol, token_ids.shape))
-        _checks.check_same_device(op, "positions", positions, "token_ids", token_ids)
-        return Documents(positions.reshape(-1), length)
-    if cu_seqlens is None:
-        return Documents(None, length)
-    if token_ids.ndim != 1:
-        raise ValueError(f"{op}: cu_seqlens is for packed token_ids [N], got {list(token_ids.shape)}")
-    check_cu_seqlens(op, cu_seqlens, "token_ids", token_ids)
-    return Documents(_positions(cu_seqlens, token_ids), 0)
-
-
-def _positions(cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
-    """[N] place of each row in its document, -1 outside of all."""
-    rows = torch.arange(token_ids.shape[0], device=token_ids.device)
-    bounds = cu_seqlens.to(rows.dtype)
-    index = torch.searchsorted(bounds, rows, right=True) - 1
-    inside = (index >= 0) & (index < bounds.shape[0] - 1)
-    return torch.where(inside, rows - bounds[index.clamp(min=0)], -1)
 
 
 def depth_weights_of(op: str, given: Any, depths: int, like: Tensor, dtype: torch.dtype) -> Tensor:
