@@ -120,10 +120,10 @@ def test_only_what_needs_a_gradient_gets_one(trained: tuple[str, ...], detach_he
         assert_close((output, {}), expected)
 
 
-@pytest.mark.parametrize("option", ["plain", "z_loss", "softcap", "detached"])
+@pytest.mark.parametrize("option", ["plain", "softcap", "detached"])
 def test_as_accurate_as_float32_allows(option: str, way: str) -> None:
     layout, results = LAYOUTS["packed"], []
-    for _ in range(8):
+    for _ in range(24):
         leaves, ids = problem(layout, 3, scale=0.5), tokens(layout)
         narrow = {name: leaf.float() for name, leaf in leaves.items()}
         eager, exact = (

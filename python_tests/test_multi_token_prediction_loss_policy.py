@@ -116,7 +116,7 @@ def test_chunks_of_both_kinds_of_rows(variant: str, masked: bool, size: int, mon
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_as_accurate_as_float32_allows(preset: str) -> None:
     layout, results = LAYOUTS["batch"], []
-    for _ in range(6):
+    for _ in range(16):
         leaves, ids = problem(layout, 2, scale=0.5), tokens(layout)
         policy = terms("ppo", leaves, ids, layout)
         policy = policy._replace(config=GRPOLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.05))
