@@ -71,10 +71,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.r1.check", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/r1-check"), help="(default: %(default)s)")
     parser.add_argument("--model", choices=MODELS, default="dense", help="(default: %(default)s)")
+    parser.add_argument("--mtp", type=int, default=0, help="tokens drafted at a time (default: %(default)s)")
     add_options(parser)
     options = parser.parse_args()
     console, start = Console(), perf_counter()
-    settings = Settings(device=options.device, model=options.model)
+    settings = Settings(device=options.device, model=options.model, mtp=options.mtp)
     checks: list[tuple[Run[Verdicts], Settings]] = [
         (check, replace(settings, seed=seed, output=options.output / f"seed-{seed}")) for seed in options.seeds
     ]

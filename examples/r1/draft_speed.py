@@ -23,7 +23,7 @@ class DraftSpeed(NamedTuple):
     tokens_per_second_without: float
 
 
-def compare(stage: GRPOStage, index: int, repeats: int = 7) -> DraftSpeed:
+def compare(stage: GRPOStage, index: int, repeats: int = 5) -> DraftSpeed:
     """Samples the prompts of a step with drafts and without; the two take turns."""
     source = (stage.settings.seed, stage.task.name, "draft speed", index)
     problems = islice(stage.task.training(python_rng(*source), stage.excluded_prompts), stage.settings.prompts)
