@@ -156,7 +156,7 @@ def filter_kernel(
                 share = tl.load(top_p + row)
                 if (share > 0.0) & (share < 1.0):
                     # All that is less likely than this, together, is less than what may be left out.
-                    depth = tl.log(vocab.to(tl.float32) / (1.0 - share)) + 1.0
+                    depth = tl.log(tl.cast(vocab, tl.float32) / (1.0 - share)) + 1.0
                     low = tl.maximum(low, key_of(top - depth / scale, SHIFT))
                     low = search(
                         start_of_row, vocab, low, high, share * mass, top, scale, True, SHIFT, SLOTS, WIDTH, NEIGHBOURS

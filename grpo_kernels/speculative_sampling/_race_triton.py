@@ -177,6 +177,7 @@ def choose_kernel(
             best, winner = fastest(
                 target_row, target_row, record, PLAIN, -1, seed, place, 0, vocab, scale, False, FILTERED, SLOTS, WIDTH
             )  # fmt: skip
+        winner = tl.minimum(winner, vocab - 1)  # whatever the logits are
         x = tl.load(target_row + winner).to(tl.float32)
         log_total = tl.load(record + 6)
         out = row * (drafts + 1) + position

@@ -31,14 +31,16 @@ _SMALL = (1, 300, 1000, 2048, 4096)  # with the others every number of slots
 
 
 def _forms() -> Iterator[Form]:
-    alone = ((), *((name,) for name in _TENSORS), _TENSORS)
-    for mode, certain, tensors in itertools.product(_MODES, (False, True), alone):
+    for mode, certain, tensors in itertools.product(_MODES, (False, True), ((), _TENSORS)):
         yield Form(mode, certain, tensors)
-    for mode, dtype, vocab in itertools.product(_MODES, _DTYPES, (32000, 50257)):
-        yield Form(mode, vocab=vocab, dtype=dtype)
+    for name in _TENSORS:
+        yield Form("token", tensors=(name,))
+    for dtype, vocab in itertools.product(_DTYPES, (32000, 50257)):
+        yield Form("block", vocab=vocab, dtype=dtype)
+    yield Form("token", dtype="float32")
+    yield Form("greedy", vocab=50257)
     for vocab in _SMALL:
         yield Form("block", vocab=vocab)
-        yield Form("greedy", vocab=vocab)
     yield Form("block", ids="int32")
     yield Form("block", stride=3 << 30)  # beyond 2^31
 
@@ -104,8 +106,8 @@ def gate(of: Specialisation) -> Gate:
     registers, instructions = _LIMITS[of.kernel]
     if of.aligned("vocab", "target_batch_stride", "target_stride", "draft_batch_stride", "draft_stride"):
         return Gate(of.kernel, registers, of.warps * 32, 256, (WIDE_LOADS, *instructions), "aligned rows")
-    shared = 4096 if of.kernel in ("race_kernel", "choose_kernel") else 256
-    return Gate(of.kernel, registers, of.warps * 32, shared, (), "other rows")
+    shared = 8192 if of.kernel == "choose_kernel" else 256
+    return Gate(of.kernel, max(registers, 72), of.warps * 32, shared, (), "other rows")
 
 
 _COMMON = {"HAS_DRAFT": _BOTH, "HAS_LENGTHS": _BOTH, "HAS_TEMPERATURES": _BOTH}
