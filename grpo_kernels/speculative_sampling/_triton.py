@@ -108,7 +108,8 @@ def _buffers(of: _Problem, mode: str) -> _Buffers:
 
 
 def _filtered(of: _Problem) -> bool:
-    return of.top_k is not None or of.top_p is not None
+    """Whether there are filters. They leave a vocabulary of one as it is."""
+    return (of.top_k is not None or of.top_p is not None) and of.target.shape[2] > 1
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ PROBLEMS = [
     Problem("token", torch.float32, 31, batch=4),
     Problem("token", torch.bfloat16, 1025, options=(*FILTERS, *OTHERS)),
     Problem("token", torch.float32, 1025, drafts=1, options=("top_p",)),
-    Problem("token", torch.float16, 1, certain=True),
+    Problem("token", torch.float16, 1, certain=True, options=("top_k", "top_p")),
     Problem("token", torch.bfloat16, 4112, drafts=1),  # two parts, aligned rows, a tile that is not full
     Problem("token", torch.float32, 2601, drafts=1, options=("temperature",)),
     Problem("token", torch.float16, 1025, drafts=0, certain=True, options=("top_k", "offsets")),
