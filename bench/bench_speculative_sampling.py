@@ -63,8 +63,7 @@ def _make(problem: Problem, device: str, size: str) -> Inputs:
     else:
         probs = log_softmaxes(made["draft_logits"], **problem.filters)[1].exp()
         made["draft_ids"] = drawn(probs.flatten(0, 1)).view(batch, drafts)
-    places = torch.arange(drafts, device=device).expand(batch, drafts)
-    return made | {"uniforms": uniforms(seeds, places, torch.float32)}
+    return made | {"uniforms": uniforms(seeds, torch.zeros_like(seeds), drafts, torch.float32)}
 
 
 def _ours(problem: Problem, inputs: Inputs) -> Values:

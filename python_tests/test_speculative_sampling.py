@@ -67,7 +67,7 @@ def test_philox_gives_the_known_answers(counter: Any, key: Any, expected: Any) -
 
 def test_noise_is_spread_as_it_should_be() -> None:
     seeds, places = torch.arange(1000) * 12345 - 400000, torch.arange(1000)
-    uniform = noise_reference.uniforms(seeds, places[:, None].expand(-1, 20), torch.float64)
+    uniform = noise_reference.uniforms(seeds, places, 20, torch.float64)
     assert 0.0 <= uniform.min() < 1e-3
     assert 0.999 < uniform.max() < 1.0
     assert abs(uniform.mean() - 0.5) < 4 * (1 / 12 / 20000) ** 0.5
@@ -87,10 +87,10 @@ def test_the_kernel_uses_that_noise(backend: str) -> None:
         drawn = verify_draft(torch.zeros(64, 1, 4099), torch.empty(64, 0).long(), seeds=seeds, offsets=offsets)
         times = noise_reference.exponentials(seeds, offsets, 4099, torch.float64)
         assert torch.equal(drawn.token_ids[:, 0], times.argmin(1))
-        uniform = noise_reference.uniforms(seeds, offsets[:, None] + 1, torch.float64)[:, 0]
+        uniform = noise_reference.uniforms(seeds, offsets, 2, torch.float64)[:, 1]
         for factor, accepted in ((1 - 1e-9, 1), (1 + 1e-9, 2)):
             share = uniform * factor
-            odds = torch.stack([share, 1 - share], -1).log()[:, None]  # of the second draft, at offset + 1
+            odds = torch.stack([share, 1 - share], -1).log()[:, None]  # of the second draft
             certain = torch.tensor([0.0, -INF], dtype=torch.float64).expand(64, 1, 2)
             target = torch.cat([certain, odds, certain], 1)
             out = verify_draft(target, torch.zeros(64, 2).long(), seeds=seeds, offsets=offsets)
@@ -109,7 +109,7 @@ def test_a_token_of_hardly_any_weight_may_win(backend: str) -> None:
 
 
 def test_noise_belongs_to_a_row_s_place_alone() -> None:
-    """Neither the order of the rows, nor their number, nor K, nor how a sequence is cut into calls changes a token."""
+    """Neither the order of the rows, nor their number, nor K changes a token."""
     target, ids, draft = _problem(40, 4, 101, torch.float32)
     seeds, offsets = torch.arange(40) * 7919, torch.arange(40) * 3
     out = verify_draft(target, ids, draft_logits=draft, seeds=seeds, offsets=offsets)
@@ -125,10 +125,6 @@ def test_noise_belongs_to_a_row_s_place_alone() -> None:
     )  # fmt: skip
     assert torch.equal(wider.token_ids[:, :5], out.token_ids)
     assert (wider.token_ids[:, 5:] == -1).all()
-    later = verify_draft(target[:, 1:], ids[:, 1:], draft_logits=draft[:, 1:], seeds=seeds, offsets=offsets + 1)
-    first = out.num_accepted >= 1
-    assert 5 < first.sum() < 40
-    assert torch.equal(later.token_ids[first], out.token_ids[first, 1:])
     one = verify_draft(target[:, :1], ids[:, :0], seeds=seeds, offsets=offsets)
     other = verify_draft(target[:, :1], ids[:, :0], seeds=seeds, offsets=offsets + 1)
     assert (one.token_ids != other.token_ids).any()

@@ -37,7 +37,7 @@ struct Sequence {
     return found;
   }
 
-  float uniform(int64_t i) const { return acceptance_uniform(seed, offset + uint64_t(i)); }
+  float uniform(int64_t i) const { return acceptance_uniform(seed, offset, i); }
 
   // log p(x) - log q(x) of draft i.
   double ratio(int64_t i, const Softmax<A>& p, const Softmax<A>* q) const {

@@ -1,7 +1,8 @@
 // The law of a verified draft, in the terms of one row.
 //
-//   noise       Philox4x32-10, key = seed, counter = (block, stream, place): a function of the seed and of the place in the
-//               sequence alone. A draft's uniform has 24 bits. Token j of the race has word j % 4 of block j / 4.
+//   noise       Philox4x32-10, key = seed, counter = (block, stream, place in the sequence). The uniform of a call's draft i,
+//               24 bits, comes from block i at the place where the call begins; token j of the race from word j % 4 of block
+//               j / 4 at the place of the token that is drawn. So no two calls of a sequence share noise.
 //   race        argmax_j w_j / t_j, t_j exponential: token j wins with probability w_j / sum w.
 //   token rule  u < p(x) / q(x), in logs: equal log-probs give a ratio of exactly 1.
 //   block rule  P_i = min(P_{i-1} p / q, 1);  h_i = S_i / (S_i + 1 - P_i), S_i = sum max(P_i p - q, 0);  h_K = P_K
@@ -39,9 +40,9 @@ GK_HOST_DEVICE void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c
 // In [0, 1): a word's upper 24 bits.
 GK_HOST_DEVICE float uniform_of(uint32_t word) { return float(int32_t(word >> 8)) * 5.9604644775390625e-8f; }
 
-// The uniform of the draft at `place` of the sequence.
-GK_HOST_DEVICE float acceptance_uniform(uint64_t seed, uint64_t place) {
-  uint32_t c0 = 0, c1 = kAcceptanceStream, c2 = uint32_t(place), c3 = uint32_t(place >> 32);
+// The uniform of draft i of a call that begins at place `offset` of the sequence.
+GK_HOST_DEVICE float acceptance_uniform(uint64_t seed, uint64_t offset, int64_t i) {
+  uint32_t c0 = uint32_t(i), c1 = kAcceptanceStream, c2 = uint32_t(offset), c3 = uint32_t(offset >> 32);
   philox(c0, c1, c2, c3, seed);
   return uniform_of(c0);
 }

@@ -69,8 +69,8 @@ def generate(
 class _Noise:
     """Two seeds a row, for drafts and for the verdicts on them; every round takes fresh noise of both.
 
-    Noise of a place in the sequence would not do: block verification looks at that of places which another round
-    fills, so what it decided would tell something of the noise to come.
+    Noise of a place in the sequence would not do for drafts: block verification looks at all of them, and a place
+    behind the ones that stand gets another draft in the next round.
     """
 
     def __init__(self, rows: int, temperature: float, generator: torch.Generator | None, device: torch.device) -> None:

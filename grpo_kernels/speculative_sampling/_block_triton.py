@@ -85,10 +85,11 @@ def chain_kernel(
         tl.store(chain + row * (drafts + 1) + i + 1, log_weight)
         tl.store(token_ids + row * (drafts + 1) + i, token)
         tl.store(log_probs + row * (drafts + 1) + i, log_prob(x, top, scale, total, float("-inf")))
-    place = tl.load(seeds + row) * 0 + length - 1
+    seed = tl.load(seeds + row)
+    offset = seed * 0
     if HAS_OFFSETS:
-        place += tl.load(offsets + row)
-    passed = uniform(tl.load(seeds + row), place) < tl.exp(log_weight)
+        offset = tl.load(offsets + row)
+    passed = uniform(seed, offset, length - 1) < tl.exp(log_weight)
     certain = tl.where(passed, length, certain)
     tl.store(window + row, tl.where(fault, -1, certain))
 
@@ -217,7 +218,7 @@ def block_kernel(
             mass = weight * (1.0 - tl.exp(log_prob(x.to(tl.float32), top, scale, kept, threshold)))
         rest = mass + (1.0 - weight)
         bound = tl.where(rest > 0.0, mass / rest, 1.0)
-        passed = uniform(seed, offset + accepted - 1) < bound
+        passed = uniform(seed, offset, accepted - 1) < bound
         searching = passed == 0
         accepted = tl.where(passed, accepted, accepted - 1)
     log2_weight = tl.load(chain + row * (drafts + 1) + accepted) * LOG2E

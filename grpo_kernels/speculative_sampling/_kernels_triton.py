@@ -210,7 +210,7 @@ def token_kernel(
             sound = sound & is_sound(draft_total)
             ratio = tl.where(log_q > float("-inf"), tl.exp(log_p - log_q), 0.0)
         fault = sound == 0
-        going = sound & (uniform(seed, offset + accepted) < ratio)
+        going = sound & (uniform(seed, offset, accepted) < ratio)
         place = row * (drafts + 1) + accepted
         tl.store(token_ids + place, token, mask=going)
         tl.store(log_probs + place, log_prob(x, top, scale, total, float("-inf")), mask=going)

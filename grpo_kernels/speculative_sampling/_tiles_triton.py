@@ -130,16 +130,16 @@ def log_prob(x, top, scale, mass, threshold):
 
 @triton.jit
 def words(seed, place, block, STREAM: tl.constexpr):
-    """Four random words of each block, at a token's place in its sequence."""
+    """Four random words of each block, at a place in the sequence."""
     low = (place & 0xFFFFFFFF).to(tl.uint32)
     high = ((place >> 32) & 0xFFFFFFFF).to(tl.uint32)
     return tl.philox(seed, block.to(tl.uint32), low * 0 + STREAM, low, high)
 
 
 @triton.jit
-def uniform(seed, place):
-    """In [0, 1): decides on the draft at this place."""
-    first, _, _, _ = words(seed, place, place * 0, ACCEPTANCE)
+def uniform(seed, offset, draft):
+    """In [0, 1): decides on a draft of the call that begins at place `offset`."""
+    first, _, _, _ = words(seed, offset, draft, ACCEPTANCE)
     return (first >> 8).to(tl.float32) * (2.0**-24)
 
 

@@ -76,10 +76,8 @@ def verify_draft(
             share of its mass. Tokens of equal logits stay or go together. Both apply alike to target and draft.
         seeds: [B] int64. None: drawn from torch's default generator on the device. Drafts must have been drawn with
             other noise.
-        offsets: [B] int64. Places of the seed's noise that were used before this call, None: 0. The noise of position
-            i is a function of (seed, offset + i), and of nothing else. A call that goes on with the same seed needs
-            an offset larger by num_accepted + 1 in mode "token", and by K + 1 in mode "block", which looks at the
-            noise of all drafts before it says how many stand.
+        offsets: [B] int64. Tokens of each sequence before this call, None: 0. Noise is a function of the seed and of
+            this place, and of nothing else; calls that go on with the same seed need an offset that grows.
         mode: "token", "block" or "greedy", which looks at neither filters, seeds nor draft_logits.
 
     Returns:

@@ -1,5 +1,9 @@
-"""The sampler's noise in plain PyTorch: a function of a row's seed and of a token's place in its sequence, and of
-nothing else."""
+"""The sampler's noise in plain PyTorch: a function of a row's seed and of places in its sequence, and of nothing else.
+
+The uniforms of a call's drafts belong to the place where the call begins, the exponentials of a drawn token to that of
+the token. So two calls of a sequence share no noise, wherever the first of them ended: not even that which decided on
+drafts behind the end, as the block rule's does.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +43,16 @@ def _words(seeds: Tensor, places: Tensor, blocks: Tensor, stream: int) -> tuple[
     return philox(counter, (seeds & _WORD, (seeds >> 32) & _WORD))
 
 
-def uniforms(seeds: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """In [0, 1), multiples of 2^-24: the uniform of the draft at each place.
+def uniforms(seeds: Tensor, offsets: Tensor, drafts: int, dtype: torch.dtype) -> Tensor:
+    """[B, K] in [0, 1), multiples of 2^-24: the uniform of each of the K drafts of a call.
 
     Args:
         seeds: [B] int64.
-        places: [B, K] int64. Number of tokens before it in its sequence.
+        offsets: [B] int64. Number of tokens of the sequence before the call.
+        drafts: K.
     """
-    word = _words(seeds[:, None], places, torch.zeros_like(places), ACCEPTANCE)[0]
+    index = torch.arange(drafts, device=seeds.device)
+    word = _words(seeds[:, None], offsets[:, None], index[None], ACCEPTANCE)[0]
     return (word >> 8).to(dtype) * 2.0**-24
 
 

@@ -225,9 +225,8 @@ def verify_draft(
         log_q, _, draft_sound = distribution(draft_logits, *filters)
         sound = target.sound[:, :drafts] & draft_sound
     ratios = log_ratios(target.log_probs, log_q, rows.draft_ids)
-    places = torch.arange(drafts + 1, device=seeds.device) + (0 if offsets is None else offsets[:, None])
-    places = places.expand(len(seeds), -1)
-    uniform = noise_reference.uniforms(seeds, places[:, :drafts], ratios.dtype)
+    offsets = torch.zeros_like(seeds) if offsets is None else offsets
+    uniform = noise_reference.uniforms(seeds, offsets, drafts, ratios.dtype)
     if mode == "token":
         passed = (uniform < token_thresholds(ratios)) & sound & _live(rows)
         num_accepted = torch.where(rows.faulty, 0, accepted_by_token(passed))
@@ -242,7 +241,7 @@ def verify_draft(
         scale = _at(weights, num_accepted)
     broken = broken | rows.faulty | ~_at(target.sound, num_accepted)
     final = final_weights(target.log_probs, log_q, scale, num_accepted, rows.lengths)
-    exponentials = noise_reference.exponentials(seeds, _at(places, num_accepted), final.shape[-1], final.dtype)
+    exponentials = noise_reference.exponentials(seeds, offsets + num_accepted, final.shape[-1], final.dtype)
     return _emit(rows, target, num_accepted, race(final, exponentials)[:, None], broken)
 
 
