@@ -259,6 +259,34 @@ def test_nothing_counts(normalizer: str, way: str) -> None:
             assert not value.isnan().any()
 
 
+@pytest.mark.parametrize("temperature", [0.0, math.nan, math.inf])
+def test_rows_that_predict_nothing_may_have_any_temperature(temperature: float, way: str) -> None:
+    """The last row has no token; its temperature reaches no gradient."""
+    layout = LAYOUTS["one"]
+    leaves, ids = problem(layout, 1), tokens(layout)
+    options = {"z_loss": 0.1, "shift": 1}
+    temperatures = torch.linspace(0.7, 1.5, 9).double()
+    expected = definition(leaves, ids, layout, torch.float64, temperature=temperatures, **options)
+    temperatures = temperatures.clone()
+    temperatures[-1] = temperature
+    assert_close(run(leaves, ids, temperature=temperatures, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_integers_that_no_tensor_holds(dtype: torch.dtype, way: str) -> None:
+    layout = LAYOUTS["batch"]
+    leaves, ids = problem(layout, 2), tokens(layout).clamp(min=0).to(dtype)
+    counts = run(leaves, ids)[0].valid_counts
+    for ignore_index in (2**32, 2**32 + 5, 2**63, -(2**70)):
+        assert torch.equal(run(leaves, ids, ignore_index=ignore_index)[0].valid_counts, counts)
+    assert not run(leaves, ids, shift=2**70)[0].valid_counts.any()
+
+
+def test_states_of_no_width_are_refused_by_their_name() -> None:
+    with pytest.raises(ValueError, match=r"hiddens must have shape \[..., H\] with H >= 1, got \[2, 3, 0\]"):
+        mtp_linear_cross_entropy(torch.zeros(2, 3, 0), torch.zeros(5, 0), torch.zeros(3, dtype=torch.int64))
+
+
 def test_a_token_outside_the_vocabulary_raises_where_it_is_predicted(way: str) -> None:
     layout = LAYOUTS["batch"]
     leaves, ids = problem(layout, 2), tokens(layout)

@@ -128,6 +128,12 @@ def test_ids_pass_whatever_the_vocabulary_is(backend: str) -> None:
     assert counts.tolist() == [1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ignore_index", [2**32, 2**32 + 2, -(2**32) + 1, MOST, LEAST])
+def test_an_ignored_id_does_not_wrap(ignore_index: int, backend: str) -> None:
+    assert_targets((torch.arange(4, dtype=torch.int32), None, None, 2, 0, 0, ignore_index), backend)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 9), max_size=6),

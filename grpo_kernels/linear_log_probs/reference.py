@@ -45,6 +45,7 @@ def linear_token_log_probs(
     results = rows.token_log_probs(logits, token_ids, mask, temperature, logit_scale, softcap, outputs)
     if not log_sum_exp:
         return (*results, None)
+    logits = torch.where(live[:, None], logits, 0.0)  # a temperature of 0 in a row that does not count gives no NaN
     z = rows.transformed(logits, temperature, logit_scale, softcap)
     top = z.detach().amax(dim=-1, keepdim=True)
     return (*results, torch.where(live, top.squeeze(-1) + (z - top).exp().sum(-1).log(), 0.0))

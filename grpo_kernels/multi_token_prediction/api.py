@@ -17,8 +17,14 @@ from grpo_kernels.linear_log_probs.function import Options, Wanted
 from grpo_kernels.linear_log_probs.head import LoRAFactors
 from grpo_kernels.linear_log_probs.policy import Policy
 from grpo_kernels.multi_token_prediction import ops
-from grpo_kernels.multi_token_prediction.arguments import depth_weights_of, raise_if_outside, shares_of, stacked
-from grpo_kernels.multi_token_prediction.documents import Documents, documents
+from grpo_kernels.multi_token_prediction.arguments import (
+    depth_weights_of,
+    ignored_id,
+    raise_if_outside,
+    shares_of,
+    stacked,
+)
+from grpo_kernels.multi_token_prediction.documents import Documents, check_shift, documents
 from grpo_kernels.multi_token_prediction.loss import Depths, Losses, losses_of
 from grpo_kernels.multi_token_prediction.outputs import MTPLossOutput, PolicyTerms
 from grpo_kernels.token_log_probs.arguments import check_rows, check_transform, split_temperature
@@ -124,7 +130,8 @@ def mtp_linear_cross_entropy(
     leading = torch.Size(rows_shape)
     check_rows(_OP, hiddens, "hiddens", leading, "token_ids", token_ids, mask)
     check_transform(_OP, hiddens, "hiddens", leading, temperature, logit_scale, softcap)
-    _check_numbers(shift, ignore_index, z_loss, detach_head)
+    shift = check_shift(_OP, shift)
+    _check_numbers(ignore_index, z_loss, detach_head)
     placed = documents(_OP, token_ids, positions, cu_seqlens)
     dtype = gemm_dtype(hiddens, weight)
     exact = accumulation_dtype(dtype)
@@ -157,8 +164,7 @@ def mtp_linear_cross_entropy(
     )  # fmt: skip
 
 
-def _check_numbers(shift: int, ignore_index: int, z_loss: float, detach_head: bool) -> None:
-    _checks.check_integer(_OP, "shift", shift, minimum=0)
+def _check_numbers(ignore_index: int, z_loss: float, detach_head: bool) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{_OP}: ignore_index must be an int, got {type(ignore_index).__name__}")
     _checks.check_number(_OP, "z_loss", z_loss, minimum=0.0)
@@ -173,8 +179,9 @@ def _targets(
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask != 0).reshape(-1)
     targets, counts = ops.mtp_targets(
-        token_ids.reshape(-1), placed.positions, mask, depths, shift, placed.sequence_length, ignore_index, backend
-    )
+        token_ids.reshape(-1), placed.positions, mask, depths, shift, placed.sequence_length,
+        ignored_id(ignore_index, token_ids.dtype), backend,
+    )  # fmt: skip
     return targets, counts
 
 

@@ -28,10 +28,12 @@ def stacked(op: str, hiddens: Tensor | Sequence[Tensor]) -> Tensor:
             _checks.check_same_device(op, f"{name}[{depth}]", hidden, "hiddens[0]", hiddens[0])
             _checks.check_dtype(op, f"{name}[{depth}]", hidden, (hiddens[0].dtype,))
         _checks.check_ndim(op, f"{name}[0]", hiddens[0], "[N, H]", "[B, T, H]")
-        return torch.stack(tuple(hiddens))
+        hiddens = torch.stack(tuple(hiddens))
     _checks.check_ndim(op, name, hiddens, "[D + 1, N, H]", "[D + 1, B, T, H]")
     if hiddens.shape[0] == 0:
         raise ValueError(f"{op}: {name} must hold at least depth 0, got {list(hiddens.shape)}")
+    if hiddens.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must have shape [..., H] with H >= 1, got {list(hiddens.shape)}")
     return hiddens
 
 
@@ -67,6 +69,11 @@ def shares_of(op: str, counts: Tensor, normalizer: str, num_items: Tensor | floa
     else:
         items = (counts if normalizer == "valid" else counts[:1].expand(counts.shape)).to(dtype)
     return torch.ones((), dtype=dtype, device=counts.device) / items.clamp(min=1)
+
+
+def ignored_id(ignore_index: int, dtype: torch.dtype) -> int:
+    """`ignore_index`, or -1, which never counts, where no id of this dtype can equal it."""
+    return ignore_index if 0 <= ignore_index <= torch.iinfo(dtype).max else -1
 
 
 def raise_if_outside(op: str, targets: Tensor, token_ids: Tensor, shift: int, vocab: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from grpo_kernels import _checks
 from grpo_kernels.grpo_loss.inputs import check_cu_seqlens
 
+_FURTHEST = 2**62
+
 
 class Documents(NamedTuple):
     """What `mtp_targets` takes.
@@ -46,6 +48,12 @@ def documents(op: str, token_ids: Any, positions: Any, cu_seqlens: Any) -> Docum
     if cu_seqlens is not None:
         return Documents(_positions(op, token_ids, cu_seqlens), 0)
     return Documents(None, sequence_length)
+
+
+def check_shift(op: str, shift: int) -> int:
+    """`shift`, an integer >= 0; one beyond the last row of any tensor as a number that the kernels hold."""
+    _checks.check_integer(op, "shift", shift, minimum=0)
+    return min(shift, _FURTHEST)
 
 
 def _positions(op: str, token_ids: Tensor, cu_seqlens: Any) -> Tensor:

@@ -14,6 +14,8 @@ _DEFAULT_CONFIG = GRPOLossConfig()
 class PolicyTerms(NamedTuple):
     """What depth 0 needs to carry the GRPO loss: the arguments of `linear_grpo_loss` of these names.
 
+    Packed, with as many sequences as tokens, one value for each is read as one for each sequence.
+
     Args:
         old_log_probs: [B, T] or [N], or None for on-policy.
         advantages: [B] or [B, T] ([B] or [N] packed).

@@ -31,7 +31,7 @@ def mtp_targets(
     """The token that row i of depth k predicts, that of row i + k + shift, and how many there are: see `ops`."""
     rows = torch.arange(token_ids.shape[0], device=token_ids.device)
     document, inside = _document(rows, positions, sequence_length)
-    counts = (token_ids >= 0) & (token_ids != ignore_index)
+    counts = (token_ids >= 0) & (token_ids.long() != ignore_index)  # int32 would wrap it
     if mask is not None:
         counts = counts & mask
     targets = torch.full((depths, token_ids.shape[0]), -1, dtype=torch.int64, device=token_ids.device)
