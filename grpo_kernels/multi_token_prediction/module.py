@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from grpo_kernels import _checks, _dispatch
 from grpo_kernels._gemm import gemm_dtype
 from grpo_kernels._sharded import check_present
 from grpo_kernels.multi_token_prediction import ops
-from grpo_kernels.multi_token_prediction.documents import documents
+from grpo_kernels.multi_token_prediction.documents import check_shift, documents
 
 _OP = "MultiTokenPrediction"
 _ORDERS = ("emb_first", "hidden_first")
 _DETACH = ("none", "trunk", "frozen")
+_LEAST_EPS = 1e-24  # the gradient of a row of zeros takes eps^(-3/2), which float32 must hold
 _REMEDY = "make the layer that holds it a unit of its own, fully_shard(layer), and call it as a module"
 
 
@@ -31,7 +32,7 @@ class MTPLayer(nn.Module):
         hidden_size: H.
         block: takes [..., H] and gives it, alone or as the first of a tuple.
         order: "hidden_first": eh_proj.weight = [W_h | W_e].
-        eps: of the norms.
+        eps: of the norms, >= 1e-24.
         device, dtype: of the parameters.
     """
 
@@ -48,7 +49,7 @@ class MTPLayer(nn.Module):
         super().__init__()
         _checks.check_integer("MTPLayer", "hidden_size", hidden_size, minimum=1)
         _checks.check_choice("MTPLayer", "order", order, _ORDERS)
-        _checks.check_number("MTPLayer", "eps", eps, minimum=0.0)
+        _checks.check_number("MTPLayer", "eps", eps, minimum=_LEAST_EPS)
         _check_module("MTPLayer", "block", block)
         self.order = order
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -65,14 +66,16 @@ class MTPLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"order={self.order!r}"
 
-    def forward(self, hidden: Tensor, embeds: Tensor, **block_options: Any) -> Tensor:
+    def forward(self, hidden: Tensor, embeds: Tensor, /, **block_options: Any) -> Tensor:
         """Hidden states [..., H] of this depth from those of the one before and the embeddings [..., H]."""
+        _checks.check_choice("MTPLayer", "order", self.order, _ORDERS)
+        _check_projection(self.eh_proj, hidden.shape[-1])
         output = self.block(self._project(self.enorm(embeds), self.hnorm(hidden)), **block_options)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) and output else output
+        _check_states("MTPLayer", "what block returns", result, ("[..., H]", hidden.shape))
         return result
 
     def _project(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        _check_projection(self.eh_proj)
         weight = self.eh_proj.weight
         dtype = gemm_dtype(hidden, weight)
         embeds, hidden, weight = embeds.to(dtype), hidden.to(dtype), weight.to(dtype)
@@ -109,7 +112,7 @@ class MultiTokenPrediction(nn.Module):
         detach: What the losses of these depths train. "none": everything. "trunk": these modules, not the model below
             nor its embedding. "frozen": nothing; the modules run without autograd.
         final_norm: Applied to what is returned, not to what the next depth takes. None: the head gets the bare states.
-        eps: of enorm and hnorm.
+        eps: of enorm and hnorm, >= 1e-24.
         device, dtype: of norms and projections. Blocks and final_norm stay as they are.
 
     Raises:
@@ -136,7 +139,7 @@ class MultiTokenPrediction(nn.Module):
         _checks.check_integer(_OP, "hidden_size", hidden_size, minimum=1)
         _checks.check_choice(_OP, "order", order, _ORDERS)
         _checks.check_choice(_OP, "detach", detach, _DETACH)
-        _checks.check_number(_OP, "eps", eps, minimum=0.0)
+        _checks.check_number(_OP, "eps", eps, minimum=_LEAST_EPS)
         if final_norm is not None:
             _check_module(_OP, "final_norm", final_norm)
         self.hidden_size = hidden_size
@@ -181,6 +184,7 @@ class MultiTokenPrediction(nn.Module):
         Returns:
             D tensors like hidden, for the head: final_norm is applied.
         """
+        _checks.check_choice(_OP, "detach", self.detach, _DETACH)
         if self.detach == "frozen":
             with torch.no_grad():
                 return self._depths(hidden, token_ids, embedding, positions, cu_seqlens, shift, block_options)
@@ -197,13 +201,13 @@ class MultiTokenPrediction(nn.Module):
         block_options: Mapping[str, Any] | None,
     ) -> tuple[Tensor, ...]:
         _check_call(hidden, token_ids, embedding, self.hidden_size, block_options)
-        _checks.check_integer(_OP, "shift", shift, minimum=0)
+        shift = check_shift(_OP, shift)
         where = documents(_OP, token_ids, positions, cu_seqlens)
         backend = _dispatch.resolve("mtp_linear_cross_entropy", token_ids)
         following, _ = ops.mtp_targets(
             token_ids.reshape(-1), where.positions, None, len(self.layers), shift, where.sequence_length, -1, backend
         )
-        following = following.view(-1, *token_ids.shape)
+        following = following.view(len(self.layers), *token_ids.shape)
         if self.detach == "trunk":
             hidden = hidden.detach()
             with torch.no_grad():
@@ -221,8 +225,7 @@ def _embed(embedding: Callable[[Tensor], Tensor], token_ids: Tensor, hidden: Ten
     """[D, ..., H]. One call for all depths, so that its backward adds up one gradient of the table; 0 without token."""
     absent = token_ids < 0
     embeds = embedding(token_ids.masked_fill(absent, 0))
-    _checks.check_tensor(_OP, "what embedding returns", embeds)
-    _checks.check_shape(_OP, "what embedding returns", embeds, ("[D, ..., H]", (len(token_ids), *hidden.shape)))
+    _check_states(_OP, "what embedding returns", embeds, ("[D, ..., H]", (len(token_ids), *hidden.shape)))
     return embeds.masked_fill(absent.unsqueeze(-1), 0.0)
 
 
@@ -237,6 +240,12 @@ def _check_blocks(blocks: Any) -> list[nn.Module]:
     for index, block in enumerate(listed):
         _check_module(_OP, f"blocks[{index}]", block)
     return listed
+
+
+def _check_states(op: str, name: str, value: Any, shape: tuple[str, Sequence[int]]) -> None:
+    _checks.check_tensor(op, name, value)
+    _checks.check_shape(op, name, value, shape)
+    _checks.check_dtype(op, name, value)
 
 
 def _check_module(op: str, name: str, value: Any) -> None:
@@ -259,13 +268,16 @@ def _check_call(hidden: Any, token_ids: Any, embedding: Any, hidden_size: int, b
         raise TypeError(f"{_OP}: block_options must be a mapping of names, got {type(block_options).__name__}")
 
 
-def _check_projection(projection: nn.Module) -> None:
-    """Raises unless it is a product with a weight and nothing else: its forward is never called."""
+def _check_projection(projection: nn.Module, width: int) -> None:
+    """Raises unless it is a product with a weight [H, 2H] and nothing else: its forward is never called."""
     if projection._forward_pre_hooks or projection._forward_hooks:
         raise ValueError(f"MTPLayer: eh_proj has forward hooks, which the layer would leave out: {_REMEDY}")
+    if projection._backward_pre_hooks or projection._backward_hooks:
+        raise ValueError("MTPLayer: eh_proj has backward hooks, which the layer would leave out: put them on the layer")
     if type(projection) is not nn.Linear or "forward" in vars(projection) or projection.bias is not None:
         raise TypeError(
             f"MTPLayer: eh_proj must be an nn.Linear without bias or adapters, got {type(projection).__name__}: the "
             "layer multiplies by the halves of its weight, and would leave out anything else"
         )
     check_present("MTPLayer", "eh_proj.weight", projection.weight, _REMEDY, shape="[H, 2H]")
+    _checks.check_shape("MTPLayer", "eh_proj.weight", projection.weight, ("[H, 2H]", (width, 2 * width)))
