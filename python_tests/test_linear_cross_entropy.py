@@ -201,6 +201,14 @@ def test_torch_has_a_linear_cross_entropy() -> None:
 # --- edge cases ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_an_ignored_id_that_no_target_can_be(dtype: torch.dtype, way: str) -> None:
+    leaves, target = problem(), targets().clamp(min=0).to(dtype)
+    expected = definition(leaves, target, torch.float64)
+    for ignore_index in (2**32, 2**63):
+        assert_close(run(leaves, target, ignore_index=ignore_index), expected)
+
+
 def test_rows_that_do_not_count_may_hold_anything(way: str) -> None:
     for ignore_index in (-100, 5):
         leaves, target = problem(), targets()

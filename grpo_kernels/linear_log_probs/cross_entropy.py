@@ -94,7 +94,8 @@ def linear_cross_entropy(
     _checks.check_number(_OP, "z_loss", z_loss, minimum=0.0)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{_OP}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    mask = None if ignore_index < 0 else target != ignore_index
+    ignores = 0 <= ignore_index <= torch.iinfo(target.dtype).max  # else no id equals it that would count
+    mask = target != ignore_index if ignores else None
     if vocab_shard is None:
         raise_if_outside(_OP, target, mask, arguments.vocab, "target")
     rows, mask = target.reshape(-1), None if mask is None else mask.reshape(-1)
