@@ -87,7 +87,8 @@ def launch(quick: bool) -> None:
 
 
 _WARP_ALONE = ("token_kernel", "chain_kernel", "block_kernel", "greedy_kernel")
-_AFTER_THE_LOOP = Instructions("BAR", r"BAR\..*", at_most=8)
+# Up to three barriers for each of the reductions behind a loop: two, or one; four where the likeliest id is wanted.
+_AFTER_THE_LOOP = Instructions("BAR", r"BAR\..*", at_most=12)
 _LIMITS: dict[str, tuple[int, tuple[Instructions, ...]]] = {
     "statistics_kernel": (48, (_AFTER_THE_LOOP,)),
     "residual_kernel": (48, (_AFTER_THE_LOOP,)),
