@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -384,3 +386,24 @@ def test_sequences_of_calls_with_one_seed(mode: str, step: int, right: bool) -> 
     counts = torch.bincount((tokens[:, :length] * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81)
     law = target.double().exp()[_sequences(3, length)].prod(1)
     assert (_p_value(counts, law) > LIKELY) if right else (_p_value(counts, law) < UNLIKELY)
+
+
+@pytest.mark.usefixtures("native_cpu")
+def test_the_loop_of_the_page() -> None:
+    """It decodes what the model alone would: the joint law of four tokens, a first-order chain of three ids."""
+    page = Path(__file__).parents[1] / "docs" / "speculative_sampling.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"torch": torch, "grpo_kernels": grpo_kernels}
+    exec(next(block for block in blocks if "def decode" in block), names)
+    model, draft, temperature = torch.randn(3, 3) * 2, torch.randn(3, 3), 0.7
+    first = torch.zeros(2**17, dtype=torch.int64)
+    tokens, log_probs = names["decode"](
+        lambda ids: model[ids], lambda ids: draft[ids], first, length=4, temperature=temperature
+    )
+    steps = (model.double() / temperature).log_softmax(-1)
+    path = torch.cat([first[:, None], tokens], 1)
+    torch.testing.assert_close(log_probs.double(), steps[path[:, :-1], path[:, 1:]], rtol=1e-5, atol=1e-6)
+    every = _sequences(3, 4)
+    law = steps[torch.nn.functional.pad(every, (1, 0))[:, :-1], every].sum(1).exp()
+    counts = torch.bincount((tokens * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81)
+    assert _p_value(counts, law) > LIKELY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -302,3 +303,35 @@ def test_seeds_are_drawn_in_a_compiled_graph() -> None:
     assert (first.token_ids != second.token_ids).any()
     assert (first.num_accepted <= DRAFTS).all()
     assert (first.token_ids[:, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("mode", RULES)
+def test_a_logit_out_of_range_of_the_largest_has_probability_zero(mode: str) -> None:
+    """3e38 and -3e38 are further apart than float32 reaches: the draft cannot have drawn that token."""
+    target = torch.tensor([[[3e38, -3e38, 0.0], [0.0, 0.0, 0.0]]])
+    out = verify_draft(target, torch.tensor([[1]]), draft_logits=target[:, :1], seeds=torch.tensor([0]), mode=mode)
+    assert out.token_ids.tolist() == [[0, -1]]
+    assert out.log_probs.tolist() == [[0.0, 0.0]]
+
+
+def test_a_huge_temperature_is_none_the_less_a_number() -> None:
+    logits = torch.tensor([[[1.0, -math.inf, -1.0]]]).expand(64, 1, 3)
+    torch.set_flush_denormal(True)
+    try:
+        out = verify_draft(logits, torch.empty(64, 0).long(), temperature=3e38)
+    finally:
+        torch.set_flush_denormal(False)
+    assert set(out.token_ids[:, 0].tolist()) == {0, 2}
+    torch.testing.assert_close(out.log_probs, torch.full((64, 1), -math.log(2.0)))
+
+
+def test_numbers_that_no_dtype_holds() -> None:
+    logits, none = torch.randn(2, 1, 5), torch.empty(2, 0).long()
+    with pytest.raises(ValueError, match=r"temperature\[0\] must be finite and > 0, got inf"):
+        verify_draft(logits, none, temperature=1e39)
+    seeds = torch.arange(2)
+    every = verify_draft(logits, none, seeds=seeds)
+    for off in (2**70, 0, -1):
+        assert torch.equal(verify_draft(logits, none, seeds=seeds, top_k=off).token_ids, every.token_ids)
+    with pytest.raises(ValueError, match=r"draft_ids\[1, 0\] must be in \[0, V\) = \[0, 5\), got 123456789"):
+        verify_draft(torch.randn(2, 2, 5), torch.tensor([[0], [123456789]]))

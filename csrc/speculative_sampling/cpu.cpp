@@ -19,14 +19,12 @@ double number_of(const void* values, int64_t row) {
   return values == nullptr ? 1.0 : double(static_cast<const A*>(values)[row]);
 }
 
-// 1 / temperature, finite also where that overflows: all but the largest logit then have probability 0.
-inline double factor_of(double temperature, float) {
-  const double factor = 1.0 / temperature;
-  return factor < 3.4028234e38 ? factor : 3.4028234e38;
-}
-inline double factor_of(double temperature, double) {
-  const double factor = 1.0 / temperature;
-  return factor < 1.7e308 ? factor : 1.7e308;
+// 1 / temperature, finite also where that overflows: all but the largest logit then have probability 0. And normal: what is
+// below that may be taken for 0, and -inf * 0 is NaN.
+template <typename A>
+A factor_of(double temperature, A) {
+  const double factor = 1.0 / temperature, least = least_normal(A()), most = largest_finite(A());
+  return A(factor < least ? least : factor < most ? factor : most);
 }
 
 // Whether the row's own numbers are in range.
@@ -49,7 +47,7 @@ bool verify_row(const VerifyDraftArgs& a, int64_t row, char* workspace) {
                 a.draft_lengths == nullptr ? a.drafts : a.draft_lengths[row],
                 a.top_k == nullptr ? 0 : a.top_k[row],
                 number_of<A>(a.top_p, row),
-                A(factor_of(temperature, A())),
+                factor_of(temperature, A()),
                 uint64_t(a.seeds[row]),
                 a.offsets == nullptr ? 0 : uint64_t(a.offsets[row]),
                 workspace + a.drafts * kDraftBytes};

@@ -17,6 +17,11 @@ constexpr A infinity() {
   return A(__builtin_inf());
 }
 
+inline double largest_finite(float) { return 3.4028234663852886e38; }
+inline double largest_finite(double) { return 1.7976931348623157e308; }
+inline double least_normal(float) { return 1.1754943508222875e-38; }
+inline double least_normal(double) { return 2.2250738585072014e-308; }
+
 // e^u is exactly 0 where it is clamped.
 inline __attribute__((always_inline)) float bounded(float u) { return -88.0f > u ? -88.0f : u; }
 inline __attribute__((always_inline)) double bounded(double u) { return -800.0 > u ? -800.0 : u; }
@@ -33,7 +38,11 @@ struct Softmax {
   bool sound() const { return unfiltered_sum > 0.0 && unfiltered_sum < __builtin_inf(); }
   double exponent(A x) const { return (double(x) - double(max)) * double(factor); }
   double unfiltered_log_prob(A x) const { return exponent(x) - ::log(unfiltered_sum); }
-  double log_prob(A x) const { return x >= threshold ? exponent(x) - ::log(sum) : -__builtin_inf(); }
+  // What the sums' arithmetic takes for probability zero is zero here, too.
+  double log_prob(A x) const {
+    const double u = exponent(x);
+    return x >= threshold && u >= -largest_finite(A()) ? u - ::log(sum) : -__builtin_inf();
+  }
 };
 
 // The block as arithmetic values, padded with -inf. Returns its maximum, which passes over NaN.

@@ -65,4 +65,5 @@ def verify_draft(
     del target_alive, draft_alive
     if bad_row >= 0:
         raise_if_faulty(target_logits, draft_ids, draft_lengths, temperatures, top_p)
+        raise RuntimeError(f"verify_draft: row {bad_row} was refused by the kernel and by no check")
     return outputs

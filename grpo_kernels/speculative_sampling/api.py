@@ -22,10 +22,12 @@ class VerifyDraftOutput(NamedTuple):
     """What `verify_draft` returns.
 
     Args:
-        token_ids: [B, K + 1] int64. The accepted drafts, one token drawn from the target, then -1.
-        num_accepted: [B] int64. How many drafts were accepted; one token more was emitted.
-        log_probs: [B, K + 1] float. Log-probs of the emitted tokens under the target at the temperature, nats, before
-            top-k and top-p; 0 behind them.
+        token_ids: [B, K + 1] int64. The accepted drafts, one token drawn from the residual or, behind the last draft,
+            from the target, then -1.
+        num_accepted: [B] int64. How many drafts were accepted. One token more was emitted, unless the row is broken:
+            `(token_ids >= 0).sum(1)` counts tokens in any case.
+        log_probs: [B, K + 1] fp32 (fp64 for fp64 logits). Log-probs of the emitted tokens under the target at the
+            temperature, nats, before top-k and top-p; 0 behind them.
     """
 
     token_ids: Tensor
@@ -70,12 +72,12 @@ def verify_draft(
         draft_lengths: [B] int32 or int64, in [0, K]. Drafts of each row; what lies behind them may be anything.
             None: K.
         temperature: number or [B] tensor, > 0.
-        top_k: number >= 1 or [B] int tensor, where <= 0 means no filter. Keeps what is not below the k-th largest
-            logit.
+        top_k: number or [B] int tensor; <= 0: no filter. Keeps what is not below the k-th largest logit.
         top_p: number or [B] tensor, in (0, 1]. Of what top_k leaves, keeps the likeliest tokens, as few as reach this
             share of its mass. Tokens of equal logits stay or go together. Both apply alike to target and draft.
         seeds: [B] int64. None: drawn from torch's default generator on the device. Drafts must have been drawn with
-            other noise.
+            noise that is neither this nor that of an earlier draft: seeds of their own, and an offset larger by one for
+            every draw.
         offsets: [B] int64. Tokens of each sequence before this call, None: 0. Noise is a function of the seed and of
             this place, and of nothing else; calls that go on with the same seed need an offset that grows.
         mode: "token", "block" or "greedy", which looks at neither filters, seeds nor draft_logits.
@@ -93,11 +95,15 @@ def verify_draft(
     Numerics:
         fp32, sums compensated or, on the CPU, in float64; float64 for float64 logits. A row's tokens do not depend on
         the other rows or the device, but for draws nearer to a tie than rounding. Equal target and draft logits accept
-        every draft. Noise is Philox4x32-10 keyed by the seed: uniforms of 24 bits for drafts, and for the drawn token
-        a race of exponentials of 32 bits, cut at probability 2^-24. A residual that is zero by rounding is replaced
-        by p. -inf means probability zero. A NaN or +inf, or nothing but -inf, in a row of logits that the decision
-        looks at ends the sequence there: token -1 and log_prob NaN, num_accepted what was accepted before. The block
-        rule looks at the rows of all drafts: there that is position 0.
+        every draft. -inf means probability zero. A residual that is zero by rounding is replaced by p.
+
+        Noise is Philox4x32-10 keyed by the seed. A draft is accepted with its probability rounded up to a multiple of
+        2^-24; the drawn token wins a race of exponentials of 32 bits (the Gumbel-max trick), in which a probability
+        down to 1e-9 counts for what it is, 1e-10 for 0.8 of it, and one below 1e-11 for nothing.
+
+        A NaN or +inf, or nothing but -inf, in a row of logits that the decision looks at ends the sequence there: token
+        -1 and log_prob NaN, num_accepted what was accepted before. The block rule looks at the rows of all drafts
+        before it accepts any: one of those ends the sequence at position 0.
 
     Source:
         Token rule: Leviathan et al. (2211.17192), Chen et al. (2302.01318). Block rule: Sun et al. (2403.10444).

@@ -57,7 +57,7 @@ def check_options(
     if isinstance(top_k, Tensor):
         check_per_row("top_k", top_k, target_logits, _checks.INTEGER)
     elif top_k is not None and numbers:
-        _checks.check_integer(OP, "top_k", top_k, minimum=1)
+        _checks.check_integer(OP, "top_k", top_k, minimum=torch.iinfo(torch.int64).min)
     if isinstance(top_p, Tensor):
         check_per_row("top_p", top_p, target_logits, _checks.FLOATING)
     elif top_p is not None and numbers:
@@ -78,7 +78,11 @@ def per_row(value: Any, like: Tensor, dtype: torch.dtype, neutral: float | None)
         # A product, because the compiler turns it into tensor arithmetic; torch.full would be specialised to the value.
         filled: Tensor = torch.ones(like.shape[:1], device=like.device, dtype=dtype) * value
         return filled
-    return None if value == neutral else torch.full(like.shape[:1], value, device=like.device, dtype=dtype)
+    if value == neutral:
+        return None
+    if dtype.is_floating_point:  # a number that the dtype does not hold becomes infinite, and is named as such
+        return torch.full(like.shape[:1], value, device=like.device, dtype=torch.float64).to(dtype)
+    return torch.full(like.shape[:1], min(value, torch.iinfo(dtype).max), device=like.device, dtype=dtype)
 
 
 def raise_if_faulty(
@@ -110,4 +114,5 @@ def _raise_first(name: str, values: Tensor, wrong: Tensor, wanted: str) -> None:
     if wrong.any():
         place = int(wrong.reshape(-1).to(torch.uint8).argmax())
         where = _checks.position(name, values.shape, place)
-        raise ValueError(f"{OP}: {where} must be {wanted}, got {values.reshape(-1)[place].item():g}")
+        found = values.reshape(-1)[place].item()
+        raise ValueError(f"{OP}: {where} must be {wanted}, got {f'{found:g}' if isinstance(found, float) else found}")

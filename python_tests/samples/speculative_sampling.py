@@ -146,7 +146,6 @@ BAD_CALLS = [
     _bad("temperature_row", ValueError, "temperature[3] must be finite and > 0", temperature=_filled(3, 0.0)),
     _bad("temperature_nan", ValueError, "temperature[1] must be", "got nan", temperature=_filled(1, float("nan"))),
     _bad("temperature_shape", ValueError, "temperature must have shape [B] = [5]", temperature=torch.tensor(1.0)),
-    _bad("top_k", ValueError, "top_k must be >= 1, got 0", top_k=0),
     _bad("top_k_type", TypeError, "top_k must be an int, got float", top_k=2.0),
     _bad("top_k_dtype", TypeError, "top_k must have dtype int64, int32, got float32", top_k=TOP_P),
     _bad("top_p", ValueError, "top_p must be finite and > 0 and <= 1, got 1.5", top_p=1.5),
