@@ -20,7 +20,7 @@ JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo demo-moe demo-check test test-slow gates bench lint format wheel gpu-check clean
+.PHONY: help demo demo-moe demo-mtp demo-check test test-slow gates bench lint format wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ demo: $(STAMP)/build  ## train a small language model with GRPO, end to end, on 
 
 demo-moe: $(STAMP)/build  ## the same with a mixture of experts, its routes replayed
 	$(PY) -m examples.r1 --model moe --output outputs/r1-moe
+
+demo-mtp: $(STAMP)/build  ## the same, sampling with drafts of the model's own multi-token prediction
+	$(PY) -m examples.r1 --mtp 1 --output outputs/r1-mtp
 
 demo-check: $(STAMP)/build  ## the demo with three seeds, a control with shuffled rewards, experts in FP8 against bfloat16
 	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS)
