@@ -157,7 +157,17 @@ class FusedLMHead(nn.Module):
         return GRPOLossOutput(loss, output.metrics, output.log_probs, output.entropy)
 
     def mtp_cross_entropy(self, hiddens: Tensor | Sequence[Tensor], token_ids: Tensor, **options: Any) -> MTPLossOutput:
-        """`mtp_linear_cross_entropy` with this head. Options: positions, policy and the others of that function."""
+        """`mtp_linear_cross_entropy` with this head.
+
+        Args:
+            hiddens: [D + 1, N, H] or [D + 1, B, T, H], or a sequence of D + 1 tensors [N, H] or [B, T, H].
+            token_ids: [N] or [B, T] int32 or int64. Row i of depth k predicts token_ids[i + k + shift].
+            options: positions, cu_seqlens, shift, mask, ignore_index, depth_weights, normalizer, num_items, policy,
+                detach_head, temperature, z_loss and vocab_shard of that function. The others are the head's own.
+
+        Returns:
+            `MTPLossOutput`: a 0-d loss, differentiable; [D + 1] of each depth; [N] or [B, T] of depth 0's rows.
+        """
         hiddens = stacked(_OP, hiddens)
         output, (loss,) = self._call(
             mtp_linear_cross_entropy, lambda output: (output.loss,), hiddens, (token_ids,), options

@@ -76,26 +76,26 @@ def mtp_linear_cross_entropy(
             predict nothing may hold anything.
         weight: [V, H], as `nn.Linear` has it. The head that all depths share.
         token_ids: [N] or [B, T] int32 or int64, in [0, V). Negative = no token.
-        positions: [N] or [B, T] int32 or int64. Place of every row in its document: a document goes on as long as they
-            go on by one. Negative = padding. In [B, T] no document goes from one row of the batch to the next.
-        cu_seqlens: [S + 1] int32 or int64. Where the documents of packed tokens [N] begin; in place of positions.
-            Without either, [B, T] holds B documents and [N] one.
+        positions: [N] or [B, T] int32 or int64, by row. Place of every row in its document: a document goes on as long
+            as they go on by one. Negative = padding. In [B, T] no document goes from one row of the batch to the next.
+        cu_seqlens: [S + 1] int32 or int64, for token_ids [N] and in place of positions: where each document starts,
+            and the end of the last. With neither, each row of a batch is a document, or all of [N].
         shift: >= 0. 1: token_ids went into the model, row i holds token i. 0: token_ids[i] is what row i of depth 0
             predicts, as in `linear_cross_entropy` and `linear_grpo_loss`.
-        mask: [N] or [B, T] bool, or numbers of which non-zero counts. Of the tokens that are predicted.
+        mask: [N] or [B, T] bool, or numbers of which non-zero counts. By token: mask[j] is that of token_ids[j].
         ignore_index: any integer.
         depth_weights: D + 1 numbers, or [D + 1] tensor. None: 1 for depth 0, 0.3 / D for the others. Not
             differentiated.
         normalizer: "valid": each depth is divided by the number of its own rows that count; "tokens": all by that of
             depth 0. No less than 1.
         num_items: number or 0-d tensor that every depth is divided by instead, such as a count over all ranks and
-            micro-batches.
+            micro-batches; below 1 it counts as 1. With a policy depth 0 takes PolicyTerms.num_items in its place.
         policy: depth 0 carries the GRPO loss of these instead of cross-entropy. Needs shift = 0, and hidden states
             [D + 1, B, T, H], or [D + 1, N, H] with cu_seqlens. The mask is that of the policy, too.
         detach_head: the depths behind 0 give weight, bias and LoRA factors no gradient. Takes two passes of rows, of
             the same operations in all.
         bias: [V].
-        temperature: number, 0-d tensor, or [N] or [B, T] tensor, > 0, of all depths. Not differentiated.
+        temperature: number, 0-d tensor, or [N] or [B, T] tensor by row, > 0, of all depths. Not differentiated.
         logit_scale: finite, non-zero factor of the logits.
         softcap: > 0, or None for none.
         z_loss: >= 0. Weight of the squared log-sum-exp, in every depth that carries cross-entropy.
@@ -178,11 +178,11 @@ def _targets(
     """What row i of depth k predicts, [depths, N], -1 where nothing; and how many of each depth do."""
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask != 0).reshape(-1)
-    targets, counts = ops.mtp_targets(
+    found: tuple[Tensor, Tensor] = ops.mtp_targets(
         token_ids.reshape(-1), placed.positions, mask, depths, shift, placed.sequence_length,
         ignored_id(ignore_index, token_ids.dtype), backend,
     )  # fmt: skip
-    return targets, counts
+    return found
 
 
 def _policy(

@@ -92,7 +92,7 @@ class MultiTokenPrediction(nn.Module):
     Depth k takes the hidden states of depth k - 1 (those of the model for k = 1) and the embedding of the token that
     depth k - 1 predicts, and gives hidden states for the model's own head::
 
-        mtp = MultiTokenPrediction(H, [Block(config) for _ in range(D)])
+        mtp = MultiTokenPrediction(H, [Block(config) for _ in range(D)], final_norm=nn.RMSNorm(H))
         hiddens = (final_hidden, *mtp(hidden, input_ids, model.embed_tokens, block_options={"position_ids": ids}))
         loss = head.mtp_cross_entropy(hiddens, input_ids).loss
 
@@ -101,7 +101,8 @@ class MultiTokenPrediction(nn.Module):
     of the document, so that causal blocks show them to no row that has a target.
 
     Embedding and head belong to the model and are no part of this module. Names in the state dict: `layers.k.enorm`,
-    `layers.k.hnorm`, `layers.k.eh_proj`, `layers.k.block`, and `final_norm`.
+    `layers.k.hnorm`, `layers.k.eh_proj`, `layers.k.block`, and `final_norm`. Depths count from 1, layers from 0:
+    depth 1 is `layers.0`, an `MTPLayer`.
 
     Args:
         hidden_size: H.
@@ -109,9 +110,12 @@ class MultiTokenPrediction(nn.Module):
             begins with it. One may stand for several depths.
         order: "emb_first": eh_proj.weight = [W_e | W_h], as in DeepSeek's checkpoints, Megatron and vLLM;
             "hidden_first": [W_h | W_e], as in the paper.
-        detach: What the losses of these depths train. "none": everything. "trunk": these modules, not the model below
-            nor its embedding. "frozen": nothing; the modules run without autograd.
-        final_norm: Applied to what is returned, not to what the next depth takes. None: the head gets the bare states.
+        detach: What the losses of these depths train. "none": everything. "trunk": hidden states and embeddings are cut
+            off: the modules learn, and the head unless the loss has detach_head=True. "frozen": the modules run without
+            autograd and do not learn; the head does unless detach_head=True. A head tied to the embedding trains the
+            table.
+        final_norm: Applied to what is returned, not to what the next depth takes: DeepSeek-V3's shared_head.norm.
+            None: the head gets the bare states.
         eps: of enorm and hnorm, >= 1e-24.
         device, dtype: of norms and projections. Blocks and final_norm stay as they are.
 
@@ -172,7 +176,8 @@ class MultiTokenPrediction(nn.Module):
         Args:
             hidden: [N, H] or [B, T, H] float. The model's, before or after its final norm, as the checkpoint wants.
             token_ids: [N] or [B, T] int32 or int64. Depth k takes the embedding of token_ids[i + k - 1 + shift] in
-                row i. A negative id is no token: its embedding is 0.
+                row i. Needed everywhere, prompts included: leave tokens out of the loss by its mask, not by -100. A
+                negative id is no token: its embedding is 0.
             embedding: The model's, ids -> embeddings [..., H].
             positions: Like token_ids, int32 or int64. Position of every row in its document; rows i to j are of one
                 document if the positions rise by one from each to the next. Negative: padding.

@@ -25,7 +25,7 @@ class PolicyTerms(NamedTuple):
         token_weights: [B, T], [B, 1] or [B] ([N] packed).
         kl_coef: number or 0-d tensor; None: the config's.
         entropy_coef: number or 0-d tensor; None: the config's.
-        num_items: number or 0-d tensor that the policy's loss is divided by.
+        num_items: number or 0-d tensor that the policy's loss is divided by; that of the call divides the other depths.
         max_length: of the reduction "sequence_mean_token_sum_norm".
     """
 
@@ -44,14 +44,20 @@ class PolicyTerms(NamedTuple):
 class MTPLossOutput(NamedTuple):
     """The loss of all depths, and what is known of each. Only `loss` is differentiable.
 
+    Floats are float32, float64 for float64 inputs.
+
     Args:
-        loss: 0-d. Sum of depth_weights[k] * depth_losses[k].
-        depth_losses: [D + 1].
+        loss: 0-d float. Sum of depth_weights[k] * depth_losses[k].
+        depth_losses: [D + 1] float, not weighted.
         valid_counts: [D + 1] int64. Rows that predict a token that counts.
-        acceptance: [D + 1]. Share of them whose likeliest token is the target; 0 where there are none.
-        agreement: [D + 1]. Share of them whose likeliest token is that of depth 0 for the same place, row i of depth k
-            against row i + k of depth 0: what greedy verification accepts. 0 where there are none.
-        log_probs: [N] or [B, T] of depth 0, in nats, by row; 0 where it predicts nothing that counts.
+        acceptance: [D + 1] float. Top-1 accuracy: share of these rows whose likeliest token is the data's. Depth 0's
+            distribution has nothing to do with it, nor has the rate at which drafts are accepted. 0 where there are
+            none.
+        agreement: [D + 1] float. Share of these rows whose likeliest token is that of depth 0 for the same place, row i
+            of depth k against row i + k of depth 0, all on the data's own tokens. Exactly what greedy verification
+            accepts of first drafts (k = 1); for depth k an estimate, given that the drafts before it stand. 0 where
+            there are none.
+        log_probs: [N] or [B, T] float of depth 0, in nats, by row; 0 where it predicts nothing that counts.
         entropy: likewise, with a policy; else None.
         metrics: of the policy's loss; None without one.
     """
