@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_kernels import linear_cross_entropy
+from grpo_kernels import linear_cross_entropy, linear_token_log_probs
 from grpo_kernels.linear_log_probs import chunks, losses, whole
+from grpo_kernels.linear_log_probs import head as heads
 from grpo_kernels.linear_log_probs.head import Head
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.testing import assert_as_accurate, poisoned_allocations
@@ -145,3 +146,61 @@ def test_a_frozen_weight_has_no_memory_to_lend(taken: list[int]) -> None:
     x, weight = torch.randn(9, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
     linear_cross_entropy(x, weight, torch.randint(VOCAB, (9,))).backward()
     assert taken == []
+
+
+# --- log-probs put together from slices, here and in the forward of linear_token_log_probs ---------------------------
+
+
+@pytest.fixture(params=["whole", "forward"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(heads, "WORKSPACE_BYTES", 1)
+    return str(request.param)
+
+
+def log_probs_of(
+    way: str, x: Tensor, weight: Tensor, target: Tensor, temperature: float, bias: Tensor | None = None
+) -> Tensor:
+    if way == "forward":
+        return linear_token_log_probs(x, weight, target, temperature=temperature, bias=bias).log_probs
+    found: Tensor = losses.implementations("native")[0](
+        x, weight, bias, None, None, 0.0, target, None, None, temperature, 1.0, 0.0, x.new_ones(()), 0.0, False,
+        False, True, False, False, x.dtype, x.dtype,
+    )[0]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("likeliest", [True, False])
+@pytest.mark.parametrize("vocab", [1, 257, VOCAB])
+@pytest.mark.parametrize("scale", [1, 4])
+def test_the_rounding_of_z_is_not_that_of_its_log_prob(scale: int, vocab: int, likeliest: bool, way: str) -> None:
+    """Logits that float32 holds, up to 400, and a temperature that makes them ones that it does not."""
+    x = torch.randint(-3, 4, (WIDTH, WIDTH)).float()
+    weight = torch.randint(-3, 4, (vocab, WIDTH)).float() * scale
+    z = x @ weight.T
+    target = z.argmax(-1) if likeliest else torch.randint(vocab, (WIDTH,))
+    actual = log_probs_of(way, x, weight, target, 0.7)
+    exact, plain = (torch.log_softmax(logits / 0.7, -1).gather(-1, target[:, None])[:, 0] for logits in (z.double(), z))
+    assert bool(((actual - exact).abs() <= torch.finfo(torch.float32).eps * (1 + exact.abs())).all())
+    assert bool((actual <= 0).all())
+    if vocab == 1:  # 0, which no error is relative to
+        assert actual.abs().max() <= 1e-12
+    else:
+        assert_as_accurate(actual, exact, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_slices_of_nothing_and_rows_of_nan(dtype: torch.dtype, way: str) -> None:
+    """A slice of -inf alone and single tokens of -inf, as target and beside it; a NaN; rows that do not count."""
+    head, target = head_of(12, dtype), torch.arange(12) * 64
+    x, weight, bias = head[:3]
+    bias[256:512] = -torch.inf
+    bias[[0, 3, 640]] = -torch.inf
+    x[7:9] = float("nan")
+    target[8] = -1
+    actual = log_probs_of(way, x, weight, target, 0.7, bias)
+    expected = torch.log_softmax((x.double() @ weight.double().T + bias.double()) / 0.7, -1)
+    expected = expected.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    expected[8] = 0.0
+    torch.testing.assert_close(actual, expected.to(dtype), equal_nan=True)
+    assert actual.isneginf().nonzero()[:, 0].tolist() == [0, 4, 5, 6, 10]
+    assert actual.isnan().nonzero()[:, 0].tolist() == [7]

@@ -95,14 +95,14 @@ def linear_token_log_probs(
         if whole:
             return _spread((*results, values), wanted, live, len(hidden))
         optional = (result if want else None for result, want in zip(results[2:], wanted[2:4], strict=True))
-        found = Part.of(part.start, part.end, live.token_ids, values, *optional)
+        found = Part.of(part.start, part.end, live.token_ids, results[0], values, *optional)
         merged = found if merged is None else merged.merged_with(found)
     if merged is None:
         raise RuntimeError("linear_token_log_probs: a vocabulary without tokens")
     values, squared, top1 = merged
     everywhere = torch.ones(values.shape[1], dtype=torch.bool)
-    finished = finish(values, squared, top1, everywhere, entropy)
-    return _spread((*finished, values), wanted, live, len(hidden))
+    log_probs, *others = finish(values, squared, top1, everywhere, entropy)
+    return _spread((log_probs.clamp(max=0.0), *others, values), wanted, live, len(hidden))
 
 
 def _spread(

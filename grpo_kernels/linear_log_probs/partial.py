@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels._gemm import multiply, wide
 from grpo_kernels.linear_log_probs.head import Head
-from grpo_kernels.token_log_probs.statistics import ABSENT, TARGET, TOTAL, merge
+from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, merge
 
 
 class Slice(NamedTuple):
@@ -35,12 +35,19 @@ class Part(NamedTuple):
         start: int,
         end: int,
         token_ids: Tensor,
+        log_probs: Tensor,
         values: Tensor,
         sum_squared_probs: Tensor | None,
         top1_ids: Tensor | None,
     ) -> Part:
-        """From what the row kernels give for the slice [start, end); the ids are those of the whole vocabulary."""
+        """From what the row kernels give for the slice [start, end); the ids are those of the whole vocabulary.
+
+        The target's z is the one that the log-probs within the slice belong to: that of the statistics is rounded to
+        their dtype by itself, and its difference to the maximum, which is what counts, with it.
+        """
         values = values.double()
+        target = values[MAXIMUM] + values[TOTAL].log() + log_probs.double()
+        values[TARGET] = torch.where(values[TOTAL] > 0, target, values[TARGET])  # no sum, no log-prob
         values[TARGET].masked_fill_((token_ids < start) | (token_ids >= end), ABSENT)
         squared = top1 = None
         if sum_squared_probs is not None:

@@ -56,6 +56,7 @@ def one_pass_within(
     values = Values.of(hidden, top1_ids)
     everywhere = torch.ones(len(x), dtype=torch.bool)
     log_probs, entropy, _, likeliest = finish(statistics, None, found_rows.top1_ids, everywhere, True)
+    log_probs = log_probs.clamp(max=0.0)  # a sum of one term, taken apart and put together, may miss it in double
     values.write(rows, log_probs, entropy, statistics[MAXIMUM] + statistics[TOTAL].log(), likeliest)
     found = slopes(values, 0, len(hidden)).at(rows)
     keep = torch.stack([slope != 0 for slope in found if slope is not None]).any(0)
@@ -76,9 +77,11 @@ def _statistics(memory: _Memory, hidden: Tensor, projected: Tensor | None, targe
     for part in memory.slices(backward=False):
         part.head.logits(part.logits, hidden, projected)
         own = targets._replace(token_ids=part_ids(targets.token_ids, part.start, part.end, 0))
-        *_, likeliest, statistics = row_ops.token_log_probs(part.logits, *own, True, False, top1_ids, True, _BACKEND)
+        log_probs, _, _, likeliest, statistics = row_ops.token_log_probs(
+            part.logits, *own, True, False, top1_ids, True, _BACKEND
+        )
         top1 = likeliest if top1_ids else None
-        found = Part.of(part.start, part.end, targets.token_ids, statistics, None, top1)
+        found = Part.of(part.start, part.end, targets.token_ids, log_probs, statistics, None, top1)
         merged = found if merged is None else merged.merged_with(found)
     if merged is None:
         raise RuntimeError("a vocabulary without tokens")
