@@ -126,6 +126,11 @@ def test_greedy_completions_are_those_without_drafts(mtp: int) -> None:
     assert torch.equal(draft.generate(model, prompts, COMPLETION).completions, without)
 
 
+def test_more_drafts_than_a_completion_has_tokens() -> None:
+    model, prompts = _model(mtp=5), _prompts()
+    assert torch.equal(draft.generate(model, prompts, 2).completions, rollout.generate(model, prompts, 2))
+
+
 def test_greedy_completions_of_a_trained_model_are_those_without_drafts(drafting: CharTransformer) -> None:
     prompts = _task_prompts(64)
     with_drafts = draft.generate(drafting, prompts, 32)
@@ -158,6 +163,8 @@ def test_hidden_states_from_the_ragged_cache_are_those_of_plain_passes() -> None
     with torch.no_grad():
         model(prompts, prefix)
         cache = RaggedCache(prefix, capacity=PROMPT + COMPLETION, last_position=PROMPT + COMPLETION - 1)
+        with pytest.raises(RuntimeError, match=r"begin\(\) says where a pass writes, and comes before it"):
+            model(torch.zeros((4, 1), dtype=torch.int64), cache)
         tokens = torch.randint(2, vocabulary.SIZE, (4, 9))
         kept = torch.tensor([0, 1, 2, 3])
         for start, count in ((torch.zeros_like(kept), 3), (kept, 4), (kept + torch.tensor([4, 2, 0, 1]), 2)):

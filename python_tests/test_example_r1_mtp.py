@@ -15,12 +15,15 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.r1 import demo, rollout
+from examples.r1 import demo, draft_report, rollout
 from examples.r1.__main__ import parse_arguments
+from examples.r1.checkpoint import Progress
+from examples.r1.draft_speed import DraftSpeed
 from examples.r1.grpo import GRPOStage
 from examples.r1.model import CharTransformer
 from examples.r1.mtp import hidden_of_depths
-from examples.r1.pipeline import build_model, run_task
+from examples.r1.pipeline import TaskResult, build_model, evaluate, run_task
+from examples.r1.rollout import Rollout
 from examples.r1.settings import Settings
 from examples.r1.sft import SFTStage
 from examples.r1.stage import Record
@@ -114,13 +117,25 @@ def test_the_first_update_of_a_rollout_is_on_policy() -> None:
 def test_the_moe_model_drafts_and_replays(replay: str) -> None:
     stage, _ = _stages(model="moe", replay=replay)
     assert all(not hasattr(module, "gate") for module in stage.model.mtp.modules())  # type: ignore[union-attr]
+    stage.model.double()
+    stage.reference.double()
     samples = stage.sample(0)
     assert (samples.routes is not None) == (replay == "rollout")
     record = stage.step(0)
-    assert record["tokens_per_pass"] >= 1.0
-    assert 0.0 <= record["acceptance_1"] <= 1.0
-    if replay == "rollout":
-        assert record["rollout_mismatch"] < 0.02  # sampling and training differ by rounding
+    _assert_counts(samples, record)
+    assert ("rollout_mismatch" in record) == (replay != "off")
+    assert record.get("rollout_mismatch", 0.0) == 0.0  # drafts that were rejected leave no route
+
+
+def _assert_counts(samples: Rollout, record: Record) -> None:
+    """A pass gives a token behind the drafts that stood, unless one of them was END; the record says the same."""
+    tokens, passes, looked_at, accepted = samples.drafts  # type: ignore[misc]
+    assert tokens == samples.generated_tokens == record["tokens"]
+    assert 0 <= passes + sum(accepted) - tokens <= len(samples.texts)
+    assert len(samples.texts) < passes
+    assert passes - len(samples.texts) >= looked_at[0] >= accepted[0] >= looked_at[1] >= accepted[1]
+    assert record["tokens_per_pass"] == tokens / passes
+    assert record["acceptance_1"] == accepted[0] / looked_at[0]
 
 
 # runs ------------------------------------------------------------------------------------------------------------
@@ -158,8 +173,23 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, monkeypatch
     records = written["curves"]["digit_sorting"]["records"]["grpo"]
     passes = [record["tokens_per_pass"] for record in records]
     assert drafts["tokens_per_pass"]["last"] == pytest.approx(sum(passes) / len(passes))
-    assert written["curves"]["digit_sorting"]["evaluations"]["grpo"][-1]["tokens_per_pass"] >= 1.0
+    task = TASKS["digit_sorting"]()
+    evaluation = written["curves"]["digit_sorting"]["evaluations"]["grpo"][-1]
+    found = evaluate(whole.model, task, task.held_out(8))
+    assert {key: evaluation[key] for key in found} == found
+    assert found["tokens_per_pass"] > 1.0  # some draft was accepted
     assert (tmp_path / "whole" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_no_step_has_seen_is_no_figure() -> None:
+    """Nothing was looked at of depth 2: that is not the same as nothing accepted."""
+    progress = Progress("grpo", records={"grpo": [{"tokens_per_pass": 1.5, "acceptance_1": 0.0}]})
+    model = build_model(TASKS["digit_sorting"](), _settings())
+    result = TaskResult("digit_sorting", 0, progress, None, model, DraftSpeed(2.0, 4.0))  # type: ignore[arg-type]
+    cells = dict(draft_report.rows([result]))
+    assert cells["drafts accepted, depth 1"] == ["0.000 -> 0.000"]
+    assert cells["drafts accepted, depth 2"] == ["- -> -"]
+    assert draft_report.summary(result)["drafts"]["acceptance_2"] == {"first": None, "last": None}
 
 
 def test_the_command_line_reaches_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +205,7 @@ def test_the_command_line_reaches_the_settings(capsys: pytest.CaptureFixture[str
 def test_a_model_that_drafts_learns(tmp_path: Path) -> None:
     """Digit sorting with the settings of the demonstration.
 
-    Three seeds ended between 0.957 and 0.996; 0.91 to 0.92 of the drafts were accepted before GRPO, 0.96 to 0.97 after.
+    Seed 0 on one thread ended at 0.980; 0.91 of the drafts were accepted before GRPO, 0.97 after.
     """
     result = run_task("digit_sorting", Settings(output=tmp_path, mtp=1), Console(quiet=True))
     cold_start, grpo = (result.progress.evaluations[stage] for stage in ("sft", "grpo"))

@@ -38,7 +38,10 @@ class DraftCounts(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """Samples, and what sampling them showed."""
+    """Samples, and what sampling them showed.
+
+    The tensors are of inference mode: `clone` them outside it before autograd meets them.
+    """
 
     completions: Tensor  # [N * group_size, C] int64, END, then padding
     log_probs: Tensor  # [N * group_size, C] float32, under the policy; 0 behind END
@@ -66,6 +69,9 @@ def generate(
     return rows.drafted()
 
 
+_DRAFTS, _VERDICTS = 0, 1  # streams of noise
+
+
 class _Noise:
     """Two seeds a row, for drafts and for the verdicts on them; every round takes fresh noise of both.
 
@@ -89,12 +95,12 @@ class _Noise:
     def draw(self, logits: Tensor) -> Tensor:
         """A draft [B] from logits [B, V]."""
         none = torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
-        return self._verify(0, logits.unsqueeze(1), none, None, None).token_ids.squeeze(1)
+        return self._verify(_DRAFTS, logits.unsqueeze(1), none, None, None).token_ids.squeeze(1)
 
     def verify(
         self, logits: Tensor, drafts: Tensor, draft_logits: Tensor | None, draft_lengths: Tensor | None
     ) -> VerifyDraftOutput:
-        return self._verify(1, logits, drafts, draft_logits, draft_lengths)
+        return self._verify(_VERDICTS, logits, drafts, draft_logits, draft_lengths)
 
     def _verify(
         self, stream: int, logits: Tensor, drafts: Tensor, draft_logits: Tensor | None, draft_lengths: Tensor | None
@@ -130,7 +136,8 @@ class _Rows:
         self.depths = len(self.mtp.layers)
         self.prompt_length = prompts.shape[1]
         self.completion_length = completion_length
-        batch, device, room = len(prompts) * group_size, prompts.device, completion_length + 2 * self.depths + 1
+        batch, device = len(prompts) * group_size, prompts.device
+        room = completion_length + 3 * self.depths  # drafting looks at 2 D columns, and at tokens D - 1 ahead of them
         self.tokens = torch.full((batch, room), vocabulary.PAD, device=device)  # those to come are drafts
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0
@@ -155,7 +162,6 @@ class _Rows:
         self._take(first, none, None, torch.zeros_like(self.lengths))
 
     def alive(self) -> bool:
-        self.longest = int(self.lengths.max())
         return bool(self.live.any())
 
     def draft(self) -> tuple[Tensor, Tensor]:
@@ -213,6 +219,7 @@ class _Rows:
             self.verdicts[0, depth] += looked_at.sum()
             self.verdicts[1, depth] += (looked_at & (output.num_accepted > depth)).sum()
         self.lengths += kept.sum(dim=1)
+        self.longest = int(self.lengths.max())
         self.live &= ~(is_end & kept).any(dim=1) & (self.lengths < self.completion_length)
 
     def drafted(self) -> Drafted:

@@ -33,7 +33,8 @@ def rows(results: Sequence[TaskResult]) -> list[tuple[str, list[str]]]:
         return []
 
     def change(name: str, form: str) -> list[str]:
-        return [f"{found[name]['first']:{form}} -> {found[name]['last']:{form}}" for found in summaries]
+        ends = [(found[name]["first"], found[name]["last"]) for found in summaries]
+        return [" -> ".join("-" if end is None else f"{end:{form}}" for end in pair) for pair in ends]
 
     speeds = [found["speed"] for found in summaries]
     acceptance = [
@@ -67,6 +68,7 @@ def _ends(result: TaskResult) -> tuple[list[Record], list[Record]]:
     return records[:LATE], records[-LATE:]
 
 
-def _mean(records: Sequence[Record], name: str) -> float:
+def _mean(records: Sequence[Record], name: str) -> float | None:
+    """None where no step has the figure: no draft of this depth was looked at."""
     values = [record[name] for record in records if name in record]
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else None

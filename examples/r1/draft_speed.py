@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from statistics import median
 from time import perf_counter
@@ -28,17 +29,13 @@ def compare(stage: GRPOStage, index: int, repeats: int = 5) -> DraftSpeed:
     source = (stage.settings.seed, stage.task.name, "draft speed", index)
     problems = islice(stage.task.training(python_rng(*source), stage.excluded_prompts), stage.settings.prompts)
     prompts = encode_prompts(stage.task, list(problems), stage.device)
-
-    def rate(generate: Callable[..., Tensor], repeat: int) -> float:
-        generator = torch_rng(stage.device, *source, repeat)
-        options = {"group_size": stage.settings.group_size, "temperature": stage.settings.temperature}
-        return _rate(prompts, lambda: generate(stage.model, prompts, length, generator=generator, **options))
-
-    length = stage.task.completion_length
+    inputs = (stage.model, prompts, stage.task.completion_length)
+    options = {"group_size": stage.settings.group_size, "temperature": stage.settings.temperature}
     rates: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats):
         for generate, found in zip((_with_drafts, rollout.generate), rates, strict=True):
-            found.append(rate(generate, repeat))
+            generator = torch_rng(stage.device, *source, repeat)
+            found.append(_rate(prompts, partial(generate, *inputs, generator=generator, **options)))
     return DraftSpeed(*map(median, rates))
 
 

@@ -21,7 +21,7 @@ class RaggedCache(Cache):
         self._keys = [_with_room(keys, group_size, capacity) for keys, _ in prefix.layers]
         self._values = [_with_room(values, group_size, capacity) for _, values in prefix.layers]
         self._rows = torch.arange(len(self._keys[0]), device=self._keys[0].device).unsqueeze(1)
-        self._places = self._rows
+        self._places: Tensor | None = None  # [B, T] of the next pass
         self._last_position = last_position
 
     def begin(self, starts: Tensor, count: int, end: int) -> None:
@@ -31,18 +31,23 @@ class RaggedCache(Cache):
         self.visible = (keys <= self._places.unsqueeze(-1)).unsqueeze(1)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.visible is None:
-            raise RuntimeError("begin() says where a pass writes, and comes before it")
-        end = self.visible.shape[-1]
+        places, visible = self._begun()
+        end = visible.shape[-1]
         for memory, new in ((self._keys[layer], keys), (self._values[layer], values)):
-            memory[self._rows, :, self._places] = new.transpose(1, 2)
+            memory[self._rows, :, places] = new.transpose(1, 2)
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
     def positions(self, count: int, device: torch.device) -> Tensor:
-        return self._places.clamp(max=self._last_position)
+        return self._begun()[0].clamp(max=self._last_position)
 
     def advance(self, count: int) -> None:
         """`begin` says where each row goes on."""
+
+    def _begun(self) -> tuple[Tensor, Tensor]:
+        """Where the pass writes, and what its queries see."""
+        if self._places is None or self.visible is None:
+            raise RuntimeError("begin() says where a pass writes, and comes before it")
+        return self._places, self.visible
 
 
 def _with_room(prefix: Tensor, group_size: int, capacity: int) -> Tensor:
