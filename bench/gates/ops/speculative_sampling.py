@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
 _MODES = ("token", "block", "greedy")
 _DTYPES = ("bfloat16", "float16", "float32")
-_SMALL = (1, 300, 1000, 2048, 4096)  # with the others every number of slots
+_SMALL = (1, 100, 300, 1000, 2048, 4096)  # with the others every number of slots
 
 
 def _forms() -> Iterator[Form]:
