@@ -102,12 +102,12 @@ def test_compiled_calls_do_not_recompile(kind: str) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     leaves = {name: leaf.float().requires_grad_() for name, leaf in problem(LAYOUTS["batch"], 1).items()}
-    weight, bias = leaves["weight"], leaves["bias"]
+    weight, bias, config = leaves["weight"], leaves["bias"], GRPOLossConfig()
 
     def loss(hiddens: Tensor, ids: Tensor, given: Tensor, number: float, count: float) -> Tensor:
         options: dict[str, Any] = {"bias": bias, "temperature": number, "depth_weights": (1.0, number)}
         if kind == "policy":
-            policy = PolicyTerms(given, given[:, 0].cos(), GRPOLossConfig(), given.sin() - 3.0, kl_coef=number)
+            policy = PolicyTerms(given, given[:, 0].cos(), config, given.sin() - 3.0, kl_coef=number)
             return mtp_linear_cross_entropy(hiddens, weight, ids, policy=policy, shift=0, **options).loss * 0.5
         return mtp_linear_cross_entropy(
             hiddens, weight, ids, cu_seqlens=given, num_items=count, **options

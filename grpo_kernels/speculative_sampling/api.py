@@ -93,7 +93,7 @@ def verify_draft(
         BackendUnavailable: one was asked for with `backend(...)` and cannot be used.
 
     Numerics:
-        fp32, sums compensated or, on the CPU, in float64; float64 for float64 logits. A row's tokens do not depend on
+        fp32 with sums in a fixed order, on the CPU in float64; float64 for float64 logits. A row's tokens do not depend on
         the other rows or the device, but for draws nearer to a tie than rounding. Equal target and draft logits accept
         every draft. -inf means probability zero. A residual that is zero by rounding is replaced by p.
 
