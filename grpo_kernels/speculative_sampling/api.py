@@ -93,9 +93,9 @@ def verify_draft(
         BackendUnavailable: one was asked for with `backend(...)` and cannot be used.
 
     Numerics:
-        fp32 with sums in a fixed order, on the CPU in float64; float64 for float64 logits. A row's tokens do not depend on
-        the other rows or the device, but for draws nearer to a tie than rounding. Equal target and draft logits accept
-        every draft. -inf means probability zero. A residual that is zero by rounding is replaced by p.
+        fp32 with sums in a fixed order, on the CPU in float64; float64 for float64 logits. A row's tokens do not depend
+        on the other rows or the device, but for draws nearer to a tie than rounding. Equal target and draft logits
+        accept every draft. -inf means probability zero. A residual that is zero by rounding is replaced by p.
 
         Noise is Philox4x32-10 keyed by the seed. A draft is accepted with its probability rounded up to a multiple of
         2^-24; the drawn token wins a race of exponentials of 32 bits (the Gumbel-max trick), in which a probability
