@@ -88,7 +88,7 @@ def rounds_logits(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, 
 
 def forgets_a_row(call: int, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """In the gradient of the hidden states, the row where it is largest."""
-    outputs[2][outputs[2].abs().amax(1).argmax()] = 0
+    outputs[4][outputs[4].abs().amax(1).argmax()] = 0
     return outputs
 
 
