@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,13 @@ from torch import Tensor
 def live_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:
     """Which rows count: bool, of the shape of the ids."""
     return token_ids >= 0 if mask is None else (token_ids >= 0) & mask
+
+
+def ignored_id(op: str, ignore_index: Any, dtype: torch.dtype) -> int:
+    """The option `ignore_index` of a loss, checked; -1, which never counts, where no id of this dtype can equal it."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    return ignore_index if 0 <= ignore_index <= torch.iinfo(dtype).max else -1
 
 
 def part_ids(token_ids: Tensor, start: int, end: int, absent: int) -> Tensor:

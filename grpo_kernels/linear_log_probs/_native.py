@@ -20,7 +20,6 @@ from grpo_kernels.linear_log_probs.ops import empty_gradients
 from grpo_kernels.linear_log_probs.partial import Part, Products, Slice
 from grpo_kernels.token_log_probs import ops as rows
 from grpo_kernels.token_log_probs.arguments import raise_if_outside
-from grpo_kernels.token_log_probs.statistics import finish
 
 _BACKEND = "native"
 _TOP1, _STATISTICS = 3, 4  # places of outputs
@@ -99,10 +98,7 @@ def linear_token_log_probs(
         merged = found if merged is None else merged.merged_with(found)
     if merged is None:
         raise RuntimeError("linear_token_log_probs: a vocabulary without tokens")
-    values, squared, top1 = merged
-    everywhere = torch.ones(values.shape[1], dtype=torch.bool)
-    log_probs, *others = finish(values, squared, top1, everywhere, entropy)
-    return _spread((log_probs.clamp(max=0.0), *others, values), wanted, live, len(hidden))
+    return _spread((*merged.finished(entropy), merged.values), wanted, live, len(hidden))
 
 
 def _spread(

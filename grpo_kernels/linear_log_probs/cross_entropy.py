@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels._gemm import accumulation_dtype, gemm_dtype
-from grpo_kernels._token_ids import live_rows
+from grpo_kernels._token_ids import ignored_id, live_rows
 from grpo_kernels.distributed import VocabShard
 from grpo_kernels.linear_log_probs import ops_one_pass
 from grpo_kernels.linear_log_probs.arguments import check_head
@@ -92,10 +92,8 @@ def linear_cross_entropy(
     check_transform(_OP, hidden, "hidden", leading, 1.0, logit_scale, softcap)
     _checks.check_choice(_OP, "reduction", reduction, _REDUCTIONS)
     _checks.check_number(_OP, "z_loss", z_loss, minimum=0.0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{_OP}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    ignores = 0 <= ignore_index <= torch.iinfo(target.dtype).max  # else no id equals it that would count
-    mask = target != ignore_index if ignores else None
+    ignored = ignored_id(_OP, ignore_index, target.dtype)
+    mask = None if ignored < 0 else target != ignored
     if vocab_shard is None:
         raise_if_outside(_OP, target, mask, arguments.vocab, "target")
     rows, mask = target.reshape(-1), None if mask is None else mask.reshape(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels._gemm import multiply, wide
 from grpo_kernels.linear_log_probs.head import Head
-from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, merge
+from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, finish, merge
 
 
 class Slice(NamedTuple):
@@ -63,6 +63,15 @@ class Part(NamedTuple):
             torch.stack([a, b]) if a is not None and b is not None else None for a, b in zip(self, other, strict=True)
         )
         return self if values is None else Part(*merge(values, squared, top1))
+
+    def finished(self, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probs, entropy, sums of squared probabilities and top-1 ids of rows of which all count.
+
+        A log-prob that was put together from the target's z may miss 0 by a rounding in float64; it is not above.
+        """
+        everywhere = torch.ones(self.values.shape[1], dtype=torch.bool)
+        log_probs, entropies, squared, top1_ids = finish(self.values, self.squared, self.top1_ids, everywhere, entropy)
+        return log_probs.clamp(max=0.0), entropies, squared, top1_ids
 
 
 class Products:

@@ -20,7 +20,7 @@ from grpo_kernels.linear_log_probs.partial import Part, Products, Slice
 from grpo_kernels.linear_log_probs.row_values import Slopes, Targets, Values
 from grpo_kernels.linear_log_probs.sums import Gradients, Needs
 from grpo_kernels.token_log_probs import ops as row_ops
-from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL, finish
+from grpo_kernels.token_log_probs.statistics import MAXIMUM, TOTAL
 
 _SLICE_BYTES = (16 << 20, 64 << 20)
 """Least and most for the logits of a slice; between them an eighth of all."""
@@ -54,9 +54,7 @@ def one_pass_within(
     found_rows = _statistics(memory, x, projected, targets, top1_ids)
     statistics = found_rows.values
     values = Values.of(hidden, top1_ids)
-    everywhere = torch.ones(len(x), dtype=torch.bool)
-    log_probs, entropy, _, likeliest = finish(statistics, None, found_rows.top1_ids, everywhere, True)
-    log_probs = log_probs.clamp(max=0.0)  # a sum of one term, taken apart and put together, may miss it in double
+    log_probs, entropy, _, likeliest = found_rows.finished(True)
     values.write(rows, log_probs, entropy, statistics[MAXIMUM] + statistics[TOTAL].log(), likeliest)
     found = slopes(values, 0, len(hidden)).at(rows)
     keep = torch.stack([slope != 0 for slope in found if slope is not None]).any(0)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels._gemm import accumulation_dtype, gemm_dtype
+from grpo_kernels._token_ids import ignored_id
 from grpo_kernels.distributed import VocabShard
 from grpo_kernels.grpo_loss import GRPOLossConfig
 from grpo_kernels.linear_log_probs.arguments import check_head
@@ -19,7 +20,6 @@ from grpo_kernels.linear_log_probs.policy import Policy
 from grpo_kernels.multi_token_prediction import ops
 from grpo_kernels.multi_token_prediction.arguments import (
     depth_weights_of,
-    ignored_id,
     raise_if_outside,
     shares_of,
     stacked,
@@ -131,12 +131,15 @@ def mtp_linear_cross_entropy(
     check_rows(_OP, hiddens, "hiddens", leading, "token_ids", token_ids, mask)
     check_transform(_OP, hiddens, "hiddens", leading, temperature, logit_scale, softcap)
     shift = check_shift(_OP, shift)
-    _check_numbers(ignore_index, z_loss, detach_head)
+    ignored = ignored_id(_OP, ignore_index, token_ids.dtype)
+    _checks.check_number(_OP, "z_loss", z_loss, minimum=0.0)
+    if not isinstance(detach_head, bool):
+        raise TypeError(f"{_OP}: detach_head must be a bool, got {type(detach_head).__name__}")
     placed = documents(_OP, token_ids, positions, cu_seqlens)
     dtype = gemm_dtype(hiddens, weight)
     exact = accumulation_dtype(dtype)
     backend = _dispatch.resolve(_OP, weight if weight.dtype == torch.float64 else hiddens)
-    targets, counts = _targets(token_ids, placed, mask, depths, shift, ignore_index, backend)
+    targets, counts = _targets(token_ids, placed, mask, depths, shift, ignored, backend)
     checked = (
         None if policy is None else _policy(policy, hiddens, token_ids, targets, cu_seqlens, shift, exact, backend)
     )
@@ -164,24 +167,15 @@ def mtp_linear_cross_entropy(
     )  # fmt: skip
 
 
-def _check_numbers(ignore_index: int, z_loss: float, detach_head: bool) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{_OP}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    _checks.check_number(_OP, "z_loss", z_loss, minimum=0.0)
-    if not isinstance(detach_head, bool):
-        raise TypeError(f"{_OP}: detach_head must be a bool, got {type(detach_head).__name__}")
-
-
 def _targets(
-    token_ids: Tensor, placed: Documents, mask: Tensor | None, depths: int, shift: int, ignore_index: int, backend: str
+    token_ids: Tensor, placed: Documents, mask: Tensor | None, depths: int, shift: int, ignored: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """What row i of depth k predicts, [depths, N], -1 where nothing; and how many of each depth do."""
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask != 0).reshape(-1)
     found: tuple[Tensor, Tensor] = ops.mtp_targets(
-        token_ids.reshape(-1), placed.positions, mask, depths, shift, placed.sequence_length,
-        ignored_id(ignore_index, token_ids.dtype), backend,
-    )  # fmt: skip
+        token_ids.reshape(-1), placed.positions, mask, depths, shift, placed.sequence_length, ignored, backend
+    )
     return found
 
 

@@ -71,11 +71,6 @@ def shares_of(op: str, counts: Tensor, normalizer: str, num_items: Tensor | floa
     return torch.ones((), dtype=dtype, device=counts.device) / items.clamp(min=1)
 
 
-def ignored_id(ignore_index: int, dtype: torch.dtype) -> int:
-    """`ignore_index`, or -1, which never counts, where no id of this dtype can equal it."""
-    return ignore_index if 0 <= ignore_index <= torch.iinfo(dtype).max else -1
-
-
 def raise_if_outside(op: str, targets: Tensor, token_ids: Tensor, shift: int, vocab: int) -> None:
     """On the CPU, where looking is free: raises where a token that a row predicts is >= `vocab`."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling():

@@ -16,7 +16,7 @@ MODES = ("token", "block", "greedy")
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
-    """The dtype of log-probs, and of the temperatures and shares of mass that kernels take."""
+    """The dtype of the arithmetic, of log-probs, and of the temperatures and shares of mass that kernels take."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 

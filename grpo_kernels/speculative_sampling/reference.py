@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.speculative_sampling import noise_reference
+from grpo_kernels.speculative_sampling.ops import result_dtype
 
 
 class Distribution(NamedTuple):
@@ -26,11 +27,6 @@ class Distribution(NamedTuple):
     log_probs: Tensor
     unfiltered: Tensor
     sound: Tensor
-
-
-def arithmetic_dtype(logits: Tensor) -> torch.dtype:
-    """The dtype of the law's arithmetic and of log-probs."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def kept(x: Tensor, e: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
@@ -67,7 +63,7 @@ def distribution(
 
     Differences are divided by the temperature, not logits: nothing overflows however small it is.
     """
-    x = logits.to(arithmetic_dtype(logits))
+    x = logits.to(result_dtype(logits))
     top = x.amax(-1, keepdim=True)
     u = x - top
     if temperatures is not None:
