@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
 
 class IncompatibleVersion(RuntimeError):
     """The installed version of another package is not the one that an adapter was written for; the message says
@@ -34,13 +36,18 @@ def check_signature(package: str, what: str, function: Callable[..., Any], param
     Raises:
         IncompatibleVersion: the signatures differ.
     """
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    found = [stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
+    found = [_STARS.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
     if found != list(parameters):
         raise IncompatibleVersion(
-            f"{what} must take ({', '.join(parameters)}), "
-            f"got ({', '.join(found)}) from {package} {importlib.metadata.version(package)}"
+            f"{what} must take ({', '.join(parameters)}), got ({', '.join(found)}) from {package} {_version(package)}"
         )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(version unknown)"
 
 
 class Patch:
