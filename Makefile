@@ -20,7 +20,7 @@ JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo demo-moe demo-mtp demo-check test test-slow gates bench lint format wheel gpu-check clean
+.PHONY: help demo demo-moe demo-mtp demo-trl demo-check test test-slow gates bench lint format wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,10 @@ $(STAMP)/triton-$(OLD_TRITON): $(STAMP)/packages
 	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	@touch $@
 
+$(STAMP)/trl: $(STAMP)/packages requirements-trl.txt
+	$(PY) -m pip install -q -r requirements-trl.txt
+	@touch $@
+
 demo: $(STAMP)/build  ## train a small language model with GRPO, end to end, on this machine
 	$(PY) -m examples.r1 --output outputs/r1
 
@@ -49,6 +53,9 @@ demo-moe: $(STAMP)/build  ## the same with a mixture of experts, its routes repl
 demo-mtp: $(STAMP)/build  ## the same, sampling with drafts of the model's own multi-token prediction
 	$(PY) -m examples.r1 --mtp 1 --output outputs/r1-mtp
 
+demo-trl: $(STAMP)/build $(STAMP)/trl  ## TRL's own GRPOTrainer, as it is, patched and fused: time, memory, the same losses
+	$(PY) -m examples.trl
+
 demo-check: $(STAMP)/build  ## the demo with three seeds, a control with shuffled rewards, experts in FP8 against bfloat16
 	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS)
 	$(PY) -m examples.r1.precision --tasks digit_sorting --threads 1 --jobs $(JOBS) --save outputs/r1-check/precision.json
@@ -57,7 +64,7 @@ test: $(STAMP)/build  ## every test that needs no GPU and no long training
 	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter python_tests/interpreter
 
-test-slow: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, packaging, a quarter of the kernels with the oldest Triton
+test-slow: $(STAMP)/build $(STAMP)/trl $(STAMP)/triton-$(OLD_TRITON)  ## learning runs, trainers, packaging, a quarter of the kernels with the oldest Triton
 	$(PYTEST) -m slow python_tests
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) GK_EXPECTED_TRITON=$(OLD_TRITON) $(PYTEST) python_tests/test_gates.py
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m bench.gates --compiler triton --sample 4 --json build/gates.json
