@@ -1,0 +1,13 @@
+"""The tiny model that the folder's tests share. Nothing here imports TRL: where it is missing, the tests skip by name."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with its tokenizer, as a directory."""
+    from python_tests.trl import tiny
+
+    return tiny.save_model(tmp_path_factory.mktemp("model"))
