@@ -27,12 +27,14 @@ def group_advantages(
     rewards: Tensor,
     group_ids: Tensor | None,
     reward_weights: Tensor | None,
+    lengths: Tensor | None,
     group_size: int,
     baseline: str,
     normalize_by: str,
     aggregation: str,
     singleton: str,
     eps: float,
+    batch_eps: float,
     correction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rewards = rewards.contiguous()

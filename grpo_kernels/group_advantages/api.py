@@ -11,6 +11,8 @@ from grpo_kernels import _checks
 from grpo_kernels._dispatch import resolve
 from grpo_kernels.group_advantages import ops, reference
 
+_BASELINES = ("mean", "leave_one_out", "length_weighted", "second_best", "none")
+
 
 class GroupAdvantagesOutput(NamedTuple):
     """Results of `group_advantages`, each [B], float32 (float64 for float64 rewards).
@@ -76,17 +78,66 @@ def _check_flags(op: str, name: str, flags: Tensor | None, values_name: str, val
     return flags if flags.dtype == torch.bool else flags != 0
 
 
+def _check_normalization(
+    baseline: str,
+    normalize_by: str,
+    aggregation: str,
+    singleton: str,
+    eps: float,
+    batch_eps: float | None,
+    correction: int,
+) -> None:
+    """Checks the options of `group_advantages`."""
+    op = "group_advantages"
+    _checks.check_choice(op, "baseline", baseline, _BASELINES)
+    _checks.check_choice(op, "normalize_by", normalize_by, ("group", "batch", "batch_tokens", "none"))
+    _checks.check_choice(op, "aggregation", aggregation, ("sum_then_normalize", "normalize_then_sum"))
+    _checks.check_choice(op, "singleton", singleton, ("zero", "raw"))
+    _checks.check_number(op, "eps", eps, minimum=0.0)
+    _checks.check_integer(op, "correction", correction, minimum=0)
+    if aggregation == "normalize_then_sum" and normalize_by not in ("group", "batch_tokens"):
+        raise ValueError(
+            f'{op}: aggregation="normalize_then_sum" needs normalize_by="group" or "batch_tokens", got {normalize_by!r}'
+        )
+    if batch_eps is None:
+        return
+    _checks.check_number(op, "batch_eps", batch_eps, minimum=0.0)
+    if aggregation == "sum_then_normalize" and normalize_by in ("group", "none"):
+        raise ValueError(
+            f"{op}: batch_eps must be None where nothing is normalised over the batch, got {batch_eps} with "
+            f"normalize_by={normalize_by!r}"
+        )
+
+
+def _check_lengths(lengths: Tensor | None, rewards: Tensor, baseline: str, normalize_by: str) -> Tensor | None:
+    """Checks the lengths of `group_advantages`; returns None where no option needs them."""
+    op = "group_advantages"
+    needed = baseline == "length_weighted" or normalize_by == "batch_tokens"
+    if lengths is None:
+        if needed:
+            option = 'baseline="length_weighted"' if baseline == "length_weighted" else 'normalize_by="batch_tokens"'
+            raise ValueError(f"{op}: lengths must be given with {option}, got None")
+        return None
+    _checks.check_tensor(op, "lengths", lengths)
+    _checks.check_dtype(op, "lengths", lengths, (*_checks.INTEGER, *_checks.FLOATING))
+    _checks.check_shape(op, "lengths", lengths, ("[B]", [rewards.shape[0]]))
+    _checks.check_same_device(op, "lengths", lengths, "rewards", rewards)
+    return lengths.detach() if needed else None
+
+
 def group_advantages(
     rewards: Tensor,
     *,
     group_size: int | None = None,
     group_ids: Tensor | None = None,
     reward_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
     baseline: str = "mean",
     normalize_by: str = "group",
     aggregation: str = "sum_then_normalize",
     singleton: str = "zero",
     eps: float = 1e-4,
+    batch_eps: float | None = None,
     correction: int = 1,
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> GroupAdvantagesOutput:
@@ -101,16 +152,24 @@ def group_advantages(
             `process_group`).
         group_ids: [B] int. Instead: samples with equal ids are one group, in any order and number.
         reward_weights: [R] float. Weights w_k; 1 each by default.
-        baseline: "mean", "leave_one_out" (the mean of the others), or "none".
-        normalize_by: "group" or "batch" (standard deviation of the total reward over the group or all samples), or
-            "none" (Dr. GRPO).
+        lengths: [B] int or float. Live tokens of each response, for "length_weighted" and "batch_tokens"; the other
+            options leave it alone.
+        baseline: What is subtracted: "mean"; "leave_one_out", the mean of the others; "length_weighted" (OPO),
+            sum len r / sum len; "none". "second_best" (pass@k): the group's best sample gets r_max - r_second, the
+            others 0; of tied best ones, all 0.
+        normalize_by: "group" or "batch" (standard deviation of the total reward over the group or all samples), "none"
+            (Dr. GRPO), or "batch_tokens" (REINFORCE++): (x - mean) / sqrt(var + eps), with mean and variance of the
+            baselined rewards x over all live tokens of the batch.
         aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): every function's rewards are normalised in
-            their group, the weighted sum is normalised over the batch. The latter needs normalize_by="group".
+            their group, the weighted sum is normalised over the batch: over its samples with normalize_by="group",
+            over its tokens with "batch_tokens".
         singleton: What a group with one scored sample gets: "zero", or "raw" (verl: mean 0, deviation 1, so
             A = r / (1 + eps)).
-        eps: Added to the standard deviation, outside the root. TRL uses 1e-4, verl 1e-6.
-        correction: Subtracted from the count in the variance: 1 is the unbiased estimate (TRL, verl), 0 the
-            population's.
+        eps: Added to the standard deviation, outside the root; to the variance of "batch_tokens". TRL uses 1e-4, verl
+            1e-6.
+        batch_eps: `eps` of the normalisation over the batch, where there is one; eps by default. verl uses 1e-8.
+        correction: Subtracted from the count in the variance, of tokens with "batch_tokens": 1 is the unbiased estimate
+            (TRL, verl), 0 the population's.
         process_group: Groups may straddle its ranks. Samples are taken in the order of the ranks; every rank passes the
             same B.
 
@@ -123,32 +182,28 @@ def group_advantages(
 
     Numerics:
         float64 inside, two passes about the group's first reward, in a fixed order: equal rewards give exactly 0,
-        whatever eps. An infinite reward makes its group NaN and no other (the batch, where its deviation divides).
-        Deterministic; no host synchronisation; one launch on CUDA for equal groups.
+        whatever eps. An infinite reward makes its group NaN and no other (the batch, where its deviation divides). A
+        length of 0 counts nothing, whatever the reward; a group without tokens has no length-weighted mean and gets 0.
+        A negative or infinite length, or NaN, makes what it is part of NaN. Deterministic; no host synchronisation; one
+        launch on CUDA for equal groups.
 
     Source:
-        DeepSeekMath (arXiv 2402.03300) section 4.1; leave-one-out: RLOO (2402.14740); Dr. GRPO (2503.20783); GDPO
-        (2601.05242).
+        DeepSeekMath (arXiv 2402.03300) section 4.1; leave-one-out: RLOO (2402.14740); Dr. GRPO (2503.20783); OPO
+        (2505.23585); pass@k (2503.19595); REINFORCE++ (2501.03262); GDPO (2601.05242).
     """
     op = "group_advantages"
     _check_values(op, "rewards", rewards, "[B]", "[B, R]")
-    _checks.check_choice(op, "baseline", baseline, ("mean", "leave_one_out", "none"))
-    _checks.check_choice(op, "normalize_by", normalize_by, ("group", "batch", "none"))
-    _checks.check_choice(op, "aggregation", aggregation, ("sum_then_normalize", "normalize_then_sum"))
-    _checks.check_choice(op, "singleton", singleton, ("zero", "raw"))
-    _checks.check_number(op, "eps", eps, minimum=0.0)
-    _checks.check_integer(op, "correction", correction, minimum=0)
-    if aggregation == "normalize_then_sum" and normalize_by != "group":
-        raise ValueError(f'{op}: aggregation="normalize_then_sum" needs normalize_by="group", got {normalize_by!r}')
-    functions = rewards.shape[1] if rewards.ndim == 2 else 1
-    if rewards.ndim == 2 and functions == 0:
+    _check_normalization(baseline, normalize_by, aggregation, singleton, eps, batch_eps, correction)
+    if rewards.ndim == 2 and rewards.shape[1] == 0:
         raise ValueError(f"{op}: rewards must have at least one reward function, got {list(rewards.shape)}")
     if reward_weights is not None:
+        functions = rewards.shape[1] if rewards.ndim == 2 else 1
         _checks.check_tensor(op, "reward_weights", reward_weights)
         _checks.check_dtype(op, "reward_weights", reward_weights)
         _checks.check_shape(op, "reward_weights", reward_weights, ("[R]", [functions]))
         _checks.check_same_device(op, "reward_weights", reward_weights, "rewards", rewards)
         reward_weights = reward_weights.detach()
+    lengths = _check_lengths(lengths, rewards, baseline, normalize_by)
 
     rewards = rewards.detach()
     batch = rewards.shape[0]
@@ -157,8 +212,10 @@ def group_advantages(
     if process_group is not None:
         rewards = _gather(rewards, process_group)
         group_ids = None if group_ids is None else _gather(group_ids, process_group)
-    options = (size, baseline, normalize_by, aggregation, singleton, float(eps), correction)
-    arguments = (rewards, group_ids, reward_weights, *options)
+        lengths = None if lengths is None else _gather(lengths, process_group)
+    epsilons = (float(eps), float(eps if batch_eps is None else batch_eps))
+    options = (size, baseline, normalize_by, aggregation, singleton, *epsilons, correction)
+    arguments = (rewards, group_ids, reward_weights, lengths, *options)
     backend = resolve(op, rewards)
     if backend == "reference":
         results = reference.group_advantages(*arguments)

@@ -24,9 +24,9 @@ def _group_advantages_fake(rewards: Tensor, *_: object) -> tuple[Tensor, Tensor,
 
 
 group_advantages = _dispatch.define(
-    "group_advantages(Tensor rewards, Tensor? group_ids, Tensor? reward_weights, int group_size, str baseline, "
-    "str normalize_by, str aggregation, str singleton, float eps, int correction, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "group_advantages(Tensor rewards, Tensor? group_ids, Tensor? reward_weights, Tensor? lengths, int group_size, "
+    "str baseline, str normalize_by, str aggregation, str singleton, float eps, float batch_eps, int correction, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
     package=_PACKAGE,
     fake=_group_advantages_fake,
 )

@@ -11,13 +11,16 @@ R = torch.tensor([0.0, 1.0, 0.5, 1.0, 0.25, float("nan"), 0.25, 0.75])
 R2 = torch.stack([R, R.flip(0)], dim=1)
 IDS = torch.tensor([7, -1, 7, 7, -1, 3, 7, -1])
 MASK = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
-DEFAULTS = (4, "mean", "group", "sum_then_normalize", "zero", 1e-4, 1)
+DEFAULTS = (None, 4, "mean", "group", "sum_then_normalize", "zero", 1e-4, 1e-4, 1)
 
 OPS = {
     "group_advantages": [
         (R, None, None, *DEFAULTS),
-        (R2.double(), IDS, torch.tensor([1.0, 0.5]), 1, "leave_one_out", "batch", "sum_then_normalize", "raw", 0.0, 0),
-        (R2.bfloat16(), IDS, None, 1, "none", "group", "normalize_then_sum", "zero", 1e-4, 1),
+        (
+            *(R2.double(), IDS, torch.tensor([1.0, 0.5]), None, 1, "leave_one_out", "batch", "sum_then_normalize"),
+            *("raw", 0.0, 1e-4, 0),
+        ),
+        (R2.bfloat16(), IDS, None, None, 1, "none", "group", "normalize_then_sum", "zero", 1e-4, 1e-4, 1),
         (R[:0], None, None, *DEFAULTS),
     ],
     "informative_groups": [(R, None, None, 4, 1e-6), (R.half(), IDS, MASK, 1, 0.5), (R[:0], None, None, 4, 0.0)],
