@@ -1,4 +1,4 @@
-"""The tiny model that the folder's tests share. Nothing here imports TRL: where it is missing, the tests skip by name."""
+"""The tiny model that the folder's tests share. Nothing here imports TRL: without it the tests skip by name."""
 
 from __future__ import annotations
 

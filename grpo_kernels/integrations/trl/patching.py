@@ -1,0 +1,130 @@
+"""Putting the kernels in the place of TRL's, and back."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from grpo_kernels.integrations._patch import IncompatibleVersion, Patch, Replacement, check_signature
+from grpo_kernels.integrations.trl import head, logits
+from grpo_kernels.integrations.trl.version import require_trl
+
+_UTILS = "trl.trainer.utils"
+_HEAD = "_ChunkedLogProbFunction"
+_HEAD_PARAMETERS = (
+    "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+    "outputs",
+)  # fmt: skip
+_PARAMETERS = {
+    "selective_log_softmax": ("logits", "index", "temperature", "row_mask"),
+    "entropy_from_logits": ("logits", "chunk_size"),
+    "selective_log_softmax_and_entropy": ("logits", "index", "entropy_requires_grad", "temperature", "row_mask"),
+    "_supports_trl_loss_kernel": ("logits", "index", "row_mask"),
+    "_use_triton": ("device",),
+}
+_OF_LOGITS = {
+    "selective_log_softmax": logits.selective_log_softmax,
+    "entropy_from_logits": logits.entropy_from_logits,
+    "selective_log_softmax_and_entropy": logits.selective_log_softmax_and_entropy,
+}
+
+
+def patch() -> None:
+    """Makes all trainers of TRL compute log-probs and entropies with the kernels, those that exist already, too.
+
+    Replaced are what its fused head calls, by `linear_token_log_probs`, and `selective_log_softmax`,
+    `entropy_from_logits` and `selective_log_softmax_and_entropy`, by `token_log_probs`: in `trl.trainer.utils` and in
+    every module of TRL that has imported them or will. What the kernels do not compute as TRL does goes to TRL's own
+    functions. A second call does nothing.
+
+    Raises:
+        ImportError: TRL is not installed.
+        IncompatibleVersion: it is older than 1.16, or its functions take other parameters; nothing has been replaced.
+    """
+    _PATCH.apply()
+
+
+def unpatch() -> None:
+    """Puts back what `patch` replaced, unless someone else has replaced it since. A second call does nothing."""
+    _PATCH.undo()
+    for original, value in _pairs:
+        for module, name in _places(value):  # of modules that were imported since
+            setattr(module, name, original)
+
+
+def is_patched() -> bool:
+    return _PATCH.applied
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Patched in the block, and after it as it was before."""
+    before = is_patched()
+    patch()
+    try:
+        yield
+    finally:
+        if before:
+            patch()
+        else:
+            unpatch()
+
+
+def _build() -> list[Replacement]:
+    require_trl()
+    utils = _import_utils()
+    _check(utils)
+    _pairs[:] = [(getattr(utils, name), build(utils)) for name, build in _OF_LOGITS.items()]
+    replacements = [
+        Replacement(utils, _HEAD, head.fused_head(getattr(utils, _HEAD))),
+        Replacement(utils, "_use_triton", head.scored_rows(utils._use_triton)),
+    ]
+    for original, value in _pairs:
+        replacements += [Replacement(module, name, value) for module, name in _places(original)]
+    return replacements
+
+
+def _import_utils() -> Any:
+    try:
+        return importlib.import_module(_UTILS)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{_UTILS}.".startswith(f"{error.name}."):
+            raise
+        raise IncompatibleVersion(f"trl {importlib.metadata.version('trl')} has no {error.name}") from error
+
+
+def _check(utils: Any) -> None:
+    """Raises unless all that is replaced, or called, has the expected form."""
+    missing = [name for name in (_HEAD, "is_triton_available", *_PARAMETERS) if not hasattr(utils, name)]
+    if missing:
+        raise IncompatibleVersion(f"{_UTILS}.{missing[0]} is missing from trl {importlib.metadata.version('trl')}")
+    for name, parameters in _PARAMETERS.items():
+        check_signature("trl", f"{_UTILS}.{name}", getattr(utils, name), parameters)
+    forward = getattr(getattr(utils, _HEAD), "forward", None)
+    if forward is None:
+        raise IncompatibleVersion(f"{_UTILS}.{_HEAD} must be TRL's autograd function, got {getattr(utils, _HEAD)!r}")
+    check_signature("trl", f"{_UTILS}.{_HEAD}.forward", forward, _HEAD_PARAMETERS)
+    outputs = inspect.signature(forward).parameters["outputs"].default
+    if outputs != head.OUTPUTS:
+        raise IncompatibleVersion(f"{_UTILS}.{_HEAD} must return log-probs and {head.OUTPUTS}, got {outputs}")
+
+
+def _places(value: object) -> list[tuple[ModuleType, str]]:
+    """Where the loaded modules of TRL have `value`, under which name. Nothing is imported."""
+    return [
+        (module, name)
+        for full_name, module in list(sys.modules.items())
+        if module is not None and (full_name == "trl" or full_name.startswith("trl."))
+        for name, found in list(vars(module).items())
+        if found is value
+    ]
+
+
+_pairs: list[tuple[Any, Any]] = []
+_PATCH = Patch(_build)
