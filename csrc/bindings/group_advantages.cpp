@@ -11,21 +11,23 @@ Grouping make_grouping(int64_t batch, int64_t group_size, Address order, Address
 }
 
 int64_t group_advantages(Address rewards, int dtype, int64_t batch, int functions, int64_t group_size, Address order,
-                         Address sorted_ids, Address weights, int baseline, int normalize_by, int aggregation, int singleton,
-                         int correction, double eps, Address scratch, Address advantages, Address mean, Address std, int device,
-                         Address stream_or_threads) {
+                         Address sorted_ids, Address weights, Address lengths, int baseline, int normalize_by, int aggregation,
+                         int singleton, int correction, double eps, double batch_eps, Address scratch, Address advantages,
+                         Address mean, Address std, int device, Address stream_or_threads) {
   GroupAdvantagesArgs args{};
   args.grouping = make_grouping(batch, group_size, order, sorted_ids);
   args.rewards = pointer<const void>(rewards);
   args.dtype = dtype;
   args.functions = functions;
   args.weights = pointer<const double>(weights);
+  args.lengths = pointer<const double>(lengths);
   args.baseline = baseline;
   args.normalize_by = normalize_by;
   args.aggregation = aggregation;
   args.singleton = singleton;
   args.correction = correction;
   args.eps = eps;
+  args.batch_eps = batch_eps;
   args.scratch = pointer<double>(scratch);
   args.advantages = pointer<void>(advantages);
   args.mean = pointer<void>(mean);

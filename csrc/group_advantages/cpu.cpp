@@ -46,10 +46,50 @@ Statistics statistics(const double* values, int64_t count, int correction) {
   int64_t first = 0;
   while (first < count && is_nan(values[first])) ++first;
   const double pivot = first < count ? values[first] : 0.0;
-  const int64_t live = int64_t(sum_live(values, count, [](double) { return 1.0; }));
+  const double live = sum_live(values, count, [](double) { return 1.0; });
   const double mean = mean_from_sum(pivot, sum_live(values, count, [=](double v) { return v - pivot; }), live);
   const double squared = sum_live(values, count, [=](double v) { return (v - mean) * (v - mean); });
   return {mean, std_from_sum(squared, live, correction), live};
+}
+
+// The same where every value counts as often as its response, length(i), has tokens.
+template <typename Length>
+Statistics statistics_of_tokens(const double* values, int64_t count, int correction, const Length& length) {
+  double pivot = 0.0, tokens = 0.0, shifted = 0.0, squared = 0.0;
+  bool have_pivot = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const double n = length(i);
+    if (is_nan(values[i]) || n == 0.0) continue;
+    if (!have_pivot) pivot = values[i];
+    have_pivot = true;
+    tokens += n;
+    shifted += n * (values[i] - pivot);
+  }
+  const double mean = mean_from_sum(pivot, shifted, tokens);
+  for (int64_t i = 0; i < count; ++i) {
+    const double n = length(i);
+    if (!is_nan(values[i]) && n != 0.0) squared += n * ((values[i] - mean) * (values[i] - mean));
+  }
+  return {mean, std_from_sum(squared, tokens, correction), tokens};
+}
+
+// Centring of a group's values, and its statistics, which singletons alter.
+Centring centring_of(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const double* values, Statistics& s) {
+  s = statistics(values, end - begin, a.correction);
+  apply_singleton(a, s);
+  Peer peer{0.0, 0.0};
+  if (a.baseline == kBaselineLengthWeighted) {
+    const Statistics weighted =
+        statistics_of_tokens(values, end - begin, 0, [&](int64_t i) { return length_of(a, sample_at(a.grouping, begin + i)); });
+    peer = {weighted.mean, weighted.count};
+  } else if (a.baseline == kBaselineSecondBest) {
+    BestTwo two = no_best();
+    for (int64_t i = 0; i < end - begin; ++i) {
+      if (!is_nan(values[i])) two = merge(two, {values[i], lowest()});
+    }
+    peer.value = two.second;
+  }
+  return make_centring(a, s, peer);
 }
 
 template <typename T>
@@ -68,11 +108,11 @@ void total_rewards(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, dou
 }
 
 template <typename Out>
-void store_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const Statistics& s, const double* values) {
+void store_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const Statistics& s, const Centring& c,
+                 const double* values) {
   Out* advantages = static_cast<Out*>(a.advantages);
   Out* mean = static_cast<Out*>(a.mean);
   Out* std = static_cast<Out*>(a.std);
-  const Centring c = make_centring(a, s);
   const Out group_mean = Out(s.mean), group_std = Out(s.std);
   for (int64_t p = begin; p < end; ++p) mean[sample_at(a.grouping, p)] = group_mean;
   for (int64_t p = begin; p < end; ++p) std[sample_at(a.grouping, p)] = group_std;
@@ -91,9 +131,8 @@ void sum_normalized(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, do
     for (int64_t p = begin; p < end; ++p) {
       values[p - begin] = load_value(a.rewards, a.dtype, sample_at(a.grouping, p) * a.functions + k);
     }
-    Statistics s = statistics(values, end - begin, a.correction);
-    apply_singleton(a, s);
-    const Centring c = make_centring(a, s);
+    Statistics s;
+    const Centring c = centring_of(a, begin, end, values, s);
     for (int64_t p = begin; p < end; ++p) {
       const double value = values[p - begin];
       if (is_nan(value)) continue;
@@ -109,18 +148,17 @@ void advantages_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t en
   double* values = a.scratch + begin;
   double* by_sample = a.scratch + a.grouping.batch;
   total_rewards(a, begin, end, values);
-  Statistics s = statistics(values, end - begin, a.correction);
-  apply_singleton(a, s);
-  const bool finished = a.aggregation == kSumThenNormalize && a.normalize_by != kNormalizeBatch;
+  Statistics s;
+  const Centring c = centring_of(a, begin, end, values, s);
+  const bool finished = !needs_batch(a);
   if (a.dtype == kFloat64) {
-    store_group<double>(a, begin, end, s, finished ? values : nullptr);
+    store_group<double>(a, begin, end, s, c, finished ? values : nullptr);
   } else {
-    store_group<float>(a, begin, end, s, finished ? values : nullptr);
+    store_group<float>(a, begin, end, s, c, finished ? values : nullptr);
   }
   if (a.aggregation == kNormalizeThenSum) {
     sum_normalized(a, begin, end, values, by_sample);
-  } else if (a.normalize_by == kNormalizeBatch) {
-    const Centring c = make_centring(a, s);
+  } else if (!finished) {
     for (int64_t p = begin; p < end; ++p) {
       by_sample[sample_at(a.grouping, p)] = centred(c, values[p - begin]);
     }
@@ -129,15 +167,17 @@ void advantages_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t en
 
 void normalize_batch(const GroupAdvantagesArgs& a) {
   const int64_t batch = a.grouping.batch;
-  const bool whiten = a.aggregation == kNormalizeThenSum;
+  const bool whiten = whitens_batch(a);
   const double* by_sample = a.scratch + batch;
   double* live = a.scratch;  // what the batch statistic is taken over; NaN is left out
   for (int64_t i = 0; i < batch; ++i) {
     const double total = combined_reward(a, i);
     live[i] = whiten && is_scored(a, i, total) ? by_sample[i] : total;
   }
-  const Statistics s = statistics(live, batch, a.correction);
-  const double inverse = inverse_scale(s.std, a.eps);
+  const Statistics s = a.normalize_by == kNormalizeBatchTokens
+                           ? statistics_of_tokens(live, batch, a.correction, [&](int64_t i) { return length_of(a, i); })
+                           : statistics(live, batch, a.correction);
+  const double inverse = inverse_scale_of_batch(a, s.std);
   for (int64_t i = 0; i < batch; ++i) {
     const double difference = whiten ? by_sample[i] - s.mean : by_sample[i];
     store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, inverse) : 0.0);
@@ -166,7 +206,7 @@ void sort_samples(const GroupRankArgs& a, int64_t* samples, int64_t* buffer, int
 
 int64_t group_advantages_cpu(const GroupAdvantagesArgs& a, int threads) {
   for_each_group(a.grouping, threads, [&](int64_t begin, int64_t end) { advantages_of_group(a, begin, end); });
-  if (a.aggregation == kNormalizeThenSum || a.normalize_by == kNormalizeBatch) normalize_batch(a);
+  if (needs_batch(a)) normalize_batch(a);
   return -1;
 }
 

@@ -34,40 +34,72 @@ __device__ bool group_of_unit(const Grouping& g, int64_t unit, int64_t& begin, i
 
 __host__ __device__ int64_t units_of(const Grouping& g) { return g.order == nullptr ? g.batch / g.group_size : g.batch; }
 
-// Statistics of value(position) over [begin, end) by one warp; the order of the sums depends on nothing but the range's length.
-template <typename Value>
-__device__ Statistics warp_statistics(int64_t begin, int64_t end, int correction, const Value& value) {
+// Statistics of value(position), counted weight(position) times, over [begin, end) by one warp; the order of the sums depends
+// on nothing but the range's length.
+template <typename Value, typename Weight>
+__device__ Statistics warp_statistics(int64_t begin, int64_t end, int correction, const Value& value, const Weight& weight) {
   const int lane = threadIdx.x % kWarp;
-  double pivot = 0.0, shifted = 0.0, squared = 0.0;
-  int64_t count = 0;
+  double pivot = 0.0, shifted = 0.0, squared = 0.0, count = 0.0;
   bool have_pivot = false;
   for (int64_t base = begin; base < end; base += kWarp) {
     const double v = base + lane < end ? value(base + lane) : quiet_nan();
-    const unsigned live = __ballot_sync(kFullMask, !is_nan(v));
+    const double n = is_nan(v) ? 0.0 : weight(base + lane);
+    const unsigned live = __ballot_sync(kFullMask, n != 0.0);
     if (!have_pivot && live) {
       pivot = __shfl_sync(kFullMask, v, __ffs(int(live)) - 1);
       have_pivot = true;
     }
-    if (!is_nan(v)) {
-      shifted += v - pivot;
-      ++count;
+    if (n != 0.0) {
+      shifted += n * (v - pivot);
+      count += n;
     }
   }
   count = warp_sum(count);
   const double mean = mean_from_sum(pivot, warp_sum(shifted), count);
   for (int64_t p = begin + lane; p < end; p += kWarp) {
     const double v = value(p);
-    if (!is_nan(v)) squared += (v - mean) * (v - mean);
+    const double n = is_nan(v) ? 0.0 : weight(p);
+    if (n != 0.0) squared += n * ((v - mean) * (v - mean));
   }
   return {mean, std_from_sum(warp_sum(squared), count, correction), count};
+}
+
+__device__ double once(int64_t) { return 1.0; }
+
+template <typename Value>
+__device__ double warp_second_best(int64_t begin, int64_t end, const Value& value) {
+  BestTwo two = no_best();
+  for (int64_t p = begin + threadIdx.x % kWarp; p < end; p += kWarp) {
+    const double v = value(p);
+    if (!is_nan(v)) two = merge(two, {v, lowest()});
+  }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    two = merge(two, {__shfl_xor_sync(kFullMask, two.best, offset), __shfl_xor_sync(kFullMask, two.second, offset)});
+  }
+  return two.second;
+}
+
+// Centring of a group's values, and its statistics, which singletons alter.
+template <typename Value>
+__device__ Centring warp_centring(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const Value& value, Statistics& s) {
+  s = warp_statistics(begin, end, a.correction, value, once);
+  apply_singleton(a, s);
+  Peer peer{0.0, 0.0};
+  if (a.baseline == kBaselineLengthWeighted) {
+    const auto length = [&](int64_t p) { return length_of(a, sample_at(a.grouping, p)); };
+    const Statistics weighted = warp_statistics(begin, end, 0, value, length);
+    peer = {weighted.mean, weighted.count};
+  } else if (a.baseline == kBaselineSecondBest) {
+    peer.value = warp_second_best(begin, end, value);
+  }
+  return make_centring(a, s, peer);
 }
 
 __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end) {
   const int lane = threadIdx.x % kWarp;
   const auto combined = [&](int64_t p) { return combined_reward(a, sample_at(a.grouping, p)); };
-  Statistics s = warp_statistics(begin, end, a.correction, combined);
-  apply_singleton(a, s);
-  const Centring c = make_centring(a, s);
+  Statistics s;
+  const Centring c = warp_centring(a, begin, end, combined, s);
   for (int64_t p = begin + lane; p < end; p += kWarp) {
     const int64_t sample = sample_at(a.grouping, p);
     store_value(a.mean, a.dtype, sample, s.mean);
@@ -75,7 +107,7 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
     const double value = combined(p);
     if (a.aggregation == kNormalizeThenSum) {
       a.scratch[sample] = 0.0;
-    } else if (a.normalize_by == kNormalizeBatch) {
+    } else if (needs_batch(a)) {
       a.scratch[sample] = centred(c, value);
     } else {
       const double result = scaled(centred(c, value), c.inverse);
@@ -85,9 +117,8 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
   if (a.aggregation == kSumThenNormalize) return;
   for (int k = 0; k < a.functions; ++k) {
     const auto reward = [&](int64_t p) { return load_value(a.rewards, a.dtype, sample_at(a.grouping, p) * a.functions + k); };
-    Statistics column = warp_statistics(begin, end, a.correction, reward);
-    apply_singleton(a, column);
-    const Centring centring = make_centring(a, column);
+    Statistics column;
+    const Centring centring = warp_centring(a, begin, end, reward, column);
     // A lane adds to its own samples alone, function after function: no two threads share a scratch element.
     for (int64_t p = begin + lane; p < end; p += kWarp) {
       const double value = reward(p);
@@ -110,8 +141,8 @@ __global__ void __launch_bounds__(kBatchWarps* kWarp) group_advantages_kernel(Gr
     int64_t begin, end;
     if (group_of_unit(a.grouping, unit, begin, end)) centre_group(a, begin, end);
   }
-  const bool whiten = a.aggregation == kNormalizeThenSum;
-  if (!whiten && a.normalize_by != kNormalizeBatch) return;
+  if (!needs_batch(a)) return;
+  const bool whiten = whitens_batch(a);
 
   __shared__ Statistics batch;
   __syncthreads();                    // scratch of all groups is written; visible to this block
@@ -120,11 +151,12 @@ __global__ void __launch_bounds__(kBatchWarps* kWarp) group_advantages_kernel(Gr
     return whiten && is_scored(a, i, total) ? a.scratch[i] : total;
   };
   if (warp == 0) {
-    const Statistics s = warp_statistics(0, a.grouping.batch, a.correction, live);
+    const auto length = [&](int64_t i) { return a.normalize_by == kNormalizeBatchTokens ? length_of(a, i) : 1.0; };
+    const Statistics s = warp_statistics(0, a.grouping.batch, a.correction, live, length);
     if (threadIdx.x == 0) batch = s;
   }
   __syncthreads();
-  const double inverse = inverse_scale(batch.std, a.eps);
+  const double inverse = inverse_scale_of_batch(a, batch.std);
   for (int64_t i = threadIdx.x; i < a.grouping.batch; i += blockDim.x) {
     const double difference = whiten ? a.scratch[i] - batch.mean : a.scratch[i];
     store_value(a.advantages, a.dtype, i, is_scored(a, i, combined_reward(a, i)) ? scaled(difference, inverse) : 0.0);
@@ -191,7 +223,7 @@ __global__ void group_rank_kernel(GroupRankArgs a) {
 int group_advantages_cuda(const GroupAdvantagesArgs& a, void* stream) {
   using namespace GK_ISA;
   if (a.grouping.batch == 0) return 0;
-  const bool batch = a.aggregation == kNormalizeThenSum || a.normalize_by == kNormalizeBatch;
+  const bool batch = needs_batch(a);
   const int warps = batch ? kBatchWarps : kWarps;
   const int64_t blocks = batch ? 1 : ceil_div(units_of(a.grouping), warps);
   launch(group_advantages_kernel, unsigned(blocks), warps * kWarp, stream, a);

@@ -14,6 +14,7 @@ namespace GK_ISA {
 
 GK_HOST_DEVICE bool is_nan(double value) { return value != value; }
 GK_HOST_DEVICE double quiet_nan() { return double(bits_to_float(0x7fc00000u)); }
+GK_HOST_DEVICE double lowest() { return double(bits_to_float(0xff800000u)); }
 
 GK_HOST_DEVICE double load_value(const void* data, int dtype, int64_t index) {
   switch (dtype) {
@@ -64,18 +65,38 @@ GK_HOST_DEVICE bool is_scored(const GroupAdvantagesArgs& a, int64_t sample, doub
   return false;
 }
 
+// Tokens of a response; NaN for what is no length, so that it shows in whatever it takes part in.
+GK_HOST_DEVICE double length_of(const GroupAdvantagesArgs& a, int64_t sample) {
+  const double length = a.lengths[sample];
+  return length >= 0.0 && length - length == 0.0 ? length : quiet_nan();
+}
+
+// `count` is of values, or of tokens where every value counts as often as its response has tokens.
 struct Statistics {
   double mean;
   double std;
-  int64_t count;
+  double count;
 };
 
-GK_HOST_DEVICE double mean_from_sum(double pivot, double shifted_sum, int64_t count) {
-  return count > 0 ? pivot + shifted_sum / double(count) : 0.0;
+GK_HOST_DEVICE double mean_from_sum(double pivot, double shifted_sum, double count) {
+  return count == 0.0 ? 0.0 : pivot + shifted_sum / count;
 }
 
-GK_HOST_DEVICE double std_from_sum(double squared_sum, int64_t count, int correction) {
-  return count > correction ? sqrt(squared_sum / double(count - correction)) : 0.0;
+GK_HOST_DEVICE double std_from_sum(double squared_sum, double count, int correction) {
+  return count <= correction ? 0.0 : sqrt(squared_sum / (count - correction));
+}
+
+// The two largest values; equal ones count one by one.
+struct BestTwo {
+  double best, second;
+};
+
+GK_HOST_DEVICE BestTwo no_best() { return {lowest(), lowest()}; }
+
+GK_HOST_DEVICE BestTwo merge(const BestTwo& a, const BestTwo& b) {
+  const double low = a.best < b.best ? a.best : b.best;
+  const double second = a.second > b.second ? a.second : b.second;
+  return {a.best > b.best ? a.best : b.best, low > second ? low : second};
 }
 
 // A group of one has no peers to compare with: zero, or verl's convention of mean 0 and deviation 1.
@@ -86,26 +107,54 @@ GK_HOST_DEVICE void apply_singleton(const GroupAdvantagesArgs& a, Statistics& s)
   }
 }
 
-// How a group's rewards become advantages, worked out once a group: (value - shift) * factor, and that times inverse.
+GK_HOST_DEVICE bool divides_by_group(const GroupAdvantagesArgs& a) {
+  return a.normalize_by == kNormalizeGroup || a.aggregation == kNormalizeThenSum;
+}
+
+// Whether the mean of the batch is subtracted, of its samples or of its tokens.
+GK_HOST_DEVICE bool whitens_batch(const GroupAdvantagesArgs& a) {
+  return a.normalize_by == kNormalizeBatchTokens || a.aggregation == kNormalizeThenSum;
+}
+
+GK_HOST_DEVICE bool needs_batch(const GroupAdvantagesArgs& a) { return a.normalize_by == kNormalizeBatch || whitens_batch(a); }
+
+// How a group's rewards become advantages, worked out once a group: (value - shift) * factor, and that times inverse; 0 up to
+// the floor, which is NaN where there is none.
 struct Centring {
-  double shift, factor, inverse;
+  double shift, factor, inverse, floor;
 };
 
 GK_HOST_DEVICE double inverse_scale(double std, double eps) { return 1.0 / (std + eps); }
 
-GK_HOST_DEVICE Centring make_centring(const GroupAdvantagesArgs& a, const Statistics& s) {
-  Centring c{0.0, 1.0, a.normalize_by == kNormalizeGroup ? inverse_scale(s.std, a.eps) : 1.0};
-  const bool uses_group = a.baseline != kBaselineNone || a.normalize_by == kNormalizeGroup;
+GK_HOST_DEVICE double inverse_scale_of_batch(const GroupAdvantagesArgs& a, double std) {
+  return a.normalize_by == kNormalizeBatchTokens ? 1.0 / sqrt(std * std + a.batch_eps) : inverse_scale(std, a.batch_eps);
+}
+
+// What a baseline compares with beyond the group's statistics: the length-weighted mean and its tokens, or the second best.
+struct Peer {
+  double value, tokens;
+};
+
+GK_HOST_DEVICE Centring make_centring(const GroupAdvantagesArgs& a, const Statistics& s, const Peer& peer) {
+  Centring c{0.0, 1.0, divides_by_group(a) ? inverse_scale(s.std, a.eps) : 1.0, quiet_nan()};
+  const bool uses_group = a.baseline != kBaselineNone || divides_by_group(a);
   if (s.count == 1 && uses_group) {
     c.factor = a.singleton == kSingletonRaw ? 1.0 : 0.0;
+  } else if (a.baseline == kBaselineLengthWeighted) {
+    c.shift = peer.value;
+    if (peer.tokens == 0.0) c.factor = 0.0;
+  } else if (a.baseline == kBaselineSecondBest) {
+    c.shift = c.floor = s.mean - s.mean == 0.0 ? peer.value : quiet_nan();
   } else if (a.baseline != kBaselineNone) {
     c.shift = s.mean;
-    if (a.baseline == kBaselineLeaveOneOut) c.factor = double(s.count) / double(s.count - 1);
+    if (a.baseline == kBaselineLeaveOneOut) c.factor = s.count / (s.count - 1.0);
   }
   return c;
 }
 
-GK_HOST_DEVICE double centred(const Centring& c, double value) { return c.factor == 0.0 ? 0.0 : (value - c.shift) * c.factor; }
+GK_HOST_DEVICE double centred(const Centring& c, double value) {
+  return c.factor == 0.0 || value <= c.floor ? 0.0 : (value - c.shift) * c.factor;
+}
 
 // 0 / (0 + eps) is 0 for every eps, 0 included: a group of equal rewards teaches nothing.
 GK_HOST_DEVICE double scaled(double difference, double inverse) { return difference == 0.0 ? 0.0 : difference * inverse; }

@@ -17,8 +17,14 @@ struct Grouping {
   const int64_t* sorted_ids;
 };
 
-enum Baseline : int { kBaselineMean = 0, kBaselineLeaveOneOut = 1, kBaselineNone = 2 };
-enum NormalizeBy : int { kNormalizeGroup = 0, kNormalizeBatch = 1, kNormalizeNone = 2 };
+enum Baseline : int {
+  kBaselineMean = 0,
+  kBaselineLeaveOneOut = 1,
+  kBaselineNone = 2,
+  kBaselineLengthWeighted = 3,
+  kBaselineSecondBest = 4
+};
+enum NormalizeBy : int { kNormalizeGroup = 0, kNormalizeBatch = 1, kNormalizeNone = 2, kNormalizeBatchTokens = 3 };
 enum Aggregation : int { kSumThenNormalize = 0, kNormalizeThenSum = 1 };
 enum Singleton : int { kSingletonZero = 0, kSingletonRaw = 1 };
 
@@ -28,8 +34,9 @@ struct GroupAdvantagesArgs {
   int dtype;              // of rewards
   int functions;          // R
   const double* weights;  // [R], or null for ones
+  const double* lengths;  // [batch] tokens of each response; null where no option needs them
   int baseline, normalize_by, aggregation, singleton, correction;
-  double eps;
+  double eps, batch_eps;
   double* scratch;   // CPU: [2 batch]. CUDA: [batch], only where a batch statistic is asked for
   void* advantages;  // [batch] each, float64 if rewards are, else float32
   void* mean;

@@ -9,8 +9,8 @@ from grpo_kernels import _extension
 from grpo_kernels._extension import DTYPE_CODE, pointer
 
 # The kernels' numbers for the options: csrc/group_advantages/group_advantages.h
-_BASELINE = {"mean": 0, "leave_one_out": 1, "none": 2}
-_NORMALIZE_BY = {"group": 0, "batch": 1, "none": 2}
+_BASELINE = {"mean": 0, "leave_one_out": 1, "none": 2, "length_weighted": 3, "second_best": 4}
+_NORMALIZE_BY = {"group": 0, "batch": 1, "none": 2, "batch_tokens": 3}
 _AGGREGATION = {"sum_then_normalize": 0, "normalize_then_sum": 1}
 _SINGLETON = {"zero": 0, "raw": 1}
 
@@ -40,10 +40,11 @@ def group_advantages(
     rewards = rewards.contiguous()
     batch = rewards.shape[0]
     weights = None if reward_weights is None else reward_weights.to(torch.float64).contiguous()
+    lengths = None if lengths is None else lengths.to(torch.float64).contiguous()
     order, sorted_ids = _sorted_groups(group_ids)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     execution = _extension.execution(rewards)
-    batch_statistic = normalize_by == "batch" or aggregation == "normalize_then_sum"
+    batch_statistic = normalize_by in ("batch", "batch_tokens") or aggregation == "normalize_then_sum"
     scratch_size = batch * batch_statistic if execution[0] >= 0 else 2 * batch
     scratch = rewards.new_empty(scratch_size, dtype=torch.float64)
     advantages = rewards.new_empty(batch, dtype=dtype)
@@ -57,12 +58,14 @@ def group_advantages(
         pointer(order),
         pointer(sorted_ids),
         pointer(weights),
+        pointer(lengths),
         _BASELINE[baseline],
         _NORMALIZE_BY[normalize_by],
         _AGGREGATION[aggregation],
         _SINGLETON[singleton],
         correction,
         eps,
+        batch_eps,
         scratch.data_ptr(),
         advantages.data_ptr(),
         mean.data_ptr(),
