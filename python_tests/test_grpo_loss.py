@@ -14,7 +14,7 @@ from torch import Tensor
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, grpo_loss
-from grpo_kernels.grpo_loss.config import REDUCTIONS
+from grpo_kernels.grpo_loss.choices import REDUCTIONS
 from grpo_kernels.grpo_loss.metrics import NAMES
 from grpo_kernels.testing import assert_as_accurate
 from python_tests.samples.grpo_loss import LENGTHS, VARIANTS, batch, call, config_of, pack

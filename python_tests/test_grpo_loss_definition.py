@@ -10,8 +10,8 @@ from torch import Tensor
 
 import grpo_kernels
 from grpo_kernels.grpo_loss import GRPOLossConfig
-from grpo_kernels.grpo_loss.config import REDUCTIONS
-from grpo_kernels.grpo_loss.reference import entropy_threshold
+from grpo_kernels.grpo_loss.batch_statistics import entropy_threshold
+from grpo_kernels.grpo_loss.choices import REDUCTIONS
 from python_tests.samples.grpo_loss import VARIANTS, batch, call, config_of, pack
 
 LEAVES = ("log_probs", "entropy")
@@ -107,7 +107,9 @@ def definition(c: GRPOLossConfig, inputs: dict[str, Tensor | None], num_items: f
             )
         return out
     sums = torch.stack([loss.sum() for loss, _, _ in rows])
-    if c.reduction == "token_mean":
+    if c.reduction == "token_sum":
+        loss = sums.sum()
+    elif c.reduction == "token_mean":
         loss = sums.sum() / (num_items or int(mask.sum()))
     else:
         if c.reduction == "sequence_mean_token_mean":
@@ -165,7 +167,7 @@ def test_packed_sequences_give_the_same(variant: str, reduction: str) -> None:
         torch.testing.assert_close(ours[inside].view(expected.shape), expected, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("reduction", [r for r in REDUCTIONS if r != "none"])
+@pytest.mark.parametrize("reduction", [r for r in REDUCTIONS if r not in ("none", "token_sum")])
 def test_num_items_replaces_the_count(reduction: str) -> None:
     config, inputs = config_of("ppo", reduction), batch()
     expected = definition(config, inputs, num_items=100.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 import grpo_kernels
 from grpo_kernels import _dispatch, _extension
 from grpo_kernels.cli import main, verify
-from grpo_kernels.grpo_loss import config as loss_config
+from grpo_kernels.grpo_loss import choices as loss_config
 from grpo_kernels.grpo_loss import presets
 from grpo_kernels.testing import verification
 from grpo_kernels.testing.accuracy import accuracy_error

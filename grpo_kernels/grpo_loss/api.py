@@ -9,10 +9,11 @@ from torch import Tensor
 
 from grpo_kernels import _checks, _dispatch
 from grpo_kernels.grpo_loss import ops, reference
+from grpo_kernels.grpo_loss.batch_statistics import with_batch_statistics
 from grpo_kernels.grpo_loss.config import GRPOLossConfig
-from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs, with_entropy_threshold
+from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs
 from grpo_kernels.grpo_loss.metrics import GRPOMetrics
-from grpo_kernels.grpo_loss.reference import LossInputs
+from grpo_kernels.grpo_loss.rows import LossInputs
 
 _OP = "grpo_loss"
 _DEFAULT_CONFIG = GRPOLossConfig()
@@ -121,7 +122,7 @@ def grpo_loss(
         num_items=num_items,
         max_length=max_length,
     )
-    loss, values = evaluate(with_entropy_threshold(inputs, config), config, _dispatch.resolve(_OP, log_probs))
+    loss, values = evaluate(with_batch_statistics(inputs, config), config, _dispatch.resolve(_OP, log_probs))
     return GRPOLossOutput(loss, GRPOMetrics(values))
 
 
@@ -138,11 +139,11 @@ def _check_log_probs(log_probs: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def evaluate(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[Tensor, Tensor]:
     """The loss, differentiable in log_probs and entropy, and the values of its metrics."""
-    if backend == "reference":
+    if backend == "reference" or not config.has_kernels:
         return reference.grpo_loss(inputs, config)
-    tensors: list[Tensor | None] = list(inputs[:10])
+    tensors: list[Tensor | None] = [*inputs[:9], *inputs[10:11]]
     numbers: list[Any] = []
-    for value in inputs[10:13]:
+    for value in inputs[11:14]:
         tensor, number = (value, 0.0) if isinstance(value, Tensor) else (None, value)
         tensors.append(tensor)
         numbers.append(number)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-SURROGATES = ("ppo_clip", "cispo", "sapo", "vespo", "reinforce")
-RATIO_LEVELS = ("token", "sequence")
-REDUCTIONS = (
-    "token_mean",
-    "sequence_mean_token_mean",
-    "sequence_mean_token_sum",
-    "sequence_mean_token_sum_norm",
-    "none",
+from grpo_kernels.grpo_loss.choices import (
+    CLIPPING,
+    DIVERGENCES,
+    KL_ESTIMATORS,
+    RATIO_LEVELS,
+    REDUCTIONS,
+    SAMPLER_CORRECTIONS,
+    SELECTING,
+    SURROGATES,
 )
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
-SAMPLER_CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+from grpo_kernels.grpo_loss.config_checks import check_config
 
 _SMALLEST_VESPO_LAMBDA = 1e-4
 
@@ -32,20 +31,35 @@ class GRPOLossConfig:
         surrogate: The policy term. "ppo_clip": -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) (PPO, GRPO, DAPO,
             GSPO). "cispo": -stop_gradient(clip(r)) A log_prob (MiniMax-M1). "sapo": the soft gate -4/tau sigmoid(tau
             (r - 1)) A. "vespo": -stop_gradient(phi) A log_prob with a gamma weighting of the sequence's ratio.
-            "reinforce": -A log_prob. Default "ppo_clip".
-        ratio_level: "token" or "sequence". "sequence" (GSPO) is exp of the mean log-ratio over the sequence's live
-            tokens, and its gradient reaches every one of them. Default "token".
+            "reinforce": -A log_prob. "gmpo": -R A, R the geometric mean of the sequence's ratios, each clipped where
+            that keeps R A from growing (GMPO); clip distances are of the log-ratio. "dppo_tv", "dppo_kl":
+            -stop_gradient(min(r, ratio_cap)) A log_prob, and 0 where the probability of the token has moved in the
+            advantage's direction by more than the clip distance, measured as the difference of the probabilities or
+            as the KL of "this token or another" (DPPO). "dro": -A log_prob + dro_beta / 2 (log-ratio)^2 (DRO).
+            "clip_cov": "ppo_clip", and 0 on tokens drawn among those of high covariance. "kl_cov": -r A, plus
+            kl_cov_coef |log-ratio| on the tokens of highest covariance; the covariance of a token is (A - mean A)
+            (log_prob - mean log_prob) over the live tokens of the call. Default "ppo_clip".
+        ratio_level: "token", "sequence" or "sequence_token". "sequence" (GSPO) is exp of the mean log-ratio over the
+            sequence's live tokens, and its gradient reaches every one of them. "sequence_token" (GSPO-token) has the
+            same value, and the gradient of a token's ratio: through its own log-prob alone. Default "token".
         reduction: "token_mean": sum over live tokens / their number, or / ``num_items`` (DAPO, BNPO; the
             default, as in TRL and verl).
             "sequence_mean_token_mean": mean over sequences of the mean over their live tokens; a sequence without
             live tokens counts as 0 (GRPO). "sequence_mean_token_sum": mean over sequences of the sum (LUSPO).
-            "sequence_mean_token_sum_norm": the same divided by ``max_length`` (Dr. GRPO). "none": per-token losses.
+            "sequence_mean_token_sum_norm": the same divided by ``max_length`` (Dr. GRPO). "token_sum": sum over live
+            tokens. "none": per-token losses.
+        skip_empty_sequences: The mean over sequences is one over those with live tokens (verl); by default a sequence
+            without them counts as 0 (TRL). Without an effect where ``num_items`` is given.
         clip_low: Lower clip distance, so the bound is 1 - clip_low; it may exceed 1, which means no lower bound
-            (DeepSeek-R1: 10). Default 0.2. Used by "ppo_clip", and by "cispo" without ``ratio_cap``.
+            (DeepSeek-R1: 10). Default 0.2. Used by "ppo_clip", "clip_cov", and "cispo" without ``ratio_cap``; "gmpo":
+            distance of the log-ratio; "dppo_tv", "dppo_kl": bound of the divergence where A <= 0.
         clip_high: Upper clip distance, so the bound is 1 + clip_high. None, the default, means clip_low (TRL); DAPO:
-            0.28.
-        ratio_cap: "cispo" only: absolute upper bound of r without a lower one (TRL and ScaleRL; 5.0 there). None, the
-            default: the bounds 1 - clip_low and 1 + clip_high (verl).
+            0.28. "dppo_tv", "dppo_kl": bound of the divergence where A > 0.
+        ratio_cap: "cispo": absolute upper bound of r without a lower one (TRL and ScaleRL; 5.0 there). None, the
+            default: the bounds 1 - clip_low and 1 + clip_high (verl). "dppo_tv", "dppo_kl": upper bound of r.
+        log_ratio_min: The log-ratio (the sequence's mean at the sequence levels) is clamped to at least this before
+            the ratio is formed; the gradient outside is 0 (verl: -20). Default None: off. Not for "gmpo".
+        log_ratio_max: Likewise at most this (verl: 20; its GSPO: 10). Default None: off.
         delta: "ppo_clip" only: r is replaced by min(r, delta) in the unclipped branch (INTELLECT-2). Default None:
             off.
         dual_clip: "ppo_clip" only: for A < 0 the loss of a token is at most -dual_clip A (dual-clip PPO; verl: 3.0).
@@ -56,6 +70,13 @@ class GRPOLossConfig:
         vespo_lambda_pos: "vespo" only: decay lambda where A >= 0; at least 1e-4 is used. Default 3.0 (TRL).
         vespo_k_neg: "vespo" only: power where A < 0. Default 3.0 (TRL).
         vespo_lambda_neg: "vespo" only: decay where A < 0; at least 1e-4 is used. Default 2.0 (TRL).
+        dro_beta: "dro" only: weight of the squared log-ratio, > 0. Default 0.1 (ms-swift); verl has no default.
+        clip_cov_ratio: "clip_cov" only: this share of the live tokens is drawn, at least one. Default 2e-4 (paper).
+        clip_cov_low: "clip_cov" only: drawn are tokens that the clip does not hold and whose covariance lies above
+            this. Default 1.0 (verl).
+        clip_cov_high: "clip_cov" only: and below this. Default 5.0 (verl).
+        kl_cov_ratio: "kl_cov" only: share of the live tokens with the penalty, at least one. Default 2e-4 (paper).
+        kl_cov_coef: "kl_cov" only: weight of the penalty. Default 1.0 (paper); verl's actor: 0.1.
         kl_coef: Weight of the KL term to the reference policy. Default 0.0 (TRL); DeepSeekMath 0.04, DeepSeek-R1
             0.001. The ``kl_coef`` argument of the loss overrides it.
         kl_estimator: "k1" (log_prob - ref), "k2" (half its square), "k3" (exp(ref - log_prob) - (ref - log_prob) - 1;
@@ -80,6 +101,8 @@ class GRPOLossConfig:
             ("Beyond the 80/20 rule": 0.2). Default 1.0: all. Needs ``entropy``.
         entropy_coef: Weight of the entropy bonus, subtracted from the loss: the mean entropy of the tokens that the
             policy term keeps. Default 0.0. The ``entropy_coef`` argument of the loss overrides it.
+        entropy_reduction: "token_mean" (default, TRL): the mean over these tokens whatever the ``reduction``. "loss":
+            their entropies go through the ``reduction`` of the loss (verl).
         max_length: "sequence_mean_token_sum_norm" only: the constant length in the denominator (TRL:
             max_completion_length). Default None: the padded length T. The ``max_length`` argument of the loss
             overrides it.
@@ -92,9 +115,12 @@ class GRPOLossConfig:
     surrogate: str = "ppo_clip"
     ratio_level: str = "token"
     reduction: str = "token_mean"
+    skip_empty_sequences: bool = False
     clip_low: float = 0.2
     clip_high: float | None = None
     ratio_cap: float | None = None
+    log_ratio_min: float | None = None
+    log_ratio_max: float | None = None
     delta: float | None = None
     dual_clip: float | None = None
     sapo_temperature_pos: float = 1.0
@@ -103,6 +129,12 @@ class GRPOLossConfig:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    dro_beta: float = 0.1
+    clip_cov_ratio: float = 2e-4
+    clip_cov_low: float = 1.0
+    clip_cov_high: float = 5.0
+    kl_cov_ratio: float = 2e-4
+    kl_cov_coef: float = 1.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_importance_weighted: bool = False
@@ -114,119 +146,22 @@ class GRPOLossConfig:
     off_policy_threshold: float | None = None
     top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
+    entropy_reduction: str = "token_mean"
     max_length: int | None = None
     _packed: tuple[tuple[int, ...], tuple[float, ...]] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
-        self._check_combinations()
-        self._check_unused()
+        check_config(self)
         object.__setattr__(self, "_packed", self._pack())  # once: the loss needs it at every call
-
-    def _check_choices(self) -> None:
-        estimators = (*KL_ESTIMATORS, *(f"{name}+" for name in KL_ESTIMATORS))
-        for name, choices in (
-            ("surrogate", SURROGATES),
-            ("ratio_level", RATIO_LEVELS),
-            ("reduction", REDUCTIONS),
-            ("kl_estimator", estimators),
-            ("sampler_correction", SAMPLER_CORRECTIONS),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"GRPOLossConfig: {name} must be a string, got {type(value).__name__}")
-            if value not in choices:
-                raise ValueError(
-                    f"GRPOLossConfig: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
-                )
-        if not isinstance(self.kl_importance_weighted, bool):
-            kind = type(self.kl_importance_weighted).__name__
-            raise TypeError(f"GRPOLossConfig: kl_importance_weighted must be a bool, got {kind}")
-
-    def _check_numbers(self) -> None:
-        self._check_number("clip_low", 0.0)
-        self._check_number("clip_high", 0.0, optional=True)
-        for name in ("ratio_cap", "delta", "kl_log_ratio_clamp", "kl_value_clamp", "sampler_cap"):
-            self._check_number(name, 0.0, optional=True, exclusive=True)
-        self._check_number("dual_clip", 1.0, optional=True, exclusive=True)
-        self._check_number("sampler_floor", 0.0, optional=True)
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
-            self._check_number(name, 0.0, exclusive=True)
-        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
-            self._check_number(name, 0.0)
-        for name in ("kl_coef", "entropy_coef"):
-            self._check_number(name, -math.inf)
-        self._check_number("off_policy_threshold", -math.inf, optional=True)
-        self._check_number("top_entropy_quantile", 0.0)
-        if self.top_entropy_quantile > 1.0:
-            raise ValueError(f"GRPOLossConfig: top_entropy_quantile must be in [0, 1], got {self.top_entropy_quantile}")
-        if self.max_length is not None:
-            if isinstance(self.max_length, bool) or not isinstance(self.max_length, int):
-                raise TypeError(f"GRPOLossConfig: max_length must be an int, got {type(self.max_length).__name__}")
-            if self.max_length < 1:
-                raise ValueError(f"GRPOLossConfig: max_length must be at least 1, got {self.max_length}")
-
-    def _check_number(self, name: str, low: float, *, optional: bool = False, exclusive: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            wanted = "a number or None" if optional else "a number"
-            raise TypeError(f"GRPOLossConfig: {name} must be {wanted}, got {type(value).__name__}")
-        if not math.isfinite(value) or value < low or (exclusive and value == low):
-            bound = "" if low == -math.inf else f" {'greater than' if exclusive else 'at least'} {low:g}"
-            raise ValueError(f"GRPOLossConfig: {name} must be a finite number{bound}, got {value}")
-
-    def _check_combinations(self) -> None:
-        if self.delta is not None and self.dual_clip is not None:
-            raise ValueError("GRPOLossConfig: delta and dual_clip both bound the unclipped branch; set one of them")
-        if self.sampler_correction.endswith("truncate") and self.sampler_cap is None and self.sampler_floor is None:
-            raise ValueError(
-                f"GRPOLossConfig: sampler_correction={self.sampler_correction!r} needs sampler_cap or sampler_floor"
-            )
-        if self.sampler_cap is not None and self.sampler_floor is not None and self.sampler_floor >= self.sampler_cap:
-            raise ValueError(
-                "GRPOLossConfig: sampler_floor must be less than sampler_cap, "
-                f"got {self.sampler_floor} and {self.sampler_cap}"
-            )
-        if self.surrogate == "vespo" and self.sampler_correction.startswith("sequence"):
-            raise ValueError(
-                "GRPOLossConfig: sampler_correction must be 'none', 'token_truncate' or 'token_mask' with "
-                f"surrogate='vespo', which folds the weight of each token into phi, got {self.sampler_correction!r}"
-            )
-
-    def _check_unused(self) -> None:
-        surrogate = f"surrogate={self.surrogate!r}"
-        unused: dict[str, str] = {}
-        if self.surrogate != "ppo_clip":
-            unused.update(delta=surrogate, dual_clip=surrogate)
-        if self.surrogate != "cispo":
-            unused.update(ratio_cap=surrogate)
-        if self.surrogate not in ("ppo_clip", "cispo"):
-            unused.update(clip_low=surrogate, clip_high=surrogate)
-        elif self.ratio_cap is not None and self.surrogate == "cispo":
-            unused.update(clip_low="an absolute ratio_cap", clip_high="an absolute ratio_cap")
-        for prefix in ("sapo", "vespo"):
-            if self.surrogate != prefix:
-                unused.update({name: surrogate for name in _FIELDS if name.startswith(prefix)})
-        if self.surrogate in ("vespo", "reinforce") and not self.kl_importance_weighted:
-            unused.update(ratio_level=f"{surrogate} without kl_importance_weighted")
-        if self.sampler_correction == "none":
-            unused.update(sampler_cap="sampler_correction='none'", sampler_floor="sampler_correction='none'")
-        if self.reduction != "sequence_mean_token_sum_norm":
-            unused.update(max_length=f"reduction={self.reduction!r}")
-        for name, reason in unused.items():
-            if getattr(self, name) != _FIELDS[name]:
-                raise ValueError(f"GRPOLossConfig: {name}={getattr(self, name)!r} has no effect with {reason}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GRPOLossConfig:
         """The published setting of a method: its surrogate, level, reduction and clip range. ``overrides`` replace
         fields.
 
-        Names: "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "reinforce". None of them
-        sets a KL or an entropy coefficient.
+        Names: "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "gspo_token", "gmpo",
+        "gpg", "dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov", "reinforce". None of them sets a KL or an entropy
+        coefficient.
         """
         from grpo_kernels.grpo_loss.presets import preset_fields
 
@@ -244,14 +179,51 @@ class GRPOLossConfig:
 
         return cls(**trl_fields(options))
 
+    @classmethod
+    def verl(cls, **options: Any) -> GRPOLossConfig:
+        """The loss of verl 0.9's actor for these options of its ``ActorConfig`` and ``PolicyLossConfig``, flat;
+        options not given take verl's defaults.
+
+        ``loss_mode`` is any of verl's but "bypass_mode". Options that it ignores are ignored, as in verl: "gspo",
+        "sapo" and "geo_mean" reduce the policy term by "seq-mean-token-mean" whatever ``loss_agg_mode``, so that a KL
+        or an entropy beside it must ask for the same. ``clip_ratio`` counts where ``clip_ratio_low`` or
+        ``clip_ratio_high`` is None. verl's ``rollout_is_weights`` are ``token_weights``; its global counts divided by
+        ``dp_size`` are ``num_items``.
+        """
+        from grpo_kernels.grpo_loss.verl_options import verl_fields
+
+        return cls(**verl_fields(options))
+
     @property
     def ratio_bounds(self) -> tuple[float | None, float | None]:
-        """Lower and upper bound of the ratio, None where there is none."""
+        """Lower and upper bound of the ratio, None where there is none; of the log-ratio for "gmpo", of the signed
+        divergence for "dppo_tv" and "dppo_kl"."""
+        if self.surrogate not in CLIPPING:
+            return None, None
         if self.surrogate == "cispo" and self.ratio_cap is not None:
             return None, self.ratio_cap
-        if self.surrogate in ("ppo_clip", "cispo"):
-            return 1.0 - self.clip_low, 1.0 + (self.clip_low if self.clip_high is None else self.clip_high)
-        return None, None
+        high = self.clip_low if self.clip_high is None else self.clip_high
+        if self.surrogate == "gmpo" or self.surrogate in DIVERGENCES:
+            return -self.clip_low, high
+        return 1.0 - self.clip_low, 1.0 + high
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the kernels know it."""
+        return (
+            SURROGATES.index(self.surrogate) < 5
+            and self.ratio_level != "sequence_token"
+            and self.reduction != "token_sum"
+            and not self.skip_empty_sequences
+            and self.entropy_reduction == "token_mean"
+            and self.log_ratio_min is None
+            and self.log_ratio_max is None
+        )
+
+    @property
+    def selects_tokens(self) -> bool:
+        """Whether the loss begins by choosing tokens from all of the batch."""
+        return self.surrogate in SELECTING
 
     def pack(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The fields as the kernels read them: 8 integers and 15 numbers in a fixed order.
@@ -296,6 +268,3 @@ class GRPOLossConfig:
             max(float(self.vespo_lambda_neg), _SMALLEST_VESPO_LAMBDA),
         )
         return options, parameters
-
-
-_FIELDS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(GRPOLossConfig)}

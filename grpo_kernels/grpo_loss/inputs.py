@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
-from grpo_kernels.grpo_loss import reference
 from grpo_kernels.grpo_loss.config import GRPOLossConfig
-from grpo_kernels.grpo_loss.reference import LossInputs
+from grpo_kernels.grpo_loss.rows import LossInputs
 
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
@@ -59,7 +58,7 @@ def loss_inputs(
     num_items: Tensor | float | None,
     max_length: int | None,
 ) -> LossInputs:
-    """Checks every argument but the log-probs and cu_seqlens. The entropy threshold is left open."""
+    """Checks every argument but the log-probs and cu_seqlens. What takes the whole batch is left open."""
     if not isinstance(config, GRPOLossConfig):
         raise TypeError(f"{subject.op}: config must be a GRPOLossConfig, got {type(config).__name__}")
     per_row: _Shapes = (("[B]", (batch,)),)
@@ -80,20 +79,13 @@ def loss_inputs(
         else _per_sequence(subject, "token_weights", token_weights, batch, (*per_row, ("[B, 1]", (batch, 1)))),
         entropy=entropy,
         entropy_threshold=None,
+        selection=None,
         cu_seqlens=cu_seqlens,
         kl_coef=kl,
         entropy_coef=bonus,
         num_items=_check_num_items(subject, num_items, config),
         max_length=_check_max_length(subject.op, max_length, config, cu_seqlens),
     )
-
-
-def with_entropy_threshold(inputs: LossInputs, config: GRPOLossConfig) -> LossInputs:
-    """Adds the entropy that a token must reach to count, where the config has one."""
-    if inputs.entropy is None or config.top_entropy_quantile >= 1.0:
-        return inputs
-    threshold = reference.entropy_threshold(inputs.entropy, inputs.mask, inputs.cu_seqlens, config.top_entropy_quantile)
-    return inputs._replace(entropy_threshold=threshold)
 
 
 def _computed(value: Tensor, log_probs: Tensor) -> Tensor:
@@ -169,8 +161,10 @@ def _check_num_items(subject: Subject, num_items: Tensor | float | None, config:
     """0.0 stands for None."""
     if num_items is None:
         return 0.0
-    if config.reduction == "none":
-        raise ValueError(f"{subject.op}: num_items must be None with reduction='none', which divides by nothing")
+    if config.reduction in ("none", "token_sum"):
+        raise ValueError(
+            f"{subject.op}: num_items must be None with reduction={config.reduction!r}, which divides by nothing"
+        )
     if isinstance(num_items, (int, float)) and not torch.compiler.is_compiling():
         _checks.check_number(subject.op, "num_items", num_items, minimum=0.0)
     return _scalar(subject, "num_items", num_items)

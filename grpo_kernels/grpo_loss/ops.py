@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _dispatch
-from grpo_kernels.grpo_loss.config import REDUCTIONS
+from grpo_kernels.grpo_loss.choices import REDUCTIONS
 from grpo_kernels.grpo_loss.metrics import NAMES
 
 NO_REDUCTION = REDUCTIONS.index("none")

@@ -28,6 +28,37 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "clip_low": 3e-4,
         "clip_high": 4e-4,
     },
+    # GSPO, arXiv 2507.18071, section 4.3
+    "gspo_token": {
+        "reduction": "sequence_mean_token_mean",
+        "ratio_level": "sequence_token",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    },
+    # GMPO, arXiv 2507.20673
+    "gmpo": {"surrogate": "gmpo", "reduction": "sequence_mean_token_mean", "clip_low": 0.4, "clip_high": 0.4},
+    # GPG, arXiv 2504.02546
+    "gpg": {"surrogate": "reinforce", "reduction": "token_mean"},
+    # DPPO, arXiv 2602.04879
+    "dppo_tv": {
+        "surrogate": "dppo_tv",
+        "reduction": "token_mean",
+        "clip_low": 0.15,
+        "clip_high": 0.15,
+        "ratio_cap": 20.0,
+    },
+    "dppo_kl": {
+        "surrogate": "dppo_kl",
+        "reduction": "token_mean",
+        "clip_low": 0.05,
+        "clip_high": 0.05,
+        "ratio_cap": 20.0,
+    },
+    # DRO, arXiv 2405.19107
+    "dro": {"surrogate": "dro", "reduction": "token_mean"},
+    # The entropy mechanism of RL for reasoning models, arXiv 2505.22617
+    "clip_cov": {"surrogate": "clip_cov", "reduction": "token_mean"},
+    "kl_cov": {"surrogate": "kl_cov", "reduction": "token_mean"},
     "reinforce": {"surrogate": "reinforce", "reduction": "token_mean"},
 }
 

@@ -11,8 +11,9 @@ from grpo_kernels import _checks, _dispatch
 from grpo_kernels._token_ids import live_rows
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput, GRPOMetrics
 from grpo_kernels.grpo_loss.api import evaluate
-from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs, with_entropy_threshold
-from grpo_kernels.grpo_loss.reference import LossInputs, Rows, rows_of
+from grpo_kernels.grpo_loss.batch_statistics import with_batch_statistics
+from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs
+from grpo_kernels.grpo_loss.rows import LossInputs, Rows, rows_of
 from grpo_kernels.linear_log_probs import chunks
 from grpo_kernels.linear_log_probs.token_terms import TokenTerms, passes, token_terms
 
@@ -88,6 +89,6 @@ class Policy(NamedTuple):
         log_probs, entropy = (value.view(self.rows.live.shape) for value in (log_probs, entropy))
         coef = self.inputs.entropy_coef
         bonus = entropy if isinstance(coef, Tensor) or coef != 0.0 else entropy.detach()
-        inputs = with_entropy_threshold(self.inputs._replace(log_probs=log_probs, entropy=bonus), self.config)
+        inputs = with_batch_statistics(self.inputs._replace(log_probs=log_probs, entropy=bonus), self.config)
         loss, values = evaluate(inputs, self.config, self.backend)
         return GRPOLossOutput(loss, GRPOMetrics(values, count), log_probs.detach(), entropy.detach())

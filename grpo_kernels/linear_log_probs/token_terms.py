@@ -9,8 +9,8 @@ from torch import Tensor
 
 from grpo_kernels.grpo_loss import GRPOLossConfig
 from grpo_kernels.grpo_loss import ops as loss_ops
-from grpo_kernels.grpo_loss.config import RATIO_LEVELS, SAMPLER_CORRECTIONS, SURROGATES
-from grpo_kernels.grpo_loss.reference import LossInputs, Rows
+from grpo_kernels.grpo_loss.choices import RATIO_LEVELS, SAMPLER_CORRECTIONS, SURROGATES
+from grpo_kernels.grpo_loss.rows import LossInputs, Rows
 
 _SURROGATE, _RATIO_LEVEL, _REDUCTION, _CORRECTION = 0, 1, 2, 6  # places in the packed options
 
@@ -46,7 +46,9 @@ def passes(config: GRPOLossConfig, *, length: int, longest: int, packed: bool, o
         packed: where sequences begin is known on the device alone.
         on_policy: there are no old log-probs.
     """
-    if config.reduction == "none" or config.top_entropy_quantile < 1.0:
+    if config.reduction == "none" or config.top_entropy_quantile < 1.0 or config.selects_tokens:
+        return 2
+    if not config.has_kernels:
         return 2
     if couples_tokens(config, on_policy):
         return 2 if packed or length > longest else 1

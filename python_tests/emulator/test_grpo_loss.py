@@ -11,7 +11,7 @@ from torch import Tensor
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.grpo_loss.config import REDUCTIONS
+from grpo_kernels.grpo_loss.choices import REDUCTIONS
 from python_tests.emulator import emulated
 from python_tests.emulator.checks import assert_same_in_every_order
 from python_tests.samples.grpo_loss import LENGTHS, VARIANTS, batch, call, config_of, pack

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
-from grpo_kernels.grpo_loss.config import REDUCTIONS
+from grpo_kernels.grpo_loss.choices import REDUCTIONS
 from grpo_kernels.grpo_loss.metrics import NAMES
 from grpo_kernels.testing.verification.case import (
     EVERY_DTYPE,
