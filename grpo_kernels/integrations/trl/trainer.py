@@ -200,9 +200,8 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             return torch.stack([(phi * mask).sum(), mask.sum()])
         return torch.stack([phi.sum(), phi.new_full((), len(phi))])
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, after reading the statistics of the losses since the last call: the one time that the host waits
-        for them."""
+    def _read_statistics(self) -> None:
+        """Puts what `_record` kept where TRL logs from. The one place where the host waits for the device."""
         for mode, unread in self._unread.items():
             if unread:
                 rows = torch.stack([values for _, values in unread]).tolist()
@@ -210,4 +209,7 @@ class FusedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                     for name, value in logged(ranks, kind).items():
                         self._metrics[mode][name].append(value)
                 unread.clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._read_statistics()
         super().log(logs, start_time)
