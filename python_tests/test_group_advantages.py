@@ -19,17 +19,17 @@ from grpo_kernels.testing import assert_as_accurate
 BACKENDS = ["native", "reference"]
 NAN = float("nan")
 
-# Every combination of options that means something.
+# Every combination of options that means something. Singletons and corrections are crossed with the mean alone.
 OPTIONS = [
     {"baseline": b, "normalize_by": n, "aggregation": a, "singleton": s, "correction": c}
     for b, n, a, s, c in itertools.product(
-        ("mean", "leave_one_out", "none"),
-        ("group", "batch", "none"),
+        ("mean", "leave_one_out", "length_weighted", "second_best", "none"),
+        ("group", "batch", "batch_tokens", "none"),
         ("sum_then_normalize", "normalize_then_sum"),
         ("zero", "raw"),
         (0, 1),
     )
-    if a == "sum_then_normalize" or n == "group"
+    if (a == "sum_then_normalize" or n in ("group", "batch_tokens")) and (b == "mean" or c == (s == "zero"))
 ]
 
 
@@ -45,6 +45,7 @@ def definition(
     rewards: list[list[float]],
     ids: list[int],
     weights: list[float],
+    lengths: list[float],
     *,
     baseline,
     normalize_by,
@@ -52,17 +53,24 @@ def definition(
     singleton,
     correction,
     eps=1e-4,
+    batch_eps=1e-4,
 ) -> tuple[list[float], list[float], list[float]]:
     """Straight from the docstring, one Python float at a time: independent of the package."""
 
-    def stats(values: list[float]) -> tuple[float, float]:
-        mean = math.fsum(values) / len(values)
-        spread = math.fsum((v - mean) ** 2 for v in values)
-        return mean, math.sqrt(spread / (len(values) - correction)) if len(values) > correction else 0.0
+    by_group = normalize_by == "group" or aggregation == "normalize_then_sum"
 
-    def advantage(value: float, peers: list[float], scale_by: list[float] | None) -> float:
+    def stats(values: list[float], counts: list[float] | None = None) -> tuple[float, float]:
+        counts = counts or [1.0] * len(values)
+        size = math.fsum(counts)
+        mean = math.fsum(c * v for c, v in zip(counts, values, strict=True)) / size if size else 0.0
+        spread = math.fsum(c * (v - mean) ** 2 for c, v in zip(counts, values, strict=True))
+        return mean, math.sqrt(spread / (size - correction)) if size > correction else 0.0
+
+    def advantage(value: float, members: list[tuple[float, float]], scale_by: list[float] | None) -> float:
+        """Of one value among the (value, length) of the group's scored members."""
+        peers = [peer for peer, _ in members]
         mean, std = stats(peers)
-        uses_group = baseline != "none" or normalize_by == "group"
+        uses_group = baseline != "none" or by_group
         if len(peers) == 1 and singleton == "raw":
             mean, std = 0.0, 1.0
         if len(peers) == 1 and uses_group:
@@ -71,17 +79,26 @@ def definition(
             centred = value
         elif baseline == "mean":
             centred = value - mean
+        elif baseline == "length_weighted":
+            tokens = math.fsum(length for _, length in members)
+            centred = value - math.fsum(length * peer for peer, length in members) / tokens if tokens else 0.0
+        elif baseline == "second_best":
+            best, second = sorted(peers, reverse=True)[:2]
+            centred = best - second if value == best else 0.0
         else:
             others = math.fsum(peers) - value
             centred = value - others / (len(peers) - 1)
-        if normalize_by == "none":
-            return centred
         if normalize_by == "batch":
-            std = stats(scale_by or [])[1]
+            return centred / (stats(scale_by or [])[1] + batch_eps) if centred != 0 else 0.0
+        if not by_group:
+            return centred
         return centred / (std + eps) if centred != 0 else 0.0
 
     def group_of(i: int) -> list[int]:
         return [j for j in range(len(ids)) if ids[j] == ids[i]]
+
+    def scored(members: list[int], k: int) -> list[tuple[float, float]]:
+        return [(rewards[j][k], lengths[j]) for j in members if not math.isnan(rewards[j][k])]
 
     total = [
         math.fsum(w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r))
@@ -92,8 +109,8 @@ def definition(
     live = [t for t in total if not math.isnan(t)]
     out, means, stds = [], [], []
     for i, row in enumerate(rewards):
-        peers = [total[j] for j in group_of(i) if not math.isnan(total[j])]
-        mean, std = stats(peers) if peers else (0.0, 0.0)
+        peers = [(total[j], lengths[j]) for j in group_of(i) if not math.isnan(total[j])]
+        mean, std = stats([peer for peer, _ in peers]) if peers else (0.0, 0.0)
         if len(peers) == 1 and singleton == "raw":
             mean, std = 0.0, 1.0
         means.append(mean)
@@ -105,15 +122,17 @@ def definition(
         else:
             out.append(
                 math.fsum(
-                    w * advantage(r, [rewards[j][k] for j in group_of(i) if not math.isnan(rewards[j][k])], None)
+                    w * advantage(r, scored(group_of(i), k), None)
                     for k, (w, r) in enumerate(zip(weights, row, strict=True))
                     if not math.isnan(r)
                 )
             )
-    if aggregation == "normalize_then_sum":
-        sums = [o for o in out if not math.isnan(o)]
-        mean, std = stats(sums) if sums else (0.0, 0.0)
-        out = [NAN if math.isnan(o) else (o - mean) / (std + eps) if o != mean else 0.0 for o in out]
+    by_tokens = normalize_by == "batch_tokens"
+    if aggregation == "normalize_then_sum" or by_tokens:
+        sums = [(o, length if by_tokens else 1.0) for o, length in zip(out, lengths, strict=True) if not math.isnan(o)]
+        mean, std = stats([o for o, _ in sums], [count for _, count in sums]) if sums else (0.0, 0.0)
+        divisor = math.sqrt(std**2 + batch_eps) if by_tokens else std + batch_eps
+        out = [NAN if math.isnan(o) else (o - mean) / divisor if o != mean else 0.0 for o in out]
     return [0.0 if math.isnan(o) else o for o in out], means, stds
 
 
@@ -130,13 +149,20 @@ def sample_batch() -> tuple[Tensor, Tensor]:
     return rewards, ids
 
 
+def sample_lengths(batch: int, seed: int = 0) -> Tensor:
+    """Of which some are 0, and every eleventh large."""
+    lengths = torch.randint(0, 9, (batch,), generator=torch.Generator().manual_seed(seed))
+    return torch.where(torch.arange(batch) % 11 == 3, 30_000, lengths)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_equals_the_definition(backend: str, options: dict) -> None:
     rewards, ids = sample_batch()
-    weights = torch.tensor([1.0, 0.5, 2.0])
-    expected = definition(rewards.double().tolist(), ids.tolist(), weights.tolist(), **options)
-    in_double = group_advantages(rewards.double(), group_ids=ids, reward_weights=weights, **options)
-    in_single = group_advantages(rewards, group_ids=ids, reward_weights=weights, **options)
+    weights, lengths = torch.tensor([1.0, 0.5, 2.0]), sample_lengths(24)
+    given = {"group_ids": ids, "reward_weights": weights, "lengths": lengths, **options}
+    expected = definition(rewards.double().tolist(), ids.tolist(), weights.tolist(), lengths.tolist(), **options)
+    in_double = group_advantages(rewards.double(), **given)
+    in_single = group_advantages(rewards, **given)
     for name, double, single, wanted in zip(in_double._fields, in_double, in_single, expected, strict=True):
         exact = torch.tensor(wanted, dtype=torch.float64)
         assert (double.dtype, single.dtype) == (torch.float64, torch.float32)
@@ -149,7 +175,14 @@ def test_equals_the_definition(backend: str, options: dict) -> None:
 def test_equal_groups_are_ragged_groups_of_one_size(backend: str, dtype: torch.dtype, group_size: int) -> None:
     rewards = torch.randn(5 * group_size).to(dtype)
     ids = torch.arange(5).repeat_interleave(group_size)
-    for options in ({}, {"normalize_by": "batch"}, {"baseline": "leave_one_out", "normalize_by": "none"}):
+    tokens = {"normalize_by": "batch_tokens", "lengths": sample_lengths(5 * group_size)}
+    for options in (
+        {},
+        {"normalize_by": "batch"},
+        {"baseline": "leave_one_out", "normalize_by": "none"},
+        {"baseline": "length_weighted", **tokens},
+        {"baseline": "second_best"},
+    ):
         equal = group_advantages(rewards, group_size=group_size, **options)
         ragged = group_advantages(rewards, group_ids=ids, **options)
         expected = group_advantages(rewards.double(), group_size=group_size, **options)
@@ -161,9 +194,14 @@ def test_equal_groups_are_ragged_groups_of_one_size(backend: str, dtype: torch.d
 def test_order_of_samples_does_not_matter(backend: str) -> None:
     rewards, ids = sample_batch()
     permutation = torch.randperm(24)
-    straight = group_advantages(rewards, group_ids=ids)
-    shuffled = group_advantages(rewards[permutation], group_ids=ids[permutation])
-    torch.testing.assert_close(shuffled.advantages, straight.advantages[permutation])
+    lengths = sample_lengths(24)
+    tokens = {"baseline": "length_weighted", "normalize_by": "batch_tokens"}
+    for options in ({}, {"baseline": "second_best"}, tokens):
+        straight = group_advantages(rewards, group_ids=ids, lengths=lengths, **options)
+        shuffled = group_advantages(
+            rewards[permutation], group_ids=ids[permutation], lengths=lengths[permutation], **options
+        )
+        torch.testing.assert_close(shuffled.advantages, straight.advantages[permutation])
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6, -7.3e-5])
@@ -175,8 +213,13 @@ def test_equal_rewards_give_exactly_zero(backend: str, value: float, eps: float)
         {"normalize_by": "batch"},
         {"aggregation": "normalize_then_sum"},
         {"baseline": "leave_one_out"},
+        {"baseline": "length_weighted"},
+        {"baseline": "second_best"},
+        {"normalize_by": "batch_tokens"},
+        {"baseline": "none", "normalize_by": "batch_tokens"},
+        {"aggregation": "normalize_then_sum", "normalize_by": "batch_tokens"},
     ):
-        out = group_advantages(rewards, group_size=7, eps=eps, **options)
+        out = group_advantages(rewards, group_size=7, eps=eps, lengths=sample_lengths(21), **options)
         assert torch.equal(out.advantages, torch.zeros(21))
         assert torch.equal(out.std, torch.zeros(21))
         assert torch.equal(out.mean, rewards)
@@ -187,7 +230,8 @@ def test_equal_weighted_rewards_give_exactly_zero(backend: str, group: dict) -> 
     """The weighted sum is formed more than once; every time with the same bits."""
     rewards = torch.tensor([[0.1, 0.7, 1 / 3]]).repeat(5, 1)
     weights = torch.tensor([0.3, 1.7, 0.9])
-    for options in ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}):
+    whitened = {"baseline": "length_weighted", "normalize_by": "batch_tokens", "lengths": sample_lengths(5)}
+    for options in ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}, whitened):
         out = group_advantages(rewards, reward_weights=weights, eps=0.0, **group, **options)
         assert torch.equal(out.advantages, torch.zeros(5))
 
@@ -290,9 +334,10 @@ def test_best_of_group_of_a_large_ragged_batch(backend: str) -> None:
 def test_cuda_equals_the_reference(options: dict) -> None:
     rewards, ids = sample_batch()
     for kwargs in ({"group_ids": ids.cuda()}, {"group_size": 8}):
-        actual = group_advantages(rewards.cuda(), **kwargs, **options)
+        lengths = sample_lengths(24).cuda()
+        actual = group_advantages(rewards.cuda(), lengths=lengths, **kwargs, **options)
         with grpo_kernels.backend("reference"):
-            expected = group_advantages(rewards.double().cuda(), **kwargs, **options)
+            expected = group_advantages(rewards.double().cuda(), lengths=lengths, **kwargs, **options)
         for a, b in zip(actual, expected, strict=True):
             assert_as_accurate(a, b, b.float())
     scores = rewards[:, 0]

@@ -13,7 +13,7 @@ import grpo_kernels
 from grpo_kernels.testing import assert_as_accurate
 from python_tests.emulator import ORDERS, emulated
 from python_tests.emulator.checks import assert_same_in_every_order
-from python_tests.test_group_advantages import OPTIONS
+from python_tests.test_group_advantages import OPTIONS, sample_lengths
 
 NAN = float("nan")
 
@@ -33,6 +33,7 @@ def ragged_ids(batch: int, groups: int, seed: int = 0) -> Tensor:
 
 
 def check(rewards: Tensor, order: int, **options: Any) -> None:
+    options["lengths"] = sample_lengths(len(rewards), order)
     with emulated(order):
         actual = grpo_kernels.group_advantages(rewards, **options)
     with grpo_kernels.backend("reference"):
@@ -50,14 +51,18 @@ def test_every_option(options: dict[str, Any], group: str) -> None:
         check(rewards_of(batch, 3, order), order, reward_weights=weights, **groups, **options)
 
 
-@pytest.mark.parametrize("normalize_by", ["group", "batch"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize_by": "batch"}, {"baseline": "second_best"}, {"baseline": "length_weighted"}],
+    ids=lambda o: "-".join(o.values()),
+)
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 100, 1025])
-def test_group_sizes(size: int, normalize_by: str) -> None:
+def test_group_sizes(size: int, options: dict[str, Any]) -> None:
     """Around a warp, which owns a group; and 5 groups, which do not fill a block."""
     for order, groups in zip(ORDERS, (1, 5, 3, 2, 4), strict=True):
         rewards = rewards_of(groups * size, 1, order)[:, 0]
-        check(rewards, order, group_size=size, normalize_by=normalize_by)
-        check(rewards, order, group_ids=torch.arange(groups).repeat_interleave(size), normalize_by=normalize_by)
+        check(rewards, order, group_size=size, **options)
+        check(rewards, order, group_ids=torch.arange(groups).repeat_interleave(size), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,8 +77,10 @@ def test_dtypes_at_a_large_batch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("batch", [1, 40])
 def test_nothing_is_scored(batch: int) -> None:
+    tokens = {"baseline": "length_weighted", "normalize_by": "batch_tokens", "lengths": torch.ones(batch)}
     for order, options in itertools.product(
-        (0, 2), ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"})
+        (0, 2),
+        ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}, {"baseline": "second_best"}, tokens),
     ):
         with emulated(order):
             out = grpo_kernels.group_advantages(torch.full((batch,), NAN), group_size=batch, **options)
@@ -114,7 +121,22 @@ def test_informative_groups_and_ranks(batch: int, size: int, dtype: torch.dtype)
             assert torch.equal(a, wanted)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize_by": "batch"},
+        {"aggregation": "normalize_then_sum"},
+        {"baseline": "length_weighted", "normalize_by": "batch_tokens", "lengths": sample_lengths(700)},
+        {
+            "baseline": "second_best",
+            "aggregation": "normalize_then_sum",
+            "normalize_by": "batch_tokens",
+            "lengths": sample_lengths(700),
+        },
+    ],
+    ids=["group", "batch", "gdpo", "tokens", "second_best"],
+)
 def test_every_order_gives_the_same_bits(options: dict[str, Any]) -> None:
     rewards, ids = rewards_of(700, 3), ragged_ids(700, 60)
     assert_same_in_every_order(lambda: list(grpo_kernels.group_advantages(rewards, group_ids=ids, **options)))
