@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-VOCAB, HIDDEN, EXPERTS, TOP_K, LAYERS = 67, 32, 8, 2, 3
+VOCAB, HIDDEN, EXPERTS, TOP_K, LAYERS = 67, 32, 8, 2, 2
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -33,7 +33,7 @@ MOE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **_MOE,
             "num_key_value_heads": 4,
             "n_routed_experts": EXPERTS,
-            "moe_intermediate_size": 12,
+            "moe_intermediate_size": 16,
             "n_shared_experts": 2,
             "n_group": 4,
             "topk_group": 2,
@@ -47,13 +47,19 @@ MOE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": (
         "GptOss",
-        {**_MOE, "num_local_experts": EXPERTS, "head_dim": 8, "sliding_window": 8, "rope_parameters": None},
+        {
+            **_MOE,
+            "num_local_experts": EXPERTS,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
     ),
     "mixtral": ("Mixtral", {**_MOE, "num_local_experts": EXPERTS}),
-    "qwen3_moe": ("Qwen3Moe", {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 12, "head_dim": 8}),
+    "qwen3_moe": ("Qwen3Moe", {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 16, "head_dim": 8}),
     "qwen3_moe_raw_weights": (
         "Qwen3Moe",
-        {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 12, "head_dim": 8, "norm_topk_prob": False},
+        {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": False},
     ),
 }
 DENSE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {

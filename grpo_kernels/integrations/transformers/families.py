@@ -78,9 +78,11 @@ class FusedDeepseekV3Router(FusedRouter, DeepseekV3TopkRouter):  # type: ignore[
     stock = DeepseekV3TopkRouter
 
     def options(self) -> dict[str, Any]:
+        bias = self.e_score_correction_bias
         return {
             "scoring_func": "sigmoid",
-            "e_score_correction_bias": self.e_score_correction_bias,
+            # Rounded already, if model.to(torch.bfloat16) has done that: from_pretrained keeps it in float32.
+            "e_score_correction_bias": bias.float() if bias.element_size() == 2 else bias,
             "n_group": self.num_group,
             "topk_group": self.topk_group,
             "norm_topk_prob": self.norm_topk_prob,
