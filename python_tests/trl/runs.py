@@ -15,7 +15,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from grpo_kernels.integrations.trl import head, patched
 from python_tests.trl import tiny
 
-TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+TIMES = ("step_time", "_runtime", "_per_second")
 
 
 class Run(NamedTuple):
@@ -34,7 +34,7 @@ def run(make: Callable[[], Any], patch: bool) -> Run:
     with kernels as kernel_calls, stock as stock_calls, patched() if patch else nullcontext():
         trainer = make()
         trainer.train()
-    history = [{k: v for k, v in step.items() if k not in TIMES} for step in trainer.state.log_history]
+    history = [{k: v for k, v in step.items() if not k.endswith(TIMES)} for step in trainer.state.log_history]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     return Run(history, weights, kernel_calls.call_count, stock_calls.call_count)
 
