@@ -19,7 +19,7 @@ import transformers
 from grpo_kernels import moe_experts
 from grpo_kernels.integrations.transformers import replace_moe, replaced_moe, restore_moe
 from grpo_kernels.testing import assert_as_accurate
-from python_tests.hf.tiny import EXPERTS, MOE_MODELS, VOCAB, batch, gradients, tiny
+from python_tests.hf.tiny import EXPERTS, MOE_MODELS, VOCAB, assert_gradients, batch, gradients, tiny
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow, pytest.mark.usefixtures("native_cpu")]
 FIRST = {"deepseek_v3": 1}  # its first layers are dense
@@ -73,11 +73,9 @@ def test_values_and_gradients_are_those_of_the_stock_model(name: str) -> None:
     assert len(ours.router_logits) == len(eager.router_logits)
     for mine, theirs, plain in zip(ours.router_logits, exact.router_logits, eager.router_logits, strict=True):
         assert_as_accurate(mine, theirs, plain, name="router logits")
-    assert ours.gradients.keys() == exact.gradients.keys()
     assert sum("experts" in key or "gate" in key or "router" in key for key in ours.gradients) >= 3
-    for key, gradient in ours.gradients.items():
-        assert_as_accurate(gradient, exact.gradients[key], eager.gradients[key], name=key)
-        assert gradient.stride() == eager.gradients[key].stride()
+    assert_gradients(ours.gradients, exact.gradients, eager.gradients)
+    assert all(gradient.stride() == eager.gradients[key].stride() for key, gradient in ours.gradients.items())
     if eager.aux_loss is not None:
         torch.testing.assert_close(ours.aux_loss, exact.aux_loss)
 
@@ -98,10 +96,8 @@ def test_bfloat16_is_as_near_to_the_exact_result(name: str) -> None:
     expected = run(exact)
     eager, ours = stock(name, torch.bfloat16), fused(name, torch.bfloat16)
     assert ours.logits.dtype == torch.bfloat16
-    assert all(gradient.dtype == eager.gradients[key].dtype for key, gradient in ours.gradients.items())
     assert_as_accurate(ours.logits, expected.logits, eager.logits, name="logits")
-    for key in ours.gradients:
-        assert_as_accurate(ours.gradients[key], expected.gradients[key], eager.gradients[key], name=key)
+    assert_gradients(ours.gradients, expected.gradients, eager.gradients)
 
 
 @each_family

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from grpo_kernels.testing import assert_as_accurate
+
 VOCAB, HIDDEN, EXPERTS, TOP_K, LAYERS = 67, 32, 8, 2, 2
 
 _COMMON: dict[str, Any] = {
@@ -119,3 +121,16 @@ def batch(seed: int = 0, rows: int = 3, length: int = 11) -> dict[str, Tensor]:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients(ours: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
+    """Every gradient, relative to its largest value, is as accurate as those of the stock model in float32.
+
+    Together, since through several layers the error of a single small one is a matter of luck.
+    """
+    assert ours.keys() == exact.keys() == eager.keys()
+    scales = {key: gradient.double().abs().max() for key, gradient in exact.items()}
+    assert all(scales.values())
+    vectors = [torch.cat([(g[key] / scales[key]).flatten() for key in scales]) for g in (ours, exact, eager)]
+    assert all(gradient.dtype == eager[key].dtype for key, gradient in ours.items())
+    assert_as_accurate(*vectors, name="gradients")
