@@ -4,7 +4,6 @@ verl loads this module by itself (entry point group ``verl.plugins``). Importing
 advantage estimators under the names ``grpo_kernels:<name>``; nothing of verl's changes until `patch` is called.
 """
 
-from importlib.metadata import version
 from typing import Any
 
 try:
@@ -70,7 +69,7 @@ def register() -> None:
     for name, parameters in SIGNATURES.items():
         function: Any = getattr(_core_algos, name, None)
         if function is None:
-            raise IncompatibleVersion(f"verl.trainer.ppo.core_algos must have {name}, verl {version('verl')} has not")
+            raise IncompatibleVersion(f"verl.trainer.ppo.core_algos must have {name}")
         check_signature("verl", f"verl.trainer.ppo.core_algos.{name}", function, parameters)
     for name, loss in POLICY_LOSSES.items():
         _core_algos.register_policy_loss(PREFIX + name)(loss)

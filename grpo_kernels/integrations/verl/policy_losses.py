@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_kernels.grpo_loss import GRPOLossConfig, grpo_loss
 from grpo_kernels.grpo_loss.choices import CLIPPING
+from grpo_kernels.grpo_loss.presets import preset_fields
 from grpo_kernels.integrations.verl.metrics import verl_metrics
 
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
@@ -82,16 +83,14 @@ def loss_config(name: str, actor: ActorOptions) -> GRPOLossConfig:
         actor.clip_ratio_c
     )  # fmt: skip
     config = GRPOLossConfig.verl(loss_mode=mode, **options)
+    like = GRPOLossConfig.verl(**options)
+    reduction: dict[str, Any] = {"reduction": like.reduction, "max_length": like.max_length}
+    reduction["skip_empty_sequences"] = like.skip_empty_sequences
     if mode == "gspo":  # verl 0.9.1 reduces it as the actor says; before, always as sequence means
-        like = GRPOLossConfig.verl(**options)
-        return dataclasses.replace(config, reduction=like.reduction, max_length=like.max_length)
+        return dataclasses.replace(config, **reduction)
     if name in VERL_MODES:
         return config
-    from grpo_kernels.grpo_loss.presets import preset_fields
-
-    fields = preset_fields(name)
-    fields.update(reduction=config.reduction, skip_empty_sequences=config.skip_empty_sequences)
-    fields["max_length"] = config.max_length
+    fields = {**preset_fields(name), **reduction}
     if fields.get("surrogate", "ppo_clip") in CLIPPING:
         fields.update(clip_low=config.clip_low, clip_high=config.clip_high)
     return GRPOLossConfig(**fields)
