@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from python_tests.trainer_docs import assert_equal_to, assert_signature, blocks, ragged, run, stand_in
 
-# Read in the wheel of torchtitan 0.3.0, in torchtitan/components/loss.py and torchtitan/experiments/rl/losses/dapo.py. The
+# Read in the wheel of torchtitan 0.3.0, torchtitan/components/loss.py and torchtitan/experiments/rl/losses/dapo.py. The
 # same at commit b5bcd76c66d0acb1a08b176d9639425bc55e0b2a (21 August 2026), where tensors are [T] in place of [B, L].
 CALL = "(self, logits, labels, global_valid_tokens=None, *, generator_logprobs, advantages, loss_mask)"
 CONSTRUCTOR = "(self, config, *, compile_config=None)"
