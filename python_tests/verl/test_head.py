@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_kernels.distributed import VocabShard
+from grpo_kernels.linear_log_probs import linear_token_log_probs
 from grpo_kernels.testing import assert_as_accurate
 from python_tests.distributed.launch import run
 from python_tests.verl.conftest import stand_in
@@ -154,6 +157,22 @@ def _part(rank: int, world: int) -> list[Tensor]:
         return [*(output.detach() for output in outputs), *gradients(outputs, hidden, weight)]
 
 
+def test_each_rank_has_its_rows_of_the_vocabulary(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = sys.modules[adapter.linear_cross_entropy.__module__]
+    shards = []
+
+    def spy(*args: Any, vocab_shard: Any, **kwargs: Any) -> Any:
+        shards.append(vocab_shard)
+        return linear_token_log_probs(*args, **kwargs)
+
+    monkeypatch.setattr(head, "linear_token_log_probs", spy)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 2)
+    hidden, weight, labels = problem(*LEADING)
+    adapter.linear_cross_entropy(hidden, weight, labels, 1.0, "none", "the ranks")
+    assert shards == [VocabShard(2 * VOCAB, 3 * VOCAB, "the ranks", reduce_hidden_grad=False)]
+
+
+@pytest.mark.slow
 def test_a_vocabulary_of_two_ranks() -> None:
     parts = run(2, _part)
     hidden, weight, labels = problem(*LEADING)

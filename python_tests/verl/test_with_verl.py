@@ -83,6 +83,54 @@ def test_losses_with_verls_own_config(verl_adapter: ModuleType, case: problems.L
     assert metrics == pytest.approx(wanted_metrics, rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["vanilla", "gspo", "geo_mean"])
+def test_verls_ppo_loss_with_entropy_and_kl(verl_adapter: ModuleType, mode: str) -> None:
+    """The whole loss of verl's actor, which adds to the policy loss in place and reads its metrics."""
+    from verl.workers.utils.losses import ppo_loss
+
+    results = []
+    for name in (mode, f"grpo_kernels:{mode}"):
+        data, outputs = ppo_data()
+        case = problems.LossCase(mode, "seq-mean-token-mean")
+        config = record.actor_config(case)
+        object.__setattr__(config.policy_loss, "loss_mode", name)
+        object.__setattr__(config, "use_kl_loss", True)
+        object.__setattr__(config, "entropy_coeff", 0.01)
+        loss, metrics = ppo_loss(config, outputs, data)
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        results.append((loss.detach(), gradients, {k: getattr(m, "values", m) for k, m in metrics.items()}))
+    (wanted, wanted_gradients, wanted_metrics), (loss, gradients, metrics) = results
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    for a, w in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(a, w)
+    assert metrics.keys() == wanted_metrics.keys()
+    for key, value in wanted_metrics.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-5)
+
+
+def ppo_data() -> tuple[Any, dict[str, Tensor]]:
+    """What verl's actor passes: prompts of two tokens, responses of LENGTHS, jagged."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils
+
+    def jagged(function: Any) -> Tensor:
+        return torch.nested.nested_tensor([function(n, i) for i, n in enumerate(LENGTHS)], layout=torch.jagged)
+
+    log_probs = -2.0 + problems.wave(0.7, sum(LENGTHS) + 2 * len(LENGTHS), dtype=torch.float32)
+    outputs = {"log_probs": log_probs.requires_grad_(), "entropy": (log_probs.detach() + 4).requires_grad_()}
+    fields = {
+        "prompts": jagged(lambda n, i: torch.zeros(2, dtype=torch.long)),
+        "responses": jagged(lambda n, i: torch.zeros(n, dtype=torch.long)),
+        "response_mask": jagged(lambda n, i: torch.ones(n, dtype=torch.long)),
+        "old_log_probs": jagged(lambda n, i: -2.0 + problems.wave(1.7 + i, n, dtype=torch.float32)),
+        "ref_log_prob": jagged(lambda n, i: -2.0 + problems.wave(2.3 + i, n, dtype=torch.float32)),
+        "advantages": jagged(lambda n, i: torch.full((n,), [1.0, -0.5, 0.8][i])),
+    }
+    data = TensorDict(fields, batch_size=[len(LENGTHS)])
+    tensordict_utils.assign_non_tensor(data, dp_size=1, batch_num_tokens=40, global_batch_size=6)
+    return data, outputs
+
+
 class Model:
     """A tiny Qwen2 with the forward that verl gives it for fused kernels, and its own one."""
 
