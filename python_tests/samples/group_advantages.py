@@ -11,6 +11,7 @@ R = torch.tensor([0.0, 1.0, 0.5, 1.0, 0.25, float("nan"), 0.25, 0.75])
 R2 = torch.stack([R, R.flip(0)], dim=1)
 IDS = torch.tensor([7, -1, 7, 7, -1, 3, 7, -1])
 MASK = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
+LENGTHS = torch.tensor([3, 0, 5, 1, 2, 9, 4, 4])
 DEFAULTS = (None, 4, "mean", "group", "sum_then_normalize", "zero", 1e-4, 1e-4, 1)
 
 OPS = {
@@ -21,6 +22,11 @@ OPS = {
             *("raw", 0.0, 1e-4, 0),
         ),
         (R2.bfloat16(), IDS, None, None, 1, "none", "group", "normalize_then_sum", "zero", 1e-4, 1e-4, 1),
+        (
+            *(R2, IDS, None, LENGTHS, 1, "length_weighted", "batch_tokens", "sum_then_normalize", "zero"),
+            *(1e-4, 1e-8, 1),
+        ),
+        (R, None, None, LENGTHS.double(), 4, "second_best", "group", "sum_then_normalize", "raw", 1e-4, 1e-4, 0),
         (R[:0], None, None, *DEFAULTS),
     ],
     "informative_groups": [(R, None, None, 4, 1e-6), (R.half(), IDS, MASK, 1, 0.5), (R[:0], None, None, 4, 0.0)],
@@ -37,6 +43,18 @@ CALLS = [
     Call(
         "batch_statistics",
         lambda r: grpo_kernels.group_advantages(r, group_size=2, normalize_by="batch"),
+        lambda device: (R.to(device),),
+    ),
+    Call(
+        "tokens",
+        lambda r, ids, lengths: grpo_kernels.group_advantages(
+            r, group_ids=ids, lengths=lengths, baseline="length_weighted", normalize_by="batch_tokens"
+        ),
+        lambda device: (R2.to(device), IDS.to(device), LENGTHS.to(device)),
+    ),
+    Call(
+        "second_best",
+        lambda r: grpo_kernels.group_advantages(r, group_size=4, baseline="second_best"),
         lambda device: (R.to(device),),
     ),
     Call("empty", lambda r: grpo_kernels.group_advantages(r, group_size=4), lambda device: (R[:0].to(device),)),
@@ -90,10 +108,49 @@ BAD_CALLS = [
     _bad(
         "gdpo",
         ValueError,
-        'needs normalize_by="group"',
+        'needs normalize_by="group" or "batch_tokens", got \'batch\'',
         group_size=4,
         aggregation="normalize_then_sum",
         normalize_by="batch",
+    ),
+    _bad(
+        "no_lengths",
+        ValueError,
+        'lengths must be given with baseline="length_weighted", got None',
+        group_size=4,
+        baseline="length_weighted",
+    ),
+    _bad(
+        "no_lengths_of_tokens",
+        ValueError,
+        'lengths must be given with normalize_by="batch_tokens", got None',
+        group_size=4,
+        normalize_by="batch_tokens",
+    ),
+    _bad("lengths_list", TypeError, "lengths must be a torch.Tensor, got list", group_size=4, lengths=[1] * 8),
+    _bad("lengths_shape", ValueError, "lengths must have shape [B] = [8]", "[7]", group_size=4, lengths=LENGTHS[:7]),
+    _bad("lengths_dtype", TypeError, "lengths must have dtype int64", "got bool", group_size=4, lengths=MASK),
+    _bad(
+        "lengths_device",
+        ValueError,
+        "lengths must be on cpu like rewards, got meta",
+        group_size=4,
+        lengths=LENGTHS.to("meta"),
+    ),
+    _bad(
+        "batch_eps",
+        ValueError,
+        "batch_eps must be None where nothing is normalised over the batch, got 1e-08 with normalize_by='group'",
+        group_size=4,
+        batch_eps=1e-8,
+    ),
+    _bad(
+        "negative_batch_eps",
+        ValueError,
+        "batch_eps must be finite and >= 0, got -1",
+        group_size=4,
+        normalize_by="batch",
+        batch_eps=-1.0,
     ),
     BadCall(
         "informative_shape",

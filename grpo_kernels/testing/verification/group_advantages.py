@@ -51,6 +51,15 @@ def _empty(generator: torch.Generator, ragged: bool) -> Inputs:
     return {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
+def _lengths(generator: torch.Generator, ragged: bool, functions: int = 1) -> Inputs:
+    """With the lengths of responses: some empty, a whole group of them, and a few long ones."""
+    inputs = _rewards(generator, ragged, functions, missing=True)
+    lengths = torch.randint(0, 40, (_BATCH,), generator=generator)
+    lengths[::97] = 32_768
+    lengths[4 * _GROUP : 5 * _GROUP] = 0
+    return {**inputs, "lengths": lengths}
+
+
 def _advantages(options: dict[str, Any], inputs: Inputs) -> Outputs:
     return grpo_kernels.group_advantages(**inputs, **options)._asdict()
 
@@ -73,6 +82,13 @@ _ADVANTAGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain_rewards": (_weighted, {"baseline": "none", "normalize_by": "none"}),
     "raw_singletons": (functools.partial(_rewards, missing=True), {"singleton": "raw", "eps": 1e-6}),
     "population": (_rewards, {"correction": 0}),
+    "length_weighted": (_lengths, {"baseline": "length_weighted"}),
+    "opo": (_lengths, {"baseline": "length_weighted", "normalize_by": "none", "singleton": "raw"}),
+    "second_best": (_weighted, {"baseline": "second_best"}),
+    "second_best_gdpo": (_weighted, {**_GDPO, "baseline": "second_best", "singleton": "raw"}),
+    "batch_tokens": (_lengths, {"normalize_by": "batch_tokens", "singleton": "raw", "batch_eps": 1e-8}),
+    "batch_tokens_population": (_lengths, {"baseline": "none", "normalize_by": "batch_tokens", "correction": 0}),
+    "gdpo_batch_tokens": (functools.partial(_lengths, functions=3), {**_GDPO, "normalize_by": "batch_tokens"}),
     "infinite": (_infinite, {}),
     "empty": (_empty, {}),
 }
