@@ -90,7 +90,7 @@ class PlainTrainer(GRPOTrainer):
         return log_probs, -(scores.exp() * scores).sum(-1), None
 
 
-def trainer(cls: type, model: Any, **options: Any) -> Any:
+def trainer(cls: type, model: Any, peft_config: Any = None, **options: Any) -> Any:
     defaults = {
         "per_device_train_batch_size": 4,
         "num_generations": 2,
@@ -106,6 +106,8 @@ def trainer(cls: type, model: Any, **options: Any) -> Any:
             reward_funcs=tiny.digit_reward,
             args=args,
             train_dataset=tiny.prompts(8),
+            eval_dataset=tiny.prompts(4),
+            peft_config=peft_config,
             processing_class=tiny.make_tokenizer(),
         )
     made.current_gradient_accumulation_steps = ACCUMULATION

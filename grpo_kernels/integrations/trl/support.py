@@ -60,10 +60,11 @@ def check_trl(trainer: type) -> None:
     found = names_read(trainer._compute_loss)  # type: ignore[attr-defined]
     known = {f"{owner}.{name}" for owner, names in _READ_BY_LOSS.items() for name in names.split()}
     if found != known:
+        new, gone = sorted(found - known), sorted(known - found)
         raise IncompatibleVersion(
             f"trl.GRPOTrainer._compute_loss must read what that of trl 1.16 reads, but in trl "
-            f"{importlib.metadata.version('trl')} there is new: {', '.join(sorted(found - known)) or 'nothing'}; gone: "
-            f"{', '.join(sorted(known - found)) or 'nothing'}; {_INSTEAD}"
+            f"{importlib.metadata.version('trl')} it {'reads' if new else 'does not read'} "
+            f"{', '.join(new or gone)}; {_INSTEAD}"
         )
 
 
