@@ -76,6 +76,7 @@ class FusedRouter(nn.Module):
 
 class FusedDeepseekV3Router(FusedRouter, DeepseekV3TopkRouter):  # type: ignore[misc]
     stock = DeepseekV3TopkRouter
+    e_score_correction_bias: Tensor
 
     def options(self) -> dict[str, Any]:
         bias = self.e_score_correction_bias

@@ -45,6 +45,9 @@ _SERVED: dict[str, _Transform] = {
 }
 
 
+_FORWARDS: dict[Any, Callable[..., Any]] = {}  # of each class that has been fused
+
+
 class _Call:
     """The loss that one pass of the model asks of its head, and gets."""
 
@@ -68,7 +71,7 @@ class _Call:
 class _LossHead(nn.Linear):
     """A head that gives no logits, but a loss, to a pass that asks for one."""
 
-    call: _Call | None = None
+    call: _Call | None
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.call is None:
@@ -105,16 +108,17 @@ def fuse_lm_head(model: Any) -> Any:
     if is_fused(model):
         return model
     name = type(model).__name__
-    if not type(model).__module__.startswith("transformers.models.") or _transform(model) is None:
+    if not type(model).__module__.startswith("transformers.models.") or _transform(model.__class__) is None:
         served = ", ".join(f"{family}ForCausalLM" for family in _SERVED)
         raise ValueError(f"{_OP}: model must be one of {served}, got {name}")
     if "forward" in vars(model):
         raise ValueError(f"{_OP}: the forward of this {name} has been replaced already: fuse first, then prepare")
     _check_loss_function(model)
-    head = model.lm_head
+    head: Any = model.lm_head
     if type(head) is not nn.Linear or "forward" in vars(head):
         raise ValueError(f"{_OP}: lm_head of {name} must be a plain nn.Linear, got {type(head).__name__}")
     head.__class__ = _LossHead
+    model.lm_head.call = None
     model.forward = types.MethodType(_fused(model.__class__), model)
     return model
 
@@ -131,20 +135,21 @@ def restore_lm_head(model: Any) -> Any:
     if isinstance(getattr(model, "lm_head", None), _LossHead):
         if not is_fused(model):
             raise ValueError(f"restore_lm_head: the forward of this {type(model).__name__} has been replaced since")
-        del model.forward
+        del model.forward, model.lm_head.call
         model.lm_head.__class__ = nn.Linear
     return model
 
 
 def is_fused(model: Any) -> bool:
-    forward = vars(model).get("forward")
-    return getattr(forward, "__func__", None) is _fused(model.__class__)
+    return getattr(vars(model).get("forward"), "__func__", None) in _FORWARDS.values()
 
 
-@functools.cache
-def _fused(model_class: type[Any]) -> Callable[..., Any]:
+def _fused(model_class: Any) -> Callable[..., Any]:
     """The forward in the place of the class's own, with its signature, which Trainer looks at."""
-    stock = model_class.forward
+    if model_class in _FORWARDS:
+        return _FORWARDS[model_class]
+    stock, transform = model_class.forward, _transform(model_class)
+    assert transform is not None
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -158,25 +163,23 @@ def _fused(model_class: type[Any]) -> Callable[..., Any]:
         defaults = {"num_items_in_batch": None, "ignore_index": -100, "shift_labels": None}
         options = {name: kwargs.pop(name, default) for name, default in defaults.items()}
         return_dict = kwargs.pop("return_dict", None)
-        transform = _transform(self)
-        assert transform is not None
         call = _Call(*transform(self), labels, options)
         self.lm_head.call = call
         try:
             output = stock(self, *args, labels=None, return_dict=True, **kwargs)
         finally:
-            del self.lm_head.call
+            self.lm_head.call = None
         loss = call.loss
         if output.get("aux_loss") is not None:
             loss = loss + self.router_aux_loss_coef * output.aux_loss.to(loss.device)  # type: ignore[union-attr]
         output = type(output)(**{**output, "loss": loss, "logits": None})
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    return forward
+    return _FORWARDS.setdefault(model_class, forward)
 
 
-def _transform(model: Any) -> _Transform | None:
-    name = type(model).__name__
+def _transform(model_class: Any) -> _Transform | None:
+    name = model_class.__name__
     return _SERVED.get(name.removesuffix("ForCausalLM")) if name.endswith("ForCausalLM") else None
 
 
