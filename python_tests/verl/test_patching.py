@@ -159,10 +159,16 @@ def test_temperatures_of_samples_reach_the_model(fresh: ModuleType) -> None:
         given = Batch({**batch, **other})
         made.engine.prepare_model_inputs(given)
         assert made.calls[-1][1] is given
-    for engine in (Engine(fresh, backend="torch").engine, type("Veomni", (type(made.engine),), {})()):
+    kind = type(made.engine)
+    with_more = type("WithMore", (kind,), {"prepare_model_outputs": lambda *arguments: None})
+    for served, engine in (
+        (True, type("Turbo", (kind,), {})()),
+        (False, with_more()),
+        (False, Engine(fresh, backend="torch").engine),
+    ):
         engine.module, engine.inputs = getattr(engine, "module", made.engine.module), made.engine.inputs
-        engine.prepare_model_inputs(batch)  # verl's own method refuses it
-        assert made.calls[-1][1] is batch
+        engine.prepare_model_inputs(batch)
+        assert (made.calls[-1][1] is not batch) == served  # verl's own method refuses it
 
 
 @pytest.mark.parametrize("remove_padding", [True, False])

@@ -53,8 +53,9 @@ def replacements() -> list[Replacement]:
 def _wrapped(wrapper: Callable[..., Any], original: Callable[..., Any], engine: Any) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Engines that inherit these methods may have a forward that never calls linear_cross_entropy.
-        if type(self) is not engine or getattr(self.module, "_verl_fused_kernels_backend", None) != "triton":
+        # An engine that adds to these methods (VeOmni) has a forward that never calls linear_cross_entropy.
+        inherited = all(getattr(type(self), name) is getattr(engine, name) for name in SIGNATURES)
+        if not inherited or getattr(self.module, "_verl_fused_kernels_backend", None) != "triton":
             return original(self, *args, **kwargs)
         return wrapper(original, self, *args, **kwargs)
 
