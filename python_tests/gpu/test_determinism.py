@@ -90,6 +90,8 @@ def _group_advantages(device: str, **options: Any) -> Callable[[], list[Tensor]]
     rewards[torch.rand(rewards.shape, device=device) < 0.1] = float("nan")
     if "group_size" not in options:
         options["group_ids"] = torch.randint(-batch // 16, batch // 16, (batch,), device=device)
+    if options.get("normalize_by") == "batch_tokens":
+        options["lengths"] = torch.randint(4_096, (batch,), device=device)
     return lambda: list(grpo_kernels.group_advantages(rewards, **options))
 
 
@@ -331,6 +333,9 @@ BIG: dict[str, Callable[[str], Callable[[], list[Tensor]]]] = {
     "token_log_probs-in_place": lambda device: _token_log_probs(device, torch.bfloat16, inplace_backward=True),
     "group_advantages": lambda device: _group_advantages(device, group_size=16),
     "group_advantages-ragged": lambda device: _group_advantages(device, normalize_by="batch"),
+    "group_advantages-tokens": lambda device: _group_advantages(
+        device, baseline="length_weighted", normalize_by="batch_tokens"
+    ),
     "informative_groups": lambda device: _groups(
         device, lambda scores, ids: grpo_kernels.informative_groups(scores, group_ids=ids)
     ),
