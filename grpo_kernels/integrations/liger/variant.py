@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -53,7 +52,6 @@ class Variant:
     vespo_lambda_neg: float
     max_completion_length: int | None
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  (a variant is a few numbers)
     def config(self, op: str, *, per_token: bool = False, folded: bool = False) -> GRPOLossConfig:
         """The loss, or its token losses.
 
