@@ -73,23 +73,26 @@ Statistics statistics_of_tokens(const double* values, int64_t count, int correct
   return {mean, std_from_sum(squared, tokens, correction), tokens};
 }
 
-// Centring of a group's values, and its statistics, which singletons alter.
-Centring centring_of(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const double* values, Statistics& s) {
-  s = statistics(values, end - begin, a.correction);
-  apply_singleton(a, s);
-  Peer peer{0.0, 0.0};
+// What the rarer baselines compare with. Not inlined: with it, the usual ones take 8 % longer.
+__attribute__((noinline)) Peer peer_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const double* values) {
   if (a.baseline == kBaselineLengthWeighted) {
     const Statistics weighted =
         statistics_of_tokens(values, end - begin, 0, [&](int64_t i) { return length_of(a, sample_at(a.grouping, begin + i)); });
-    peer = {weighted.mean, weighted.count};
-  } else if (a.baseline == kBaselineSecondBest) {
-    BestTwo two = no_best();
-    for (int64_t i = 0; i < end - begin; ++i) {
-      if (!is_nan(values[i])) two = merge(two, {values[i], lowest()});
-    }
-    peer.value = two.second;
+    return {weighted.mean, weighted.count};
   }
-  return make_centring(a, s, peer);
+  BestTwo two = no_best();
+  for (int64_t i = 0; i < end - begin; ++i) {
+    if (!is_nan(values[i])) two = merge(two, {values[i], lowest()});
+  }
+  return {two.second, 0.0};
+}
+
+// Centring of a group's values, which it raises to the floor, from the group's statistics.
+Centring centring_of(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, const Statistics& s, double* values) {
+  const bool compares = a.baseline == kBaselineLengthWeighted || a.baseline == kBaselineSecondBest;
+  const Centring c = make_centring(a, s, compares ? peer_of_group(a, begin, end, values) : Peer{0.0, 0.0});
+  for (int64_t i = 0; i < end - begin && a.baseline == kBaselineSecondBest; ++i) values[i] = raised(c, values[i]);
+  return c;
 }
 
 template <typename T>
@@ -131,8 +134,9 @@ void sum_normalized(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, do
     for (int64_t p = begin; p < end; ++p) {
       values[p - begin] = load_value(a.rewards, a.dtype, sample_at(a.grouping, p) * a.functions + k);
     }
-    Statistics s;
-    const Centring c = centring_of(a, begin, end, values, s);
+    Statistics s = statistics(values, end - begin, a.correction);
+    apply_singleton(a, s);
+    const Centring c = centring_of(a, begin, end, s, values);
     for (int64_t p = begin; p < end; ++p) {
       const double value = values[p - begin];
       if (is_nan(value)) continue;
@@ -148,8 +152,9 @@ void advantages_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t en
   double* values = a.scratch + begin;
   double* by_sample = a.scratch + a.grouping.batch;
   total_rewards(a, begin, end, values);
-  Statistics s;
-  const Centring c = centring_of(a, begin, end, values, s);
+  Statistics s = statistics(values, end - begin, a.correction);
+  apply_singleton(a, s);
+  const Centring c = centring_of(a, begin, end, s, values);
   const bool finished = !needs_batch(a);
   if (a.dtype == kFloat64) {
     store_group<double>(a, begin, end, s, c, finished ? values : nullptr);

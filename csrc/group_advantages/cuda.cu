@@ -104,7 +104,7 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
     const int64_t sample = sample_at(a.grouping, p);
     store_value(a.mean, a.dtype, sample, s.mean);
     store_value(a.std, a.dtype, sample, s.std);
-    const double value = combined(p);
+    const double value = raised(c, combined(p));
     if (a.aggregation == kNormalizeThenSum) {
       a.scratch[sample] = 0.0;
     } else if (needs_batch(a)) {
@@ -121,7 +121,7 @@ __device__ void centre_group(const GroupAdvantagesArgs& a, int64_t begin, int64_
     const Centring centring = warp_centring(a, begin, end, reward, column);
     // A lane adds to its own samples alone, function after function: no two threads share a scratch element.
     for (int64_t p = begin + lane; p < end; p += kWarp) {
-      const double value = reward(p);
+      const double value = raised(centring, reward(p));
       if (is_nan(value)) continue;
       const double z = scaled(centred(centring, value), centring.inverse);
       a.scratch[sample_at(a.grouping, p)] += a.weights == nullptr ? z : a.weights[k] * z;

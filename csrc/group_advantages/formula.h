@@ -118,8 +118,8 @@ GK_HOST_DEVICE bool whitens_batch(const GroupAdvantagesArgs& a) {
 
 GK_HOST_DEVICE bool needs_batch(const GroupAdvantagesArgs& a) { return a.normalize_by == kNormalizeBatch || whitens_batch(a); }
 
-// How a group's rewards become advantages, worked out once a group: (value - shift) * factor, and that times inverse; 0 up to
-// the floor, which is NaN where there is none.
+// How a group's rewards become advantages, worked out once a group: raised to the floor, which is NaN where there is none,
+// (value - shift) * factor, and that times inverse.
 struct Centring {
   double shift, factor, inverse, floor;
 };
@@ -152,9 +152,9 @@ GK_HOST_DEVICE Centring make_centring(const GroupAdvantagesArgs& a, const Statis
   return c;
 }
 
-GK_HOST_DEVICE double centred(const Centring& c, double value) {
-  return c.factor == 0.0 || value <= c.floor ? 0.0 : (value - c.shift) * c.factor;
-}
+GK_HOST_DEVICE double raised(const Centring& c, double value) { return value <= c.floor ? c.floor : value; }
+
+GK_HOST_DEVICE double centred(const Centring& c, double value) { return c.factor == 0.0 ? 0.0 : (value - c.shift) * c.factor; }
 
 // 0 / (0 + eps) is 0 for every eps, 0 included: a group of equal rewards teaches nothing.
 GK_HOST_DEVICE double scaled(double difference, double inverse) { return difference == 0.0 ? 0.0 : difference * inverse; }
