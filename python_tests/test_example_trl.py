@@ -81,10 +81,7 @@ def test_the_three_ways_train_alike() -> None:
         assert results[way]["seconds"] >= results[way]["loss_seconds"] > 0.0
 
 
-@pytest.mark.trl
-@pytest.mark.slow
-def test_a_process_that_fails_tells_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trl", reason="needs TRL")
-    monkeypatch.setattr(__main__, "asdict", lambda settings: {**vars(settings), "samples": 3})
-    with pytest.raises(RuntimeError, match="samples must be a multiple of 8"):
-        __main__.run_in_process("stock", TINY)
+def test_a_process_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(__main__.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="training with FusedGRPOTrainer failed"):
+        __main__.run_in_process("fused", TINY)

@@ -29,7 +29,7 @@ _EXPLANATION = (
     "\npatch() puts the kernels in the place of TRL's fused head, for all of its trainers; FusedGRPOTrainer computes "
     "the loss and its gradients there, too, in one pass over the head. Both compute what TRL computes: the differences "
     "of losses and gradient norms from TRL's, relative to the largest, are those of rounding. The other seconds of a "
-    "step are spent on sampling, which stays TRL's."
+    "step are spent on sampling, which stays TRL's. On a CPU, patched and fused take about the same time."
 )
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("trl", reason="needs TRL")
 import transformers
 from trl import GRPOTrainer
 
-from grpo_kernels import linear_token_log_probs
+from grpo_kernels import linear_grpo_loss, linear_token_log_probs
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, IncompatibleVersion
 from grpo_kernels.integrations.trl.forward import add_head_function, logit_transform
 from grpo_kernels.integrations.trl.support import check_trainer, check_trl
@@ -93,6 +93,21 @@ def test_autocast(name: str) -> None:
     assert_as_accurate(*results, name="gradient")
 
 
+@pytest.mark.parametrize(("name", "passes"), [("dapo", 1), ("grpo-sequence", 1), ("vespo", 1), ("quantile", 2)])
+def test_passes_over_the_head(name: str, passes: int, monkeypatch: pytest.MonkeyPatch, native_cpu: None) -> None:
+    outputs = []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        outputs.append(linear_grpo_loss(*args, **options))
+        return outputs[-1]
+
+    monkeypatch.setattr("grpo_kernels.integrations.trl.trainer.linear_grpo_loss", recorded)
+    case = CASES[name]
+    made = trainer(FusedGRPOTrainer, tiny.make_model(), **{**case.options, "beta": 0.0})
+    made._compute_loss(made.model, make_inputs(case, 0, torch.float32)).backward()
+    assert [output.metrics.passes for output in outputs] == [passes]
+
+
 REFUSED = {
     "cast_lm_head_to_fp32": {"cast_lm_head_to_fp32": True},
     "use_adaptive_entropy": {"use_adaptive_entropy": True},
@@ -130,6 +145,9 @@ def test_what_comes_from_outside_is_refused_by_name(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(made.args, "use_liger_kernel", True)
         refuses("use_liger_kernel=True is not served")
+    with monkeypatch.context() as patch:
+        patch.setattr(made.args, "torch_compile", True)
+        refuses("torch_compile=True is not served")
     with monkeypatch.context() as patch:
         patch.setattr(made, "_is_vlm", True)
         refuses("a processor of images is not served")

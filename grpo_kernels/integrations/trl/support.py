@@ -102,6 +102,8 @@ def _refusals(trainer: Any) -> Iterator[tuple[str, str]]:
     args, model = trainer.args, trainer.model
     if args.use_liger_kernel:
         yield "use_liger_kernel=True", "Liger replaces parts of the model that the fused loss reads"
+    if args.torch_compile:
+        yield "torch_compile=True", "the forward takes a function that is another one at each call"
     if args.cast_lm_head_to_fp32:
         yield "cast_lm_head_to_fp32=True", "the head's products have the dtype of model and autocast"
     if args.use_adaptive_entropy:
