@@ -38,7 +38,27 @@ WRONG = [
     ({"sampler_correction": "token_truncate", "sampler_cap": None}, ValueError, "needs sampler_cap or sampler_floor"),
     ({"sampler_correction": "token_mask", "sampler_floor": 3.0}, ValueError, "sampler_floor must be less than"),
     ({"surrogate": "vespo", "sampler_correction": "sequence_mask"}, ValueError, "surrogate='vespo', which folds"),
+    ({"skip_empty_sequences": 1}, TypeError, "skip_empty_sequences must be a bool, got int"),
+    ({"entropy_reduction": "mean"}, ValueError, "entropy_reduction must be one of 'token_mean', 'loss'"),
+    ({"log_ratio_min": 1.0, "log_ratio_max": 1.0}, ValueError, "log_ratio_min must be less than log_ratio_max"),
+    ({"log_ratio_max": math.inf}, ValueError, "log_ratio_max must be a finite number, got inf"),
+    ({"surrogate": "dro", "dro_beta": 0.0}, ValueError, "dro_beta must be a finite number greater than 0"),
+    ({"surrogate": "clip_cov", "clip_cov_ratio": 1.5}, ValueError, "clip_cov_ratio must be in (0, 1], got 1.5"),
+    ({"surrogate": "kl_cov", "kl_cov_ratio": 0.0}, ValueError, "kl_cov_ratio must be a finite number greater than 0"),
+    ({"surrogate": "clip_cov", "clip_cov_low": 6.0}, ValueError, "clip_cov_low must be less than clip_cov_high"),
     # set, but used by nothing
+    ({"surrogate": "gmpo", "ratio_level": "sequence"}, ValueError, "no effect with surrogate='gmpo'"),
+    ({"surrogate": "gmpo", "kl_importance_weighted": True}, ValueError, "no effect with surrogate='gmpo'"),
+    ({"surrogate": "gmpo", "log_ratio_max": 20.0}, ValueError, "no effect with surrogate='gmpo'"),
+    ({"surrogate": "dro", "log_ratio_min": -20.0}, ValueError, "no effect with surrogate='dro' without"),
+    ({"surrogate": "reinforce", "log_ratio_max": 20.0}, ValueError, "no effect with surrogate='reinforce' without"),
+    ({"surrogate": "kl_cov", "clip_low": 0.1}, ValueError, "no effect with surrogate='kl_cov'"),
+    ({"surrogate": "gmpo", "ratio_cap": 5.0}, ValueError, "ratio_cap=5.0 has no effect with surrogate='gmpo'"),
+    ({"dro_beta": 1.0}, ValueError, "dro_beta=1.0 has no effect with surrogate='ppo_clip'"),
+    ({"surrogate": "clip_cov", "kl_cov_coef": 2.0}, ValueError, "kl_cov_coef=2.0 has no effect"),
+    ({"surrogate": "kl_cov", "clip_cov_ratio": 0.1}, ValueError, "clip_cov_ratio=0.1 has no effect"),
+    ({"skip_empty_sequences": True}, ValueError, "no effect with reduction='token_mean'"),
+    ({"reduction": "none", "entropy_reduction": "loss"}, ValueError, "no effect with reduction='none'"),
     ({"surrogate": "sapo", "clip_low": 0.1}, ValueError, "clip_low=0.1 has no effect with surrogate='sapo'"),
     ({"surrogate": "cispo", "ratio_cap": 5.0, "clip_high": 0.3}, ValueError, "no effect with an absolute ratio_cap"),
     ({"surrogate": "cispo", "delta": 2.0}, ValueError, "delta=2.0 has no effect with surrogate='cispo'"),
@@ -85,6 +105,19 @@ PRESETS = {
         "clip_low": 3e-4,
         "clip_high": 4e-4,
     },
+    "gspo_token": {
+        "reduction": "sequence_mean_token_mean",
+        "ratio_level": "sequence_token",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    },
+    "gmpo": {"surrogate": "gmpo", "reduction": "sequence_mean_token_mean", "clip_low": 0.4, "clip_high": 0.4},
+    "gpg": {"surrogate": "reinforce"},
+    "dppo_tv": {"surrogate": "dppo_tv", "clip_low": 0.15, "clip_high": 0.15, "ratio_cap": 20.0},
+    "dppo_kl": {"surrogate": "dppo_kl", "clip_low": 0.05, "clip_high": 0.05, "ratio_cap": 20.0},
+    "dro": {"surrogate": "dro"},
+    "clip_cov": {"surrogate": "clip_cov"},
+    "kl_cov": {"surrogate": "kl_cov"},
     "reinforce": {"surrogate": "reinforce"},
 }
 
@@ -155,10 +188,81 @@ def test_values_that_trl_rejects_raise() -> None:
         GRPOLossConfig.trl(loss_type="vespo", use_vllm=True)
 
 
+CLAMPED = {"log_ratio_min": -20.0, "log_ratio_max": 20.0}
+VERL_BASE = {"entropy_reduction": "loss"}
+BY_SEQUENCE = {"reduction": "sequence_mean_token_mean", "skip_empty_sequences": True}
+PPO = {"clip_high": 0.2, **CLAMPED, "dual_clip": 3.0}
+SMALL = {"clip_low": 0.1, "clip_high": 0.3}
+VERL = [
+    ({}, PPO),
+    ({"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 10.0}, {**PPO, **SMALL, "dual_clip": 10.0}),
+    ({"clip_ratio": 0.3}, PPO),  # in verl 0.9 the two bounds have defaults of their own
+    ({"clip_ratio": 0.3, "clip_ratio_low": None}, {**PPO, "clip_low": 0.3}),
+    ({"loss_agg_mode": "token-sum"}, {**PPO, "reduction": "token_sum"}),
+    ({"loss_agg_mode": "seq-mean-token-mean"}, {**PPO, **BY_SEQUENCE}),
+    ({"loss_agg_mode": "seq-mean-token-sum"}, {**PPO, **BY_SEQUENCE, "reduction": "sequence_mean_token_sum"}),
+    (
+        {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 512},
+        {**PPO, **BY_SEQUENCE, "reduction": "sequence_mean_token_sum_norm", "max_length": 512},
+    ),
+    ({"loss_scale_factor": 512}, PPO),
+    ({"entropy_coeff": 0.01}, {**PPO, "entropy_coef": 0.01}),
+    ({"kl_loss_coef": 0.5}, PPO),
+    ({"use_kl_loss": True}, {**PPO, "kl_coef": 0.001, "kl_log_ratio_clamp": 20.0, "kl_value_clamp": 10.0}),
+    ({"use_kl_loss": True, "kl_loss_type": "kl"}, {**PPO, "kl_coef": 0.001, "kl_estimator": "k1"}),
+    ({"use_kl_loss": True, "kl_loss_type": "mse+"}, {**PPO, "kl_coef": 0.001, "kl_estimator": "k2+"}),
+    (
+        {"use_kl_loss": True, "kl_loss_type": "k3+"},
+        {**PPO, "kl_coef": 0.001, "kl_estimator": "k3+", "kl_log_ratio_clamp": 20.0, "kl_value_clamp": 10.0},
+    ),
+    ({"loss_mode": "dppo_tv"}, {"surrogate": "dppo_tv", "clip_high": 0.2, "ratio_cap": 3.0, **CLAMPED}),
+    (
+        {"loss_mode": "dppo_kl", "clip_ratio_c": 20.0},
+        {"surrogate": "dppo_kl", "clip_high": 0.2, "ratio_cap": 20.0, **CLAMPED},
+    ),
+    ({"loss_mode": "gspo"}, {**BY_SEQUENCE, "ratio_level": "sequence_token", "clip_high": 0.2, "log_ratio_max": 10.0}),
+    (
+        {"loss_mode": "sapo", "tau_neg": 2.0},
+        {**BY_SEQUENCE, "surrogate": "sapo", "sapo_temperature_neg": 2.0, **CLAMPED},
+    ),
+    ({"loss_mode": "gpg"}, {"surrogate": "reinforce"}),
+    ({"loss_mode": "clip_cov"}, {"surrogate": "clip_cov", "clip_high": 0.2}),
+    ({"loss_mode": "clip_cov", "clip_cov_ub": 9.0}, {"surrogate": "clip_cov", "clip_high": 0.2, "clip_cov_high": 9.0}),
+    ({"loss_mode": "kl_cov"}, {"surrogate": "kl_cov", "kl_cov_coef": 0.1}),
+    ({"loss_mode": "kl_cov", "ppo_kl_coef": None}, {"surrogate": "kl_cov"}),
+    ({"loss_mode": "geo_mean"}, {"surrogate": "gmpo", "reduction": "sequence_mean_token_mean", "clip_high": 0.2}),
+    ({"loss_mode": "dro", "dro_beta": 0.5}, {"surrogate": "dro", "dro_beta": 0.5}),
+    ({"loss_mode": "cispo"}, {"surrogate": "cispo", "clip_high": 0.2, **CLAMPED}),
+]
+
+
+@pytest.mark.parametrize(("options", "fields"), VERL, ids=[str(options) for options, _ in VERL])
+def test_verl_options(options: dict[str, object], fields: dict[str, object]) -> None:
+    assert GRPOLossConfig.verl(**options) == GRPOLossConfig(**{**VERL_BASE, **fields})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_mode": "bypass_mode"}, "loss_mode must be one of 'vanilla', .*, got 'bypass_mode'"),
+        ({"loss_agg_mode": "mean"}, "loss_agg_mode must be one of 'token-mean', .*, got 'mean'"),
+        ({"use_kl_loss": True, "kl_loss_type": "full"}, "kl_loss_type must be one of 'kl', .*, got 'full'"),
+        ({"loss_mode": "dro"}, "dro_beta must be given with loss_mode='dro'"),
+        ({"ppo_epochs": 2}, "options must be among loss_mode, .*, got ppo_epochs"),
+        ({"loss_mode": "gspo", "use_kl_loss": True}, "loss_agg_mode must be 'seq-mean-token-mean'"),
+        ({"loss_mode": "sapo", "entropy_coeff": 0.1}, "loss_agg_mode must be 'seq-mean-token-mean'"),
+    ],
+    ids=str,
+)
+def test_verl_options_that_are_no_config_raise(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"GRPOLossConfig.verl: {message}"):
+        GRPOLossConfig.verl(**options)
+
+
 def test_packed_options() -> None:
     options, parameters = GRPOLossConfig().pack()
-    assert options == (0, 0, 0, 2, 0, 0, 0, 0b001000011)
-    assert parameters == (0.8, 1.2, 0, 0, 0, 0, 3.0, 0, 0, 1.0, 1.05, 2.0, 3.0, 3.0, 2.0)
+    assert options == (0, 0, 0, 2, 0, 0, 0, 0b00001000011, 0, 0)
+    assert parameters == (0.8, 1.2, 0, 0, 0, 0, 3.0, 0, 0, 0, 0, 1.0, 1.05, 2.0, 3.0, 3.0, 2.0, 0.1, 1.0)
     options, parameters = GRPOLossConfig(
         surrogate="cispo",
         ratio_level="sequence",
@@ -173,10 +277,14 @@ def test_packed_options() -> None:
         sampler_floor=0.5,
         off_policy_threshold=-0.5,
     ).pack()
-    assert options == (1, 1, 4, 3, 1, 1, 4, 0b110110010)
+    assert options == (1, 1, 4, 3, 1, 1, 4, 0b00110110010, 0, 0)
     assert parameters[:9] == (0, 5.0, 0, 0, 20.0, 10.0, 0, 0.5, -0.5)
     vespo = GRPOLossConfig(surrogate="vespo", vespo_lambda_pos=0.0)
-    assert vespo.pack()[1][11:] == (2.0, 1e-4, 3.0, 2.0)
+    assert vespo.pack()[1][13:17] == (2.0, 1e-4, 3.0, 2.0)
+    options, parameters = GRPOLossConfig.verl(loss_mode="dppo_kl", loss_agg_mode="seq-mean-token-mean").pack()
+    assert options == (7, 0, 1, 2, 0, 0, 0, 0b11001000111, 1, 1)
+    assert parameters[:3] == (-0.2, 0.2, 3.0)
+    assert parameters[9:11] == (-20.0, 20.0)
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

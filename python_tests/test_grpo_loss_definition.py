@@ -17,9 +17,34 @@ from python_tests.samples.grpo_loss import VARIANTS, batch, call, config_of, pac
 LEAVES = ("log_probs", "entropy")
 
 
+def _dppo_keeps(c: GRPOLossConfig, lp: float, old: float, a: float) -> bool:
+    p, q = math.exp(lp), math.exp(old)
+    high = c.clip_low if c.clip_high is None else c.clip_high
+    if c.surrogate == "dppo_tv":
+        return p <= q + high if a > 0 else p >= q - c.clip_low
+    other, old_other = max(1 - p, 0.0), max(1 - q, 0.0)
+    kl = q * (old - lp) + old_other * math.log((old_other + 1e-8) / (other + 1e-8))
+    return (p <= q or kl <= high) if a > 0 else (p >= q or kl <= c.clip_low)
+
+
 def _policy(c: GRPOLossConfig, lp: Tensor, lr: Tensor, r: Tensor, a: Tensor, log_s: Tensor | None) -> Tensor:
     low, high = 1 - c.clip_low, 1 + (c.clip_low if c.clip_high is None else c.clip_high)
-    if c.surrogate == "ppo_clip":
+    if c.surrogate == "gmpo":
+        parts = [
+            x.clamp(max=high - 1) if b > 0 else x.clamp(min=low - 1) if b < 0 else 0 * x
+            for x, b in zip(lr, a.tolist(), strict=True)
+        ]
+        return -torch.exp(sum(parts, torch.zeros(())) / max(len(parts), 1)) * a
+    if c.surrogate in ("dppo_tv", "dppo_kl"):
+        lps, lrs, advantages = lp.detach(), lr.detach().tolist(), a.tolist()
+        keeps = [_dppo_keeps(c, x, x - g, b) for x, g, b in zip(lps.tolist(), lrs, advantages, strict=True)]
+        bounded = r.detach() if c.ratio_cap is None else r.detach().clamp(max=c.ratio_cap)
+        return -a * bounded * torch.tensor(keeps, dtype=torch.float64) * lp
+    if c.surrogate == "dro":
+        return c.dro_beta / 2 * lr**2 - lp * a
+    if c.surrogate == "kl_cov":
+        return -r * a
+    if c.surrogate in ("ppo_clip", "clip_cov"):
         loss = -torch.min((r if c.delta is None else r.clamp(max=c.delta)) * a, r.clamp(low, high) * a)
         return loss if c.dual_clip is None else torch.where(a < 0, torch.min(loss, -c.dual_clip * a), loss)
     if c.surrogate == "cispo":
@@ -58,13 +83,47 @@ def _kl(c: GRPOLossConfig, lp: Tensor, ref: Tensor, r: Tensor) -> Tensor:
     return kl * r if c.kl_importance_weighted else kl
 
 
+def _clamps(c: GRPOLossConfig) -> tuple[float, float]:
+    low = -math.inf if c.log_ratio_min is None else c.log_ratio_min
+    return low, math.inf if c.log_ratio_max is None else c.log_ratio_max
+
+
+def _selected(c: GRPOLossConfig, inputs: dict[str, Tensor | None]) -> Tensor:
+    """[B, T] bool: the tokens of "clip_cov" (all candidates) and "kl_cov"; one by one, in plain numbers."""
+    mask, lp, old = inputs["mask"], inputs["log_probs"].detach(), inputs["old_log_probs"]
+    selected = torch.zeros_like(mask)
+    if c.surrogate not in ("clip_cov", "kl_cov"):
+        return selected
+    a = inputs["advantages"] if inputs["advantages"].ndim == 2 else inputs["advantages"][:, None].expand(lp.shape)
+    places = mask.nonzero().tolist()
+    mean_a, mean_lp = a[mask].mean().item(), lp[mask].mean().item()
+    covariance = {(b, t): (a[b, t].item() - mean_a) * (lp[b, t].item() - mean_lp) for b, t in places}
+    if c.surrogate == "kl_cov":
+        count = max(int(c.kl_cov_ratio * len(places)), 1)
+        chosen = sorted(covariance, key=lambda place: -covariance[place])[:count]
+    else:
+        chosen = []
+        for b, t in covariance:
+            lr = (lp - old)[b][mask[b]]
+            r = math.exp(lr.mean() if c.ratio_level == "sequence" else (lp - old)[b, t])
+            clipped = r < 1 - c.clip_low if a[b, t] < 0 else r > 1 + (c.clip_high or c.clip_low)
+            if c.clip_cov_low < covariance[b, t] < c.clip_cov_high and not (clipped and a[b, t] != 0):
+                chosen.append((b, t))
+    for b, t in chosen:
+        selected[b, t] = True
+    return selected
+
+
 def _sequence(c: GRPOLossConfig, tokens: dict[str, Tensor | None], threshold: float) -> Tensor:
     """Losses of the live tokens of one sequence."""
     lp, a = tokens["log_probs"], tokens["advantages"]
     old = lp.detach() if tokens["old_log_probs"] is None else tokens["old_log_probs"]
     sampler = tokens["sampler_log_probs"]
     lr = lp - old
-    r = torch.exp(lr if c.ratio_level == "token" else (lr.sum() / max(len(lr), 1)).expand_as(lr))
+    log_r = lr if c.ratio_level == "token" else (lr.sum() / max(len(lr), 1)).expand_as(lr)
+    if c.ratio_level == "sequence_token":
+        log_r = log_r.detach() + lp - lp.detach()
+    r = torch.exp(log_r.clamp(*_clamps(c)))
     log_s, s = None, None
     if c.sampler_correction != "none":
         level, kind = c.sampler_correction.split("_")
@@ -74,6 +133,10 @@ def _sequence(c: GRPOLossConfig, tokens: dict[str, Tensor | None], threshold: fl
         s = s.clamp(low, high) if kind == "truncate" else s * ((s >= low) & (s <= high))
         log_s = torch.log(s)
     loss = _policy(c, lp, lr, r, a, log_s)
+    if c.surrogate == "kl_cov":
+        loss = loss + c.kl_cov_coef * lr.abs() * tokens["selected"]
+    if c.surrogate == "clip_cov":
+        loss = loss * ~tokens["selected"]
     if c.off_policy_threshold is not None:
         drift = ((old if sampler is None else sampler) - lp.detach()).sum() / max(len(lp), 1)
         loss = loss * ((a >= 0) | (drift <= c.off_policy_threshold))
@@ -89,6 +152,7 @@ def _sequence(c: GRPOLossConfig, tokens: dict[str, Tensor | None], threshold: fl
 def definition(c: GRPOLossConfig, inputs: dict[str, Tensor | None], num_items: float | None = None) -> Tensor:
     mask, entropy = inputs["mask"], inputs["entropy"]
     threshold = torch.quantile(entropy[mask], 1 - c.top_entropy_quantile).item()
+    inputs = {**inputs, "selected": _selected(c, inputs)}
     rows = []
     for b, live in enumerate(mask):
         tokens = {}
@@ -107,6 +171,8 @@ def definition(c: GRPOLossConfig, inputs: dict[str, Tensor | None], num_items: f
             )
         return out
     sums = torch.stack([loss.sum() for loss, _, _ in rows])
+    if c.entropy_reduction == "loss":
+        sums = sums - c.entropy_coef * torch.stack([h.sum() for h in kept])
     if c.reduction == "token_sum":
         loss = sums.sum()
     elif c.reduction == "token_mean":
@@ -116,7 +182,10 @@ def definition(c: GRPOLossConfig, inputs: dict[str, Tensor | None], num_items: f
             sums = sums / mask.sum(1).clamp(min=1)
         if c.reduction == "sequence_mean_token_sum_norm":
             sums = sums / (c.max_length or mask.shape[1])
-        loss = sums.sum() / (num_items or len(rows))
+        filled = sum(bool(live.any()) for _, _, live in rows)
+        loss = sums.sum() / (num_items or (filled if c.skip_empty_sequences else len(rows)))
+    if c.entropy_reduction == "loss":
+        return loss
     number = sum(int(((h >= threshold) | (c.top_entropy_quantile == 1)).sum()) for _, h, _ in rows)
     return loss - c.entropy_coef * sum(h.sum() for h in kept) / number
 

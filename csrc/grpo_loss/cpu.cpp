@@ -2,7 +2,7 @@
 // of rows, where the options need any, take a pass of their own before, and the sequence-level gradient takes one after.
 
 #include "common/parallel.h"
-#include "grpo_loss/cpu_block.h"
+#include "grpo_loss/cpu_metrics.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
@@ -35,6 +35,7 @@ void sum_segment(const Problem<T>& p, int64_t index) {
   for (int i = 0; i < kRowSums; ++i) sums[i] = 0.0;
   Block<T> b;
   const auto log_ratio = [&](int64_t i) { return gap(b.log_prob[i], b.old[i]).value; };
+  const auto clipped_log_ratio = [&](int64_t i) { return clipped_gap(o, b.advantage[i], log_ratio(i)).value; };
   const auto bounded_log_ratio = [&](int64_t i) { return clamp(log_ratio(i), T(-kLogWeightMax), T(kLogWeightMax)); };
   const auto sampler_evidence = [&](int64_t i) { return evidence(b.old[i], b.sampler[i]); };
   const auto log_weight = [&](int64_t i) { return log_sampler_weight(o, sampler_evidence(i)); };
@@ -44,7 +45,12 @@ void sum_segment(const Problem<T>& p, int64_t index) {
     if (!load_live(p.a, s, s.begin + done, count, b.live)) continue;
     load_ratio_inputs(p, s, s.begin + done, count, b);
     sums[kRowTokens] += sum_terms(b.live, count, [&](int64_t) { return T(1); });
-    if (o.sequence_ratio) sums[kRowLogRatio] += sum_terms(b.live, count, log_ratio);
+    if (o.surrogate == kGMPO) {
+      load(p.a.tensors[kAdvantages], s, s.begin + done, count, b.live, b.advantage);
+      sums[kRowLogRatio] += sum_terms(b.live, count, clipped_log_ratio);
+    } else if (o.sequence_ratio) {
+      sums[kRowLogRatio] += sum_terms(b.live, count, log_ratio);
+    }
     if (o.corrects_sequences()) sums[kRowSamplerGap] += sum_terms(b.live, count, sampler_evidence);
     if (o.off_policy_mask) sums[kRowOffPolicy] += sum_terms(b.live, count, drift);
     if (o.surrogate == kVESPO) sums[kRowVESPO] += sum_terms(b.live, count, bounded_log_ratio);
@@ -57,7 +63,7 @@ void loss_segment(const Problem<T>& p, int64_t index) {
   const Segment s = segment_at(p.a.layout, index);
   double* record = segment_record(p.a, index);
   for (int slot = 0; slot < kRecord; ++slot) record[slot] = empty_slot(slot);
-  RowState<T> row{T(1), T(1), T(1), T(0), T(1), T(1)};
+  RowState<T> row = plain_row<T>();
   double factor = 1.0;
   if (p.o.needs_row_sums() && s.row >= 0) {
     const double* sums = segment_row_sums(p.a, s.first);
@@ -79,6 +85,7 @@ void loss_segment(const Problem<T>& p, int64_t index) {
       if (p.given(input)) return load(p.a.tensors[input], s, begin, count, b.live, out);
       for (int64_t i = 0; i < count; ++i) out[i] = otherwise;
     };
+    if (p.given(kSelection)) load(p.a.tensors[kSelection], s, begin, count, b.live, b.selected);
     load_or(kTokenWeights, T(1), b.weight);
     load_or(kUpstream, row.factor, b.upstream);
     compute_ratio(p.o, row, count, b);
@@ -90,13 +97,15 @@ void loss_segment(const Problem<T>& p, int64_t index) {
       compute_kl(p.o, count, b);
     }
     combine(p, count, b);
+    if (row.held != T(0)) memset(b.through, 0, sizeof(b.through));
     store_outputs(p, offset, count, b);
     if (p.a.metrics != nullptr) add_metrics(p, count, b, record);
-    if (p.o.sequence_ratio) {
+    if (p.o.shares_gradient) {
       record[kThrough] += sum_terms(b.live, count, [&](int64_t i) { return b.upstream[i] * b.through[i]; });
     }
   }
   record[kTokenLoss] *= factor;
+  if (p.o.reduces_entropy) record[kEntropyBonus] *= factor;
 }
 
 // Adds what the row's tokens send through its log-ratio.
@@ -106,16 +115,23 @@ void share_segment(const Problem<T>& p, int64_t index) {
   if (s.row < 0) return;
   const T shared = T(segment_row_sums(p.a, s.first)[kRowLogRatio]);
   T* grad = static_cast<T*>(p.a.grad_log_probs) + output_offset(p.a.layout, s);
+  const LossOptions<T> o = p.o;
   Block<T> b;
   for (int64_t done = 0; done < s.count; done += kBlock) {
     const int64_t count = s.count - done < kBlock ? s.count - done : kBlock;
     if (!load_live(p.a, s, s.begin + done, count, b.live)) continue;
     load_ratio_inputs(p, s, s.begin + done, count, b);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const bool moves = (gap(b.log_prob[i], b.old[i]).slope != T(0)) & (b.live[i] != T(0));
-      grad[done + i] += moves ? shared : T(0);
+    for (int64_t i = 0; i < count; ++i) b.slope[i] = b.live[i] != T(0) ? gap(b.log_prob[i], b.old[i]).slope : T(0);
+    if (o.surrogate == kGMPO) {
+      load(p.a.tensors[kAdvantages], s, s.begin + done, count, b.live, b.advantage);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        b.slope[i] *= clipped_gap(o, b.advantage[i], gap(b.log_prob[i], b.old[i]).value).slope;
+      }
     }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) grad[done + i] += b.slope[i] != T(0) ? shared : T(0);
   }
 }
 
@@ -144,7 +160,7 @@ void merge_through(const GRPOLossArgs& a) {
 }
 
 template <typename T>
-void merge_records(const GRPOLossArgs& a, int reduction) {
+void merge_records(const GRPOLossArgs& a, const LossOptions<T>& o) {
   double totals[kRecord];
   for (int slot = 0; slot < kRecord; ++slot) totals[slot] = empty_slot(slot);
   for (int64_t row = 0; row < a.layout.batch; ++row) {
@@ -161,7 +177,7 @@ void merge_records(const GRPOLossArgs& a, int reduction) {
       totals[slot] = merge_slot(slot, totals[slot], row_slot(slot, tokens, clip_low, clip_high));
     }
   }
-  write_results<T>(a, reduction, totals);
+  write_results<T>(a, o, totals);
 }
 
 // The first packed row whose bounds are not in order or not inside the tensors, or -1.
@@ -192,11 +208,11 @@ int64_t run(const GRPOLossArgs& a, int threads) {
     merge_row_sums(a);
   }
   for_segments(&loss_segment<T>);
-  if (p.o.sequence_ratio && a.grad_log_probs != nullptr) {
+  if (p.o.shares_gradient && a.grad_log_probs != nullptr) {
     merge_through<T>(a);
     for_segments(&share_segment<T>);
   }
-  if (a.metrics != nullptr) merge_records<T>(a, p.o.reduction);
+  if (a.metrics != nullptr) merge_records<T>(a, p.o);
   return -1;
 }
 

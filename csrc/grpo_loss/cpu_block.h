@@ -1,4 +1,4 @@
-// The stages of the CPU kernel for a block of tokens: load, ratio, weights, policy term, KL, outputs, sums. Each is a loop over
+// The stages of the CPU kernel for a block of tokens: load, ratio, weights, policy term, KL, outputs. Each is a loop over
 // arrays in the first-level cache, without branches inside, so that it vectorises. Masked tokens become zeros when they are
 // loaded.
 #pragma once
@@ -17,6 +17,8 @@ struct Block {
   alignas(64) T log_prob[kBlock], old[kBlock], advantage[kBlock], weight[kBlock], ref[kBlock], sampler[kBlock];
   alignas(64) T entropy[kBlock], loss[kBlock], slope[kBlock];
   alignas(64) T upstream[kBlock], log_ratio[kBlock], ratio[kBlock], sampler_weight[kBlock], sampler_gap[kBlock], phi[kBlock];
+  // of single surrogates
+  alignas(64) T factor[kBlock], selected[kBlock], moved[kBlock], capped[kBlock];
   alignas(64) T policy[kBlock], direct[kBlock], through[kBlock], kl[kBlock], kl_direct[kBlock], kl_through[kBlock];
   // 0 or 1, in T so that all of a loop's vectors have equally many lanes
   alignas(64) T live[kBlock], scored[kBlock], kept[kBlock], dropped[kBlock];
@@ -86,101 +88,18 @@ void load_ratio_inputs(const Problem<T>& p, const Segment& s, int64_t begin, int
   if (p.given(kSamplerLogProbs)) load(p.a.tensors[kSamplerLogProbs], s, begin, count, b.live, b.sampler);
 }
 
-// --- sums --------------------------------------------------------------------------------------------------------------------
-
-template <typename T>
-double sum_live(const T* x, const T* live, int64_t count) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += double(live[i] != T(0) ? x[i] : T(0));
-  return sum;
-}
-
-template <typename T>
-double sum_squares(const T* x, const T* live, int64_t count) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) {
-    const double value = double(live[i] != T(0) ? x[i] : T(0));
-    sum += value * value;
-  }
-  return sum;
-}
-
-// Exact: at most 256 ones.
-template <typename T>
-double count_live(const T* flags, const T* live, int64_t count) {
-  T sum = T(0);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += live[i] != T(0) ? flags[i] : T(0);
-  return double(sum);
-}
-
-// Minimum and maximum into the record; NaN is no extreme.
-template <typename T>
-void add_extremes(const T* x, const T* live, int64_t count, double* minimum, double* maximum) {
-  T low = infinity<T>(), high = -infinity<T>();
-#pragma omp simd reduction(min : low) reduction(max : high)
-  for (int64_t i = 0; i < count; ++i) {
-    const T small = live[i] != T(0) ? x[i] : infinity<T>();
-    const T large = live[i] != T(0) ? x[i] : -infinity<T>();
-    low = small < low ? small : low;
-    high = large > high ? large : high;
-  }
-  if (minimum != nullptr && double(low) < *minimum) *minimum = double(low);
-  if (double(high) > *maximum) *maximum = double(high);
-}
-
-template <typename T>
-void add_flags(const Problem<T>& p, int64_t count, const Block<T>& b, double* record) {
-  const LossOptions<T> o = p.o;
-  T tokens = 0, nonfinite = 0, low = 0, high = 0, capped = 0, zero = 0;
-#pragma omp simd reduction(+ : tokens, nonfinite, low, high, capped, zero)
-  for (int64_t i = 0; i < count; ++i) {
-    const TokenFlags<T> f = token_flags(o, b.loss[i], b.advantage[i], b.ratio[i]);
-    const bool live = b.live[i] != T(0);
-    tokens += b.live[i];
-    nonfinite += live ? f.nonfinite : T(0);
-    low += live ? f.clip_low : T(0);
-    high += live ? f.clip_high : T(0);
-    capped += live ? f.capped : T(0);
-    zero += live ? f.zero_advantage : T(0);
-  }
-  record[kTokens] += double(tokens);
-  record[kNonfinite] += double(nonfinite);
-  record[kClipLow] += double(low);
-  record[kClipHigh] += double(high);
-  record[kCapped] += double(capped);
-  record[kZeroAdvantage] += double(zero);
-}
-
-template <typename T>
-void add_metrics(const Problem<T>& p, int64_t count, const Block<T>& b, double* record) {
-  add_flags(p, count, b, record);
-  record[kTokenLoss] += sum_live(b.loss, b.live, count);
-  record[kPolicyLoss] += sum_live(b.policy, b.live, count);
-  record[kLogRatio] += sum_live(b.log_ratio, b.live, count);
-  record[kRatio] += sum_live(b.ratio, b.live, count);
-  record[kRatioSquared] += sum_squares(b.ratio, b.live, count);
-  add_extremes(b.ratio, b.live, count, &record[kRatioMin], &record[kRatioMax]);
-  record[kHighEntropy] += count_live(b.kept, b.live, count);
-  if (p.given(kRefLogProbs)) record[kKL] += sum_live(b.kl, b.live, count);
-  if (p.given(kTokenEntropy)) {
-    record[kEntropy] += sum_live(b.entropy, b.live, count);
-    record[kEntropyBonus] += sum_live(b.entropy, b.kept, count);
-  }
-  if (p.o.off_policy_mask) record[kOffPolicyDropped] += count_live(b.dropped, b.live, count);
-  if (p.o.surrogate == kVESPO) record[kVESPOWeight] += sum_live(b.phi, b.live, count);
-  if (!p.given(kSamplerLogProbs)) return;
-  record[kSamplerWeight] += sum_live(b.sampler_weight, b.live, count);
-  record[kSamplerWeightSquared] += sum_squares(b.sampler_weight, b.live, count);
-  add_extremes(b.sampler_weight, b.live, count, &record[kSamplerWeightMin], &record[kSamplerWeightMax]);
-  record[kSamplerGap] += sum_live(b.sampler_gap, b.scored, count);
-  record[kSamplerScored] += count_live(b.scored, b.live, count);
-  add_extremes(b.sampler_gap, b.scored, count, nullptr, &record[kSamplerGapMax]);
-}
-
 // --- stages ------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void bound_log_ratio(const LossOptions<T>& options, int64_t count, Block<T>& b) {
+  const LossOptions<T> o = options;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Gap<T> g = bounded<T>(o, {b.log_ratio[i], b.slope[i]});
+    b.log_ratio[i] = g.value;
+    b.slope[i] = g.slope;
+  }
+}
 
 template <typename T>
 void compute_ratio(const LossOptions<T>& o, const RowState<T>& row, int64_t count, Block<T>& b) {
@@ -192,8 +111,12 @@ void compute_ratio(const LossOptions<T>& o, const RowState<T>& row, int64_t coun
   }
   if (o.sequence_ratio) {
     for (int64_t i = 0; i < count; ++i) b.ratio[i] = row.ratio;
+    if (o.shares_gradient) return;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) b.slope[i] = own_slope(b.log_prob[i]);
     return;
   }
+  if (o.clamps_log_ratio) bound_log_ratio(o, count, b);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) b.ratio[i] = fast_exp(b.log_ratio[i]);
 }
@@ -215,33 +138,47 @@ void compute_sampler(const LossOptions<T>& options, const RowState<T>& row, int6
   for (int64_t i = 0; i < count; ++i) b.sampler_weight[i] = sampler_weight(o, fast_exp(evidence(b.old[i], b.sampler[i])));
 }
 
-// b.weight: from the token's weight to the factor of the policy term.
+// b.weight: from the token's weight to the factor of the policy term; b.factor: that without the advantage.
+template <bool kSeparate, typename T>
+void weigh(const LossOptions<T>& options, T off_policy, int64_t count, Block<T>& b) {
+  const LossOptions<T> o = options;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const T selected = kSeparate ? b.selected[i] : T(0);
+    const PolicyWeight<T> w =
+        policy_weight(o, off_policy, b.kept[i], selected, b.advantage[i], b.weight[i], b.sampler_weight[i]);
+    b.weight[i] = w.weight;
+    b.dropped[i] = w.dropped;
+    if (kSeparate) b.factor[i] = w.factor;
+  }
+}
+
 template <typename T>
 void compute_weight(const Problem<T>& p, const RowState<T>& row, int64_t count, Block<T>& b) {
-  const LossOptions<T> o = p.o;
-  const T threshold = p.threshold, off_policy = row.off_policy;
+  const T threshold = p.threshold;
   const bool masked_by_entropy = p.a.numbers[kEntropyThreshold].data != nullptr;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) b.kept[i] = !masked_by_entropy | (b.entropy[i] >= threshold) ? b.live[i] : T(0);
-  if (!p.given(kTokenWeights) && !o.off_policy_mask && !masked_by_entropy && o.correction == kNoCorrection) {
-    for (int64_t i = 0; i < count; ++i) b.weight[i] = b.advantage[i];
-    return;
+  if (p.o.surrogate == kDRO || p.given(kSelection)) {
+    if (!p.given(kSelection)) memset(b.selected, 0, sizeof(b.selected));
+    return weigh<true>(p.o, row.off_policy, count, b);
   }
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const PolicyWeight<T> w = policy_weight(o, off_policy, b.kept[i], b.advantage[i], b.weight[i], b.sampler_weight[i]);
-    b.weight[i] = w.weight;
-    b.dropped[i] = w.dropped;
+  if (p.given(kTokenWeights) || p.o.off_policy_mask || masked_by_entropy || p.o.correction != kNoCorrection) {
+    return weigh<false>(p.o, row.off_policy, count, b);
   }
+  for (int64_t i = 0; i < count; ++i) b.weight[i] = b.advantage[i];
 }
 
 template <int kKind, typename T>
 void compute_policy(const LossOptions<T>& options, const RowState<T>& state, int64_t count, Block<T>& b) {
   const LossOptions<T> o = options;
   const RowState<T> row = state;
+  constexpr bool kFactors = kKind == kDRO || kKind == kKLCov, kMoves = kKind == kDPPOTV || kKind == kDPPOKL;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Term<T> t = policy_term(kKind, o, row, b.advantage[i], b.weight[i], b.log_prob[i], b.ratio[i]);
+    const Term<T> t = policy_term<T>(kKind, o, row,
+                                     {b.advantage[i], b.weight[i], kFactors ? b.factor[i] : T(1), b.log_prob[i], b.old[i],
+                                      b.ratio[i], kMoves ? b.moved[i] : T(0), kKind == kKLCov ? b.selected[i] : T(0)});
     b.policy[i] = t.value;
     b.direct[i] = t.direct;
     b.through[i] = t.through;
@@ -249,10 +186,21 @@ void compute_policy(const LossOptions<T>& options, const RowState<T>& state, int
   }
 }
 
+template <int kKind, typename T>
+void compute_divergence(const LossOptions<T>& options, int64_t count, Block<T>& b) {
+  const LossOptions<T> o = options;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    b.moved[i] = divergence(kKind, o, b.advantage[i], b.log_prob[i], b.old[i]);
+    b.capped[i] = b.moved[i] == T(0) ? b.ratio[i] : T(0);
+  }
+}
+
 template <typename T>
 void compute_policy(const LossOptions<T>& o, const RowState<T>& row, int64_t count, Block<T>& b) {
   switch (o.surrogate) {
     case kPPOClip:
+    case kClipCov:
       return compute_policy<kPPOClip>(o, row, count, b);
     case kCISPO:
       return compute_policy<kCISPO>(o, row, count, b);
@@ -260,6 +208,18 @@ void compute_policy(const LossOptions<T>& o, const RowState<T>& row, int64_t cou
       return compute_policy<kSAPO>(o, row, count, b);
     case kVESPO:
       return compute_policy<kVESPO>(o, row, count, b);
+    case kGMPO:
+      return compute_policy<kGMPO>(o, row, count, b);
+    case kDPPOTV:
+      compute_divergence<kDPPOTV>(o, count, b);
+      return compute_policy<kDPPOTV>(o, row, count, b);
+    case kDPPOKL:
+      compute_divergence<kDPPOKL>(o, count, b);
+      return compute_policy<kDPPOKL>(o, row, count, b);
+    case kDRO:
+      return compute_policy<kDRO>(o, row, count, b);
+    case kKLCov:
+      return compute_policy<kKLCov>(o, row, count, b);
     default:
       return compute_policy<kReinforce>(o, row, count, b);
   }
@@ -311,7 +271,8 @@ void combine(const Problem<T>& p, int64_t count, Block<T>& b) {
 
 template <typename T>
 void store_outputs(const Problem<T>& p, int64_t offset, int64_t count, const Block<T>& b) {
-  const bool without_reduction = p.o.reduction == kNoReduction, token_level = !p.o.sequence_ratio;
+  const bool without_reduction = p.o.reduction == kNoReduction, reduces_entropy = p.o.reduces_entropy;
+  const bool token_level = !p.o.shares_gradient;
   const T coef = p.given(kTokenEntropy) ? p.entropy_coef : T(0);
   if (p.a.grad_log_probs != nullptr) {
     T* grad = static_cast<T*>(p.a.grad_log_probs) + offset;
@@ -325,7 +286,8 @@ void store_outputs(const Problem<T>& p, int64_t offset, int64_t count, const Blo
     T* grad = static_cast<T*>(p.a.grad_entropy) + offset;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const T value = without_reduction ? (coef == T(0) ? T(0) : -coef * b.upstream[i]) : T(1);
+      const T reduced = reduces_entropy ? b.upstream[i] : T(1);
+      const T value = without_reduction ? (coef == T(0) ? T(0) : -coef * b.upstream[i]) : reduced;
       grad[i] = b.kept[i] != T(0) ? value : T(0);
     }
   }

@@ -1,17 +1,11 @@
-#include "common/cuda_launch.h"
-#include "grpo_loss/records.h"
+#include "grpo_loss/cuda_records.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
 namespace loss_kernels {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kTokensPerThread = int(kSegment) / kThreads;
-constexpr int kInFlight = 4;  // records that a warp loads before it merges them
-
-using Options = LossOptions<float>;
 
 __device__ bool given(const GRPOLossArgs& a, int input) { return a.tensors[input].data != nullptr; }
 
@@ -86,8 +80,9 @@ __global__ void __launch_bounds__(kThreads) row_sums_kernel(const GRPOLossArgs a
     const float sampled = load(a, kSamplerLogProbs, s, i, 0.0f);
     if (!live) continue;
     const float log_ratio = gap(log_prob, old).value;
+    const float part = o.surrogate == kGMPO ? clipped_gap(o, load(a, kAdvantages, s, i, 0.0f), log_ratio).value : log_ratio;
     sums[kRowTokens] += 1.0;
-    sums[kRowLogRatio] += double(log_ratio);
+    sums[kRowLogRatio] += double(part);
     if (o.corrects_sequences()) sums[kRowSamplerGap] += double(evidence(old, sampled));
     if (o.off_policy_mask) sums[kRowOffPolicy] += double(evidence(sampler ? sampled : old, log_prob));
     if (o.surrogate != kVESPO) continue;
@@ -106,148 +101,6 @@ __global__ void __launch_bounds__(kThreads) row_sums_kernel(const GRPOLossArgs a
   segment_row_sums(a, blockIdx.x)[threadIdx.x] = total;
 }
 
-// --- partial sums ------------------------------------------------------------------------------------------------------------
-
-// A thread's share of a record: sums and counts in their slots, of which the compiler drops those that nobody adds to, and
-// extremes.
-constexpr int kMinima = 3, kMaxima = 4;
-
-struct Partial {
-  double sums[kRecord];
-  float counts[kRecord];
-  float minima[kMinima];  // from slot kRatioMin
-  float maxima[kMaxima];  // from slot kRatioMax
-};
-
-__device__ __forceinline__ Partial empty_partial() {
-  Partial p{};
-  for (int j = 0; j < kMinima; ++j) p.minima[j] = infinity<float>();
-  for (int j = 0; j < kMaxima; ++j) p.maxima[j] = -infinity<float>();
-  return p;
-}
-
-// NaN is no extreme.
-__device__ __forceinline__ void take_extremes(float value, float& minimum, float& maximum) {
-  minimum = value < minimum ? value : minimum;
-  maximum = value > maximum ? value : maximum;
-}
-
-__device__ float warp_max(float value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float other = __shfl_xor_sync(kFullMask, value, offset);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-// Lane i ends with the warp's sum of slot i: every step halves the slots that a lane holds, 31 exchanges instead of 160.
-template <int kHalf>
-__device__ __forceinline__ double scatter_sums(double (&sums)[kRecord]) {
-  const bool upper = (threadIdx.x & kHalf) != 0;
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const double sent = upper ? sums[i] : sums[i + kHalf];
-    const double kept = upper ? sums[i + kHalf] : sums[i];
-    sums[i] = kept + __shfl_xor_sync(kFullMask, sent, kHalf);
-  }
-  if constexpr (kHalf > 1) return scatter_sums<kHalf / 2>(sums);
-  return sums[0];
-}
-
-// Slot `lane` of the warp's record.
-__device__ __forceinline__ double warp_record(Partial& p) {
-  const int lane = threadIdx.x % kWarp;
-  static_assert(kRecord == kWarp, "a slot a lane");
-#pragma unroll
-  for (int j = 0; j < kRecord; ++j) p.sums[j] += double(p.counts[j]);
-  double value = scatter_sums<kRecord / 2>(p.sums);
-#pragma unroll
-  for (int j = 0; j < kMinima; ++j) {
-    const float minimum = -warp_max(-p.minima[j]);
-    if (lane == kRatioMin + j) value = double(minimum);
-  }
-#pragma unroll
-  for (int j = 0; j < kMaxima; ++j) {
-    const float maximum = warp_max(p.maxima[j]);
-    if (lane == kRatioMax + j) value = double(maximum);
-  }
-  return value;
-}
-
-// Merges the warps' values of a slot, in order. The result is valid in the first warp.
-__device__ double block_record(double value) {
-  __shared__ double records[kWarps][kRecord];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  __syncthreads();  // an earlier use has been read
-  records[warp][lane] = value;
-  __syncthreads();
-  double total = empty_slot(lane);
-  for (int w = 0; w < kWarps; ++w) total = merge_slot(lane, total, records[w][lane]);
-  return total;
-}
-
-// Merges `count` records that other blocks wrote. The order depends on their number alone.
-__device__ double merge_records(const volatile double* records, int64_t count) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  double total = empty_slot(lane);
-  for (int64_t first = warp; first < count; first += kWarps * kInFlight) {
-    double values[kInFlight];
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t k = first + j * kWarps;
-      values[j] = k < count ? records[k * kRecord + lane] : empty_slot(lane);
-    }
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) total = merge_slot(lane, total, values[j]);
-  }
-  return block_record(total);
-}
-
-// Whether this block is the last of `expected` to arrive; what the others wrote before they did is then visible.
-__device__ bool arrives_last(uint32_t* counter, uint32_t expected) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(counter, 1u) + 1u == expected;
-  __syncthreads();
-  const bool result = last;
-  __threadfence();
-  return result;
-}
-
-// What the rows add to the totals: every thread counts each 256th row.
-__device__ double merge_rows(const GRPOLossArgs& a) {
-  Partial p = empty_partial();
-  float unused = 0.0f;
-  for (int64_t row = threadIdx.x; row < a.layout.batch; row += kThreads) {
-    const volatile uint32_t* counters = row_counters(a, row);
-    const double tokens = counters[0], clip_low = counters[1], clip_high = counters[2];
-    p.sums[kSequences] += row_slot(kSequences, tokens, clip_low, clip_high);
-    p.sums[kClipLowRows] += row_slot(kClipLowRows, tokens, clip_low, clip_high);
-    p.sums[kClipHighRows] += row_slot(kClipHighRows, tokens, clip_low, clip_high);
-    take_extremes(float(row_slot(kClipLowRowMin, tokens, clip_low, clip_high)), p.minima[kClipLowRowMin - kRatioMin], unused);
-    take_extremes(float(row_slot(kClipHighRowMax, tokens, clip_low, clip_high)), unused, p.maxima[kClipHighRowMax - kRatioMax]);
-  }
-  return block_record(warp_record(p));
-}
-
-// After the block's record is written: the last block of a group merges the group's records, the last of those blocks
-// everything.
-__device__ void finish(const GRPOLossArgs& a, const Options& o) {
-  const int64_t segments = count_segments(a.layout), groups = count_groups(a.layout), group = blockIdx.x / kGroup;
-  const int64_t first = group * kGroup, size = segments - first < kGroup ? segments - first : kGroup;
-  if (!arrives_last(a.counters + 1 + group, uint32_t(size))) return;
-  const double merged = merge_records(segment_record(a, first), size);
-  if (threadIdx.x < kWarp) group_record(a, group)[threadIdx.x] = merged;
-  if (!arrives_last(a.counters, uint32_t(groups))) return;
-  const double rows = merge_rows(a);
-  const double totals = merge_slot(threadIdx.x % kWarp, merge_records(group_record(a, 0), groups), rows);
-  __shared__ double results[kRecord];
-  if (threadIdx.x < kWarp) results[threadIdx.x] = totals;
-  __syncthreads();
-  if (threadIdx.x == 0) write_results<float>(a, o.reduction, results);
-}
-
 // --- the loss ----------------------------------------------------------------------------------------------------------------
 
 // What one launch shares among its threads.
@@ -258,7 +111,7 @@ struct Shared {
 };
 
 __device__ Shared load_shared(const GRPOLossArgs& a, const Options& o, const Segment& s, double& factor) {
-  Shared shared{{1.0f, 1.0f, 1.0f, 0.0f, 1.0f, 1.0f}, read_number<float>(a.numbers[kKLCoef]), 0.0f, 0.0f, false};
+  Shared shared{plain_row<float>(), read_number<float>(a.numbers[kKLCoef]), 0.0f, 0.0f, false};
   if (given(a, kTokenEntropy)) shared.entropy_coef = read_number<float>(a.numbers[kEntropyCoef]);
   shared.entropy_mask = a.numbers[kEntropyThreshold].data != nullptr;
   if (shared.entropy_mask) shared.threshold = read_number<float>(a.numbers[kEntropyThreshold]);
@@ -274,30 +127,51 @@ __device__ Shared load_shared(const GRPOLossArgs& a, const Options& o, const Seg
 }
 
 // Everything about one token: its outputs are written, and what it is counted for is added.
+template <bool kSpecial>
 __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& o, const Shared& shared, const Token& t,
-                                          int64_t output, Partial& p) {
+                                          float selected, int64_t output, Partial& p) {
   const RowState<float>& row = shared.row;
-  const Gap<float> log_ratio = gap(t.log_prob, t.old);
+  Gap<float> log_ratio = gap(t.log_prob, t.old);
+  if constexpr (kSpecial) {
+    if (o.clamps_log_ratio && !o.sequence_ratio) log_ratio = bounded(o, log_ratio);
+    if (o.sequence_ratio && !o.shares_gradient) log_ratio.slope = own_slope(t.log_prob);
+  }
   const float ratio = o.sequence_ratio ? row.ratio : fast_exp(log_ratio.value);
   float correction = 1.0f;
   if (given(a, kSamplerLogProbs)) {
     correction = o.corrects_sequences() ? row.sampler_weight : sampler_weight(o, fast_exp(evidence(t.old, t.sampler)));
   }
   const bool kept = t.live && (!shared.entropy_mask || t.entropy >= shared.threshold);
-  const PolicyWeight<float> weight = policy_weight(o, row.off_policy, kept ? 1.0f : 0.0f, t.advantage, t.weight, correction);
-  const Term<float> policy = policy_term(o.surrogate, o, row, t.advantage, weight.weight, t.log_prob, ratio);
+  const PolicyWeight<float> weight =
+      policy_weight(o, row.off_policy, kept ? 1.0f : 0.0f, selected, t.advantage, t.weight, correction);
+  const PolicyToken<float> token{t.advantage, weight.weight, weight.factor, t.log_prob, t.old, ratio, 0.0f, selected};
+  Term<float> policy;
+  float clipped = ratio, capped = ratio;
+  if constexpr (kSpecial) {
+    PolicyToken<float> special = token;
+    if (o.bounds_divergence()) {
+      special.moved = clipped = divergence(o.surrogate, o, t.advantage, t.log_prob, t.old);
+      capped = special.moved == 0.0f ? ratio : 0.0f;
+    }
+    if (o.surrogate == kGMPO) clipped = log_ratio.value;
+    policy = policy_term(o.surrogate, o, row, special);
+  } else {
+    policy = common_policy_term(o.surrogate, o, row, token);
+  }
   Term<float> kl{0.0f, 0.0f, 0.0f};
   if (o.estimator != kNoKL) kl = kl_term(o, kl_estimate(o.estimator, o, t.ref, t.log_prob), t.ref, t.log_prob, ratio);
-  const Term<float> term = o.estimator == kNoKL ? policy : token_term(policy, kl, shared.beta);
+  Term<float> term = o.estimator == kNoKL ? policy : token_term(policy, kl, shared.beta);
+  if (kSpecial && row.held != 0.0f) term.through = 0.0f;
   const float upstream = given(a, kUpstream) ? t.upstream : row.factor;
   const bool bonus = kept && shared.entropy_coef != 0.0f;
   if (a.grad_log_probs != nullptr) {
-    const float gradient = token_gradient(term, upstream, !o.sequence_ratio, log_ratio.slope);
+    const float gradient = token_gradient(term, upstream, !o.shares_gradient, log_ratio.slope);
     static_cast<float*>(a.grad_log_probs)[output] = t.live ? gradient : 0.0f;
   }
   if (a.grad_entropy != nullptr) {
     const float per_token = bonus ? -shared.entropy_coef * upstream : 0.0f;
-    const float gradient = o.reduction == kNoReduction ? per_token : (kept ? 1.0f : 0.0f);
+    const float share = o.reduces_entropy ? upstream : 1.0f;
+    const float gradient = o.reduction == kNoReduction ? per_token : (kept ? share : 0.0f);
     static_cast<float*>(a.grad_entropy)[output] = gradient;
   }
   if (a.loss != nullptr && o.reduction == kNoReduction) {
@@ -307,7 +181,7 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
   if (!t.live) return;
   p.sums[kThrough] += double(upstream * term.through);
   if (a.metrics == nullptr) return;
-  const TokenFlags<float> flags = token_flags(o, term.value, t.advantage, ratio);
+  const TokenFlags<float> flags = token_flags(o, term.value, t.advantage, clipped, capped);
   p.counts[kTokens] += 1.0f;
   p.sums[kTokenLoss] += double(term.value);
   p.counts[kNonfinite] += flags.nonfinite;
@@ -319,7 +193,7 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
   p.sums[kRatioSquared] += double(ratio) * double(ratio);
   p.counts[kClipLow] += flags.clip_low;
   p.counts[kClipHigh] += flags.clip_high;
-  p.counts[kCapped] += flags.capped;
+  p.counts[kCapped] += flags.capped + selected;
   p.counts[kOffPolicyDropped] += weight.dropped;
   p.counts[kHighEntropy] += kept ? 1.0f : 0.0f;
   p.sums[kEntropyBonus] += kept ? double(t.entropy) : 0.0;
@@ -340,7 +214,8 @@ __device__ __forceinline__ void add_token(const GRPOLossArgs& a, const Options& 
 // One block owns a segment of 1024 tokens, four a thread, loaded one ahead of the arithmetic. It writes their outputs and one
 // record of 32 sums, which the last blocks to finish merge in a fixed order: no second launch, no floating-point atomics. A
 // row's statistics come from the launch before, if the options need any. Bytes a token: 4 an input, 1 the mask, 4 an output.
-__global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, const Options o) {
+template <bool kSpecial>
+__device__ __forceinline__ void loss_of_segment(const GRPOLossArgs& a, const Options& o) {
   const Segment s = segment_at(a.layout, blockIdx.x);
   double factor;
   const Shared shared = load_shared(a, o, s, factor);
@@ -348,10 +223,13 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, co
   Partial p = empty_partial();
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < s.count; i += kThreads) {
-    add_token(a, o, shared, load_token(a, s, i), output + i, p);
+    const Token t = load_token(a, s, i);
+    const float selected = kSpecial && t.live ? load(a, kSelection, s, i, 0.0f) : 0.0f;
+    add_token<kSpecial>(a, o, shared, t, selected, output + i, p);
   }
-  if (a.metrics == nullptr && !o.sequence_ratio) return;
+  if (a.metrics == nullptr && !o.shares_gradient) return;
   p.sums[kTokenLoss] *= factor;
+  if (o.reduces_entropy) p.sums[kEntropyBonus] *= factor;
   const double value = block_record(warp_record(p));
   if (threadIdx.x < kWarp) segment_record(a, blockIdx.x)[threadIdx.x] = value;
   if (a.metrics == nullptr) return;
@@ -364,9 +242,16 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, co
   finish(a, o);
 }
 
-// At sequence level: adds to every gradient of a segment what its row's tokens send through the row's log-ratio. Bytes a token:
-// 16 and the mask.
-__global__ void __launch_bounds__(kThreads) share_kernel(const GRPOLossArgs a) {
+__global__ void __launch_bounds__(kThreads) loss_kernel(const GRPOLossArgs a, const Options o) { loss_of_segment<false>(a, o); }
+
+// The surrogates of is_special(), which take more registers.
+__global__ void __launch_bounds__(kThreads, 1) special_loss_kernel(const GRPOLossArgs a, const Options o) {
+  loss_of_segment<true>(a, o);
+}
+
+// Where a row's tokens share the derivative of its log-ratio: adds to every gradient of a segment what its row's tokens send
+// through the row's log-ratio. Bytes a token: 16 and the mask.
+__global__ void __launch_bounds__(kThreads) share_kernel(const GRPOLossArgs a, const Options o) {
   const Segment s = segment_at(a.layout, blockIdx.x);
   if (s.row < 0) return;
   const double through = sum_over_segments(s, [&](int64_t segment) { return segment_record(a, segment)[kThrough]; });
@@ -376,7 +261,10 @@ __global__ void __launch_bounds__(kThreads) share_kernel(const GRPOLossArgs a) {
     const bool live = is_live(a, s, i);
     const float log_prob = load(a, kLogProbs, s, i, 0.0f);
     const float old = load(a, kOldLogProbs, s, i, log_prob);
-    if (live && gap(log_prob, old).slope != 0.0f) grad[i] += shared;
+    const Gap<float> log_ratio = gap(log_prob, old);
+    bool moves = live && log_ratio.slope != 0.0f;
+    if (o.surrogate == kGMPO) moves = moves && clipped_gap(o, load(a, kAdvantages, s, i, 0.0f), log_ratio.value).slope != 0.0f;
+    if (moves) grad[i] += shared;
   }
 }
 
@@ -392,8 +280,8 @@ int grpo_loss_cuda(const GRPOLossArgs& a, void* stream) {
   if (a.metrics != nullptr)
     cudaMemsetAsync(a.counters, 0, size_t(count_counters(a.layout)) * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
   if (o.needs_row_sums()) GK_ISA::launch(row_sums_kernel, blocks, kThreads, stream, a, o);
-  GK_ISA::launch(loss_kernel, blocks, kThreads, stream, a, o);
-  if (o.sequence_ratio && a.grad_log_probs != nullptr) GK_ISA::launch(share_kernel, blocks, kThreads, stream, a);
+  GK_ISA::launch(is_special(o) ? special_loss_kernel : loss_kernel, blocks, kThreads, stream, a, o);
+  if (o.shares_gradient && a.grad_log_probs != nullptr) GK_ISA::launch(share_kernel, blocks, kThreads, stream, a, o);
   return GK_ISA::launch_status();
 }
 

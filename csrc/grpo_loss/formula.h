@@ -70,15 +70,19 @@ GK_HOST_DEVICE T evidence(T a, T b) {
 template <typename T>
 struct LossOptions {
   int surrogate, reduction, estimator, correction;
-  bool sequence_ratio, off_policy_mask;
+  bool sequence_ratio;   // the ratio is one of the row
+  bool shares_gradient;  // and its derivative reaches all tokens of the row
+  bool off_policy_mask, clamps_log_ratio, skips_empty, reduces_entropy;
   T straight_through, importance_weighted;  // 0 or 1: GCC does not vectorise a choice by a uniform bool
   T ratio_low, ratio_high, delta, dual_clip, kl_log_ratio_clamp, kl_value_clamp;
   T sampler_floor, sampler_cap, log_sampler_floor, log_sampler_cap, off_policy_threshold;
-  T tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg;
+  T log_ratio_min, log_ratio_max;
+  T tau_pos, tau_neg, k_pos, lambda_pos, k_neg, lambda_neg, dro_beta, kl_cov_coef;
 
   GK_HOST_DEVICE bool corrects_tokens() const { return correction == kTokenTruncate || correction == kTokenMask; }
   GK_HOST_DEVICE bool corrects_sequences() const { return correction == kSequenceTruncate || correction == kSequenceMask; }
   GK_HOST_DEVICE bool truncates() const { return correction == kTokenTruncate || correction == kSequenceTruncate; }
+  GK_HOST_DEVICE bool bounds_divergence() const { return surrogate == kDPPOTV || surrogate == kDPPOKL; }
   GK_HOST_DEVICE bool masks() const { return correction == kTokenMask || correction == kSequenceMask; }
 
   // Whether a token's loss or gradient needs statistics of its row.
@@ -100,7 +104,11 @@ inline LossOptions<T> make_options(const GRPOLossArgs& a) {
   o.reduction = option[kReduction];
   o.estimator = a.tensors[kRefLogProbs].data == nullptr ? int(kNoKL) : option[kKLEstimator];
   o.correction = a.tensors[kSamplerLogProbs].data == nullptr ? int(kNoCorrection) : option[kSamplerCorrection];
-  o.sequence_ratio = option[kRatioLevel] == kSequenceLevel;
+  o.sequence_ratio = option[kRatioLevel] != kTokenLevel || o.surrogate == kGMPO;
+  o.shares_gradient = option[kRatioLevel] == kSequenceLevel || o.surrogate == kGMPO;
+  o.clamps_log_ratio = given(kLogRatioMin) || given(kLogRatioMax);
+  o.skips_empty = option[kSkipEmptySequences] != 0;
+  o.reduces_entropy = option[kEntropyThroughReduction] != 0;
   o.straight_through = option[kKLStraightThrough] != 0 ? T(1) : T(0);
   o.importance_weighted = option[kKLImportanceWeighted] != 0 ? T(1) : T(0);
   o.off_policy_mask = given(kOffPolicyThreshold);
@@ -115,13 +123,30 @@ inline LossOptions<T> make_options(const GRPOLossArgs& a) {
   o.log_sampler_floor = given(kSamplerFloor) ? T(::log(a.parameters[kSamplerFloor])) : -infinity<T>();
   o.log_sampler_cap = given(kSamplerCap) ? T(::log(a.parameters[kSamplerCap])) : infinity<T>();
   o.off_policy_threshold = number(kOffPolicyThreshold);
+  o.log_ratio_min = lower(kLogRatioMin);
+  o.log_ratio_max = upper(kLogRatioMax);
   o.tau_pos = number(kSAPOTauPos);
   o.tau_neg = number(kSAPOTauNeg);
   o.k_pos = number(kVESPOKPos);
   o.lambda_pos = number(kVESPOLambdaPos);
   o.k_neg = number(kVESPOKNeg);
   o.lambda_neg = number(kVESPOLambdaNeg);
+  o.dro_beta = number(kDROBeta);
+  o.kl_cov_coef = number(kKLCovCoef);
   return o;
+}
+
+// A token's log-ratio within its bounds; outside it has no slope.
+template <typename T>
+GK_HOST_DEVICE Gap<T> bounded(const LossOptions<T>& o, const Gap<T>& g) {
+  const bool outside = (g.value < o.log_ratio_min) | (g.value > o.log_ratio_max);
+  return {clamp(g.value, o.log_ratio_min, o.log_ratio_max), outside ? T(0) : g.slope};
+}
+
+// "sequence_token": the derivative of a token's log-prob in the place of its row's log-ratio.
+template <typename T>
+GK_HOST_DEVICE T own_slope(T log_prob) {
+  return is_infinite(log_prob) ? T(0) : T(1);
 }
 
 // --- the sampler's mismatch --------------------------------------------------------------------------------------------------
@@ -153,7 +178,14 @@ struct RowState {
   T sampler_weight;    // sequence modes
   T off_policy;        // 1 if the off-policy mask drops what has a negative advantage, else 0
   T phi_pos, phi_neg;  // "vespo": by the sign of the advantage
+  T held;              // 1 if a clamp of the log-ratio takes the ratio's derivative, else 0
 };
+
+// The state of rows whose statistics nobody needs.
+template <typename T>
+GK_HOST_DEVICE RowState<T> plain_row() {
+  return {T(1), T(1), T(1), T(0), T(1), T(1), T(0)};
+}
 
 // exp(lambda + k log w - lambda w), the gamma weight that is 1 at w = 1.
 GK_HOST_DEVICE double vespo_phi(double log_weight, double k, double lambda) {
@@ -172,8 +204,13 @@ GK_HOST_DEVICE double row_factor(int reduction, double tokens) {
 template <typename T>
 GK_HOST_DEVICE RowState<T> row_state(const LossOptions<T>& o, const double* sums) {
   const double tokens = at_least_one(sums[kRowTokens]);
-  RowState<T> row{T(row_factor(o.reduction, tokens)), T(1), T(1), T(0), T(1), T(1)};
-  if (o.sequence_ratio) row.ratio = T(::exp(sums[kRowLogRatio] / tokens));
+  RowState<T> row = plain_row<T>();
+  row.factor = T(row_factor(o.reduction, tokens));
+  if (o.sequence_ratio) {
+    const double mean = sums[kRowLogRatio] / tokens, low = double(o.log_ratio_min), high = double(o.log_ratio_max);
+    row.ratio = T(::exp(clamp(mean, low, high)));
+    row.held = (mean < low) | (mean > high) ? T(1) : T(0);
+  }
   if (o.corrects_sequences()) row.sampler_weight = sampler_weight(o, T(::exp(sums[kRowSamplerGap])));
   if (o.off_policy_mask) row.off_policy = T(sums[kRowOffPolicy] / tokens) <= o.off_policy_threshold ? T(0) : T(1);
   if (o.surrogate == kVESPO) {
@@ -186,76 +223,10 @@ GK_HOST_DEVICE RowState<T> row_state(const LossOptions<T>& o, const double* sums
 
 // --- a token -----------------------------------------------------------------------------------------------------------------
 
-// The factors of the policy term that have no derivative, without and with the advantage.
-template <typename T>
-struct PolicyWeight {
-  T weight;
-  T dropped;  // 1 if the off-policy mask does so, else 0
-};
-
-template <typename T>
-GK_HOST_DEVICE PolicyWeight<T> policy_weight(const LossOptions<T>& o, T off_policy, T kept, T advantage, T weight,
-                                             T correction) {
-  const bool dropped = (off_policy != T(0)) & !(advantage >= T(0));
-  weight = dropped | (kept == T(0)) ? T(0) : weight;
-  weight = o.correction != kNoCorrection && o.surrogate != kVESPO ? times(weight, correction) : weight;
-  return {times(advantage, weight), dropped ? T(1) : T(0)};
-}
-
 template <typename T>
 struct Term {
   T value, direct, through;
 };
-
-template <typename T>
-GK_HOST_DEVICE Term<T> ppo_clip(const LossOptions<T>& o, T advantage, T weight, T ratio) {
-  const bool capped = ratio > o.delta;
-  const T unclipped = capped ? o.delta : ratio;
-  const T bounded = clamp(ratio, o.ratio_low, o.ratio_high);
-  const bool take_unclipped = unclipped * advantage <= bounded * advantage;
-  const T taken = take_unclipped ? unclipped : bounded;
-  const bool too_high = (advantage < T(0)) & (taken > o.dual_clip);
-  const bool outside = (ratio < o.ratio_low) | (ratio > o.ratio_high);
-  const bool held = too_high | (take_unclipped & capped) | (!take_unclipped & outside);
-  return {-times(weight, too_high ? o.dual_clip : taken), T(0), held ? T(0) : -times(weight, ratio)};
-}
-
-// The soft gate 4 / tau * sigmoid(z), z = tau (r - 1). With e = exp(-|z|), its slope by log r is r times 4 e / (1 + e)^2, which
-// is 1 - t^2, t = (1 - e) / (1 + e): the better form near r = 1.
-template <typename T>
-GK_HOST_DEVICE Term<T> sapo(const LossOptions<T>& o, T advantage, T weight, T ratio) {
-  const T tau = advantage > T(0) ? o.tau_pos : o.tau_neg;
-  const T z = tau * (ratio - T(1));
-  const T e = fast_exp(-magnitude(z));
-  const T sum = T(1) + e, t = (T(1) - e) / sum;
-  const T gate = (z < T(0) ? e : T(1)) / sum;
-  const T bell = t < T(0.5) ? T(1) - t * t : T(4) * e / (sum * sum);
-  const T slope = is_infinite(ratio) ? T(0) : bell * ratio;
-  return {-times(weight, T(4) * gate / tau), T(0), -times(weight, slope)};
-}
-
-// A policy gradient with a detached coefficient.
-template <typename T>
-GK_HOST_DEVICE Term<T> score_term(T coefficient, T log_prob) {
-  return {-times(coefficient, log_prob), -coefficient, T(0)};
-}
-
-template <typename T>
-GK_HOST_DEVICE Term<T> policy_term(int surrogate, const LossOptions<T>& o, const RowState<T>& row, T advantage, T weight,
-                                   T log_prob, T ratio) {
-  switch (surrogate) {
-    case kPPOClip:
-      return ppo_clip(o, advantage, weight, ratio);
-    case kSAPO:
-      return sapo(o, advantage, weight, ratio);
-    case kCISPO:
-      return score_term(times(weight, clamp(ratio, o.ratio_low, o.ratio_high)), log_prob);
-    case kVESPO:
-      return score_term(times(weight, advantage >= T(0) ? row.phi_pos : row.phi_neg), log_prob);
-    default:
-      return score_term(weight, log_prob);
-  }
-}
 
 // The estimate of the KL to the reference policy, and its derivative where nothing is clamped.
 template <typename T>

@@ -10,14 +10,27 @@
 namespace grpo_kernels {
 namespace loss {
 
-enum Surrogate : int { kPPOClip = 0, kCISPO = 1, kSAPO = 2, kVESPO = 3, kReinforce = 4 };
-enum RatioLevel : int { kTokenLevel = 0, kSequenceLevel = 1 };
+enum Surrogate : int {
+  kPPOClip = 0,
+  kCISPO = 1,
+  kSAPO = 2,
+  kVESPO = 3,
+  kReinforce = 4,
+  kGMPO = 5,
+  kDPPOTV = 6,
+  kDPPOKL = 7,
+  kDRO = 8,
+  kClipCov = 9,
+  kKLCov = 10
+};
+enum RatioLevel : int { kTokenLevel = 0, kSequenceLevel = 1, kSequenceTokenLevel = 2 };
 enum Reduction : int {
   kTokenMean = 0,
   kSequenceMeanTokenMean = 1,
   kSequenceMeanTokenSum = 2,
   kSequenceMeanTokenSumNorm = 3,
-  kNoReduction = 4
+  kNoReduction = 4,
+  kTokenSum = 5
 };
 enum KLEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbsolute = 3, kNoKL = 4 };
 enum SamplerCorrection : int {
@@ -38,6 +51,8 @@ enum LossOption : int {
   kKLImportanceWeighted,
   kSamplerCorrection,
   kPresent,  // bit i: parameter i is given
+  kSkipEmptySequences,
+  kEntropyThroughReduction,
   kLossOptions
 };
 enum LossParameter : int {
@@ -50,12 +65,16 @@ enum LossParameter : int {
   kSamplerCap,
   kSamplerFloor,
   kOffPolicyThreshold,
+  kLogRatioMin,
+  kLogRatioMax,
   kSAPOTauPos,
   kSAPOTauNeg,
   kVESPOKPos,
   kVESPOLambdaPos,
   kVESPOKNeg,
   kVESPOLambdaNeg,
+  kDROBeta,
+  kKLCovCoef,
   kLossParameters
 };
 
@@ -93,12 +112,12 @@ enum LossMetric : int {
   kClipHighRowMax = 29,
   kLossMetrics = 30,
   kTokenLoss = kTotalTokens,  // in a record: the sum of the token losses, times the factors of their rows
-  kEntropyBonus = 30,         // the sum of the entropies that the bonus counts
+  kEntropyBonus = 30,         // the sum of the entropies that the bonus counts, times those factors where the loss reduces it
   kThrough = 31,              // the sum of what reaches the sequence's log-ratio
   kRecord = 32
 };
 
-// What a row's statistics are made of, in double.
+// What a row's statistics are made of, in double. The log-ratios of "gmpo" are clipped.
 enum LossRowSum : int { kRowTokens, kRowLogRatio, kRowSamplerGap, kRowOffPolicy, kRowVESPO, kRowSums };
 
 // Places in `tensors`.
@@ -111,6 +130,7 @@ enum LossInput : int {
   kSamplerLogProbs,
   kTokenWeights,
   kTokenEntropy,
+  kSelection,  // 1 where "clip_cov" or "kl_cov" treats the token differently, else 0
   kUpstream,
   kLossInputs
 };

@@ -4,7 +4,7 @@
 // The slots that are taken by row (sequences and clip shares) stay empty until all segments of a row have been counted.
 #pragma once
 
-#include "grpo_loss/formula.h"
+#include "grpo_loss/policy.h"
 #include "grpo_loss/segments.h"
 
 namespace grpo_kernels {
@@ -26,19 +26,20 @@ GK_HOST_DEVICE double merge_slot(int slot, double total, double value) {
   return total + value;
 }
 
-// What a token is counted for: 0 or 1 each.
+// What a token is counted for: 0 or 1 each. `clipped` is what the clip bounds, as a rule the ratio; `capped` the ratio, or 0
+// where another bound took it before.
 template <typename T>
 struct TokenFlags {
   T nonfinite, clip_low, clip_high, capped, zero_advantage;
 };
 
 template <typename T>
-GK_HOST_DEVICE TokenFlags<T> token_flags(const LossOptions<T>& o, T loss, T advantage, T ratio) {
+GK_HOST_DEVICE TokenFlags<T> token_flags(const LossOptions<T>& o, T loss, T advantage, T clipped, T capped) {
   const bool positive = advantage > T(0), negative = advantage < T(0);
-  const bool low = negative & (ratio < o.ratio_low), high = positive & (ratio > o.ratio_high);
-  const bool capped = (ratio > o.delta) | (negative & (ratio > o.dual_clip));
+  const bool low = negative & (clipped < o.ratio_low), high = positive & (clipped > o.ratio_high);
+  const bool held = (capped > o.delta) | (negative & (capped > o.dual_clip));
   const bool finite = loss - loss == T(0);
-  return {finite ? T(0) : T(1), low ? T(1) : T(0), high ? T(1) : T(0), capped ? T(1) : T(0), advantage == T(0) ? T(1) : T(0)};
+  return {finite ? T(0) : T(1), low ? T(1) : T(0), high ? T(1) : T(0), held ? T(1) : T(0), advantage == T(0) ? T(1) : T(0)};
 }
 
 // The gap of a token to the sampler, as the metrics see it; one without both log-probs is not scored.
@@ -69,25 +70,29 @@ GK_HOST_DEVICE T read_number(const LossScalar& number) {
 }
 
 // The factors of the sums of token losses and of entropies.
-GK_HOST_DEVICE double loss_scale(const GRPOLossArgs& a, int reduction, double tokens, double num_items) {
+GK_HOST_DEVICE double loss_scale(const GRPOLossArgs& a, int reduction, double tokens, double sequences, double num_items) {
   const bool given = num_items > 0.0;
+  if (reduction == kTokenSum) return 1.0;
   if (reduction == kTokenMean) return 1.0 / (given ? num_items : at_least_one(tokens));
   const double length = double(a.max_length > 0 ? a.max_length : (a.layout.tokens > 0 ? a.layout.tokens : 1));
-  const double rows = given ? num_items : at_least_one(double(a.layout.batch));
+  const double rows = given ? num_items : at_least_one(sequences);
   return 1.0 / (reduction == kSequenceMeanTokenSumNorm ? rows * length : rows);
 }
 
 // Writes the loss, its factors and the metrics from the totals of all rows.
 template <typename T>
-GK_HOST_DEVICE void write_results(const GRPOLossArgs& a, int reduction, const double* totals) {
+GK_HOST_DEVICE void write_results(const GRPOLossArgs& a, const LossOptions<T>& o, const double* totals) {
   for (int slot = 0; slot < kLossMetrics; ++slot) a.metrics[slot] = float(totals[slot]);
   const int64_t rows = a.layout.cu_seqlens == nullptr ? a.layout.batch : 1;
   a.metrics[kTotalTokens] = float(rows * a.layout.tokens);
-  if (reduction == kNoReduction) return;
+  if (o.reduction == kNoReduction) return;
   const double entropy_coef = double(read_number<T>(a.numbers[kEntropyCoef]));
   const bool bonus = a.tensors[kTokenEntropy].data != nullptr && entropy_coef != 0.0;
-  const double scale = loss_scale(a, reduction, totals[kTokens], double(read_number<T>(a.numbers[kNumItems])));
-  const double entropy_scale = bonus ? -entropy_coef / at_least_one(totals[kHighEntropy]) : 0.0;
+  const double sequences = o.skips_empty ? totals[kSequences] : double(a.layout.batch);
+  const double num_items = double(read_number<T>(a.numbers[kNumItems]));
+  const double scale = loss_scale(a, o.reduction, totals[kTokens], sequences, num_items);
+  const double entropy_weight = o.reduces_entropy ? -entropy_coef * scale : -entropy_coef / at_least_one(totals[kHighEntropy]);
+  const double entropy_scale = bonus ? entropy_weight : 0.0;
   static_cast<T*>(a.scale)[0] = T(scale);
   static_cast<T*>(a.scale)[1] = T(entropy_scale);
   const double entropy_part = entropy_scale == 0.0 ? 0.0 : entropy_scale * totals[kEntropyBonus];

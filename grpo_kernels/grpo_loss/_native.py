@@ -36,6 +36,7 @@ def grpo_loss(
     token_weights: Tensor | None,
     entropy: Tensor | None,
     entropy_threshold: Tensor | None,
+    selection: Tensor | None,
     cu_seqlens: Tensor | None,
     upstream: Tensor | None,
     kl_coef_tensor: Tensor | None,
@@ -79,6 +80,7 @@ def grpo_loss(
         sampler_log_probs,
         token_weights,
         entropy,
+        selection,
         upstream,
     )
     kept = [_dense(value) for value in inputs]  # copies must outlive the call

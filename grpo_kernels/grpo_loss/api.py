@@ -139,9 +139,9 @@ def _check_log_probs(log_probs: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def evaluate(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[Tensor, Tensor]:
     """The loss, differentiable in log_probs and entropy, and the values of its metrics."""
-    if backend == "reference" or not config.has_kernels:
+    if backend == "reference":
         return reference.grpo_loss(inputs, config)
-    tensors: list[Tensor | None] = [*inputs[:9], *inputs[10:11]]
+    tensors: list[Tensor | None] = list(inputs[:11])
     numbers: list[Any] = []
     for value in inputs[11:14]:
         tensor, number = (value, 0.0) if isinstance(value, Tensor) else (None, value)
@@ -158,9 +158,9 @@ def evaluate(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[
 
 def _call(tensors: Any, constants: Any, upstream: Tensor | None, need_log_probs: bool, need_entropy: bool) -> Any:
     kl_coef, entropy_coef, num_items, max_length, options, parameters, backend = constants
-    kl_tensor, entropy_tensor, items_tensor = tensors[10:]
+    kl_tensor, entropy_tensor, items_tensor = tensors[11:]
     return ops.grpo_loss(
-        *tensors[:10],
+        *tensors[:11],
         upstream,
         kl_tensor,
         kl_coef,
@@ -211,5 +211,5 @@ class _GRPOLoss(torch.autograd.Function):
             grad_log_probs if need_log_probs else None,
             *(None,) * 6,
             grad_entropy if need_entropy else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )

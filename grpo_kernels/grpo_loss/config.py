@@ -8,6 +8,7 @@ from typing import Any
 from grpo_kernels.grpo_loss.choices import (
     CLIPPING,
     DIVERGENCES,
+    ENTROPY_REDUCTIONS,
     KL_ESTIMATORS,
     RATIO_LEVELS,
     REDUCTIONS,
@@ -208,30 +209,17 @@ class GRPOLossConfig:
         return 1.0 - self.clip_low, 1.0 + high
 
     @property
-    def has_kernels(self) -> bool:
-        """Whether the kernels know it."""
-        return (
-            SURROGATES.index(self.surrogate) < 5
-            and self.ratio_level != "sequence_token"
-            and self.reduction != "token_sum"
-            and not self.skip_empty_sequences
-            and self.entropy_reduction == "token_mean"
-            and self.log_ratio_min is None
-            and self.log_ratio_max is None
-        )
-
-    @property
     def selects_tokens(self) -> bool:
         """Whether the loss begins by choosing tokens from all of the batch."""
         return self.surrogate in SELECTING
 
     def pack(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """The fields as the kernels read them: 8 integers and 15 numbers in a fixed order.
+        """The fields as the kernels read them: 10 integers and 19 numbers in a fixed order.
 
-        The last integer has bit i set when the i-th of the nine optional numbers is present. Absence is a bit and not
-        an infinity, because an infinite constant does not survive every compiler's code generation. kl_coef,
-        entropy_coef, max_length and top_entropy_quantile are missing: they reach the kernel as arguments of their
-        own.
+        The eighth integer has bit i set when the i-th of the eleven optional numbers, which come first, is present.
+        Absence is a bit and not an infinity, because an infinite constant does not survive every compiler's code
+        generation. kl_coef, entropy_coef, max_length, top_entropy_quantile and what concerns the choice of tokens are
+        missing: they reach the kernel as arguments of their own.
         """
         return self._packed
 
@@ -240,13 +228,15 @@ class GRPOLossConfig:
         optional = (
             low,
             high,
-            self.delta,
+            self.ratio_cap if self.surrogate in DIVERGENCES else self.delta,
             self.dual_clip,
             self.kl_log_ratio_clamp,
             self.kl_value_clamp,
             self.sampler_cap,
             self.sampler_floor,
             self.off_policy_threshold,
+            self.log_ratio_min,
+            self.log_ratio_max,
         )
         options = (
             SURROGATES.index(self.surrogate),
@@ -257,6 +247,8 @@ class GRPOLossConfig:
             int(self.kl_importance_weighted),
             SAMPLER_CORRECTIONS.index(self.sampler_correction),
             sum(1 << bit for bit, value in enumerate(optional) if value is not None),
+            int(self.skip_empty_sequences),
+            ENTROPY_REDUCTIONS.index(self.entropy_reduction),
         )
         parameters = (
             *(0.0 if value is None else float(value) for value in optional),
@@ -266,5 +258,7 @@ class GRPOLossConfig:
             max(float(self.vespo_lambda_pos), _SMALLEST_VESPO_LAMBDA),
             float(self.vespo_k_neg),
             max(float(self.vespo_lambda_neg), _SMALLEST_VESPO_LAMBDA),
+            float(self.dro_beta),
+            float(self.kl_cov_coef),
         )
         return options, parameters

@@ -87,12 +87,15 @@ class GRPOMetrics(NamedTuple):
           are masked. ``nonfinite_tokens``: live tokens whose loss is inf or NaN.
         - ``policy_loss``, ``kl``, ``entropy``: means over live tokens; the KL as it enters the loss (importance
           weighted if so configured), without its coefficient.
-        - ``ratio_mean``, ``ratio_min``, ``ratio_max``: of the unclamped ratio to the old policy. ``policy_kl``: mean of
-          old_log_prob - log_prob. ``effective_sample_size``: (sum r)^2 / (tokens * sum r^2), 1 on-policy.
+        - ``ratio_mean``, ``ratio_min``, ``ratio_max``: of the ratio to the old policy before any clip, but within
+          ``log_ratio_min`` and ``log_ratio_max``. ``policy_kl``: mean of old_log_prob - log_prob, within them where the
+          ratio is a token's. ``effective_sample_size``: (sum r)^2 / (tokens * sum r^2), 1 on-policy.
         - ``clip_low_fraction`` (r below its bound and A < 0), ``clip_high_fraction`` (r above its bound and A > 0),
           ``clip_fraction`` (either): shares of live tokens. ``clip_low_fraction_by_sequence``,
           ``clip_high_fraction_by_sequence``: means over sequences; ``clip_low_min``, ``clip_high_max``: the extreme
-          sequences. ``capped_fraction``: ``delta`` or ``dual_clip`` held the ratio.
+          sequences. "gmpo" counts the clipped log-ratios, "dppo_tv" and "dppo_kl" the tokens beyond the divergence.
+          ``capped_fraction``: ``delta``, ``dual_clip`` or DPPO's ``ratio_cap`` held the ratio; with "clip_cov" and
+          "kl_cov" the tokens that were selected.
         - ``sampler_weight_mean``, ``_min``, ``_max``: weights exp(old - sampler) after truncation or masking.
           ``sampler_effective_sample_size``: theirs. ``sampler_gap_mean``, ``_max``: |old - sampler| over the tokens
           that have both.

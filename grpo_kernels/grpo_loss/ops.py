@@ -16,8 +16,8 @@ _dispatch.register_backends("grpo_loss", cpu=("native",), cuda=("native",))
 
 
 def _grpo_loss_fake(log_probs: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    entropy, upstream = arguments[6], arguments[9]
-    options, need_log_probs_grad, need_entropy_grad = arguments[17], arguments[19], arguments[20]
+    entropy, upstream = arguments[6], arguments[10]
+    options, need_log_probs_grad, need_entropy_grad = arguments[18], arguments[20], arguments[21]
     per_token = isinstance(options, (list, tuple)) and options[2] == NO_REDUCTION
     again = upstream is not None
     with_grad = again or not per_token
@@ -36,10 +36,11 @@ def _grpo_loss_fake(log_probs: Tensor, *arguments: object) -> tuple[Tensor, Tens
 
 grpo_loss = _dispatch.define(
     "grpo_loss(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? mask, Tensor? ref_log_probs, "
-    "Tensor? sampler_log_probs, Tensor? token_weights, Tensor? entropy, Tensor? entropy_threshold, Tensor? cu_seqlens, "
-    "Tensor? upstream, Tensor? kl_coef_tensor, float kl_coef, Tensor? entropy_coef_tensor, float entropy_coef, "
-    "Tensor? num_items_tensor, float num_items, SymInt max_length, int[] options, float[] parameters, "
-    "bool need_log_probs_grad, bool need_entropy_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? sampler_log_probs, Tensor? token_weights, Tensor? entropy, Tensor? entropy_threshold, Tensor? selection, "
+    "Tensor? cu_seqlens, Tensor? upstream, Tensor? kl_coef_tensor, float kl_coef, Tensor? entropy_coef_tensor, "
+    "float entropy_coef, Tensor? num_items_tensor, float num_items, SymInt max_length, int[] options, "
+    "float[] parameters, bool need_log_probs_grad, bool need_entropy_grad, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     package="grpo_kernels.grpo_loss",
     fake=_grpo_loss_fake,
 )

@@ -96,7 +96,7 @@ def _clipped_gap(config: GRPOLossConfig, token_gap: Tensor, advantage: Tensor) -
     low, high = finite_bounds(config)
     too_low, too_high = (advantage < 0) & (token_gap < low), (advantage > 0) & (token_gap > high)
     idle = (advantage == 0) & ~token_gap.isnan()
-    held = torch.where(too_low, low, torch.where(too_high, high, 0.0)).to(token_gap.dtype)
+    held = torch.zeros_like(token_gap).masked_fill(too_low, low).masked_fill(too_high, high)
     return torch.where(too_low | too_high | idle, held, token_gap)
 
 
@@ -122,8 +122,8 @@ def policy_term(config: GRPOLossConfig, parts: TokenParts) -> Tensor:
         loss = -times(weight, gate(log_ratio, weight != 0).exp())
         if parts.selected is None:
             return loss
-        size = gate(parts.gap, parts.factor != 0).abs()
-        return loss + torch.where(parts.selected, config.kl_cov_coef * times(parts.factor, size), 0)
+        factor = torch.where(parts.selected, parts.factor, 0)
+        return loss + config.kl_cov_coef * times(factor, gate(parts.gap, factor != 0).abs())
     if config.surrogate == "sapo":
         tau = either(advantage > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, ratio)
         moving = gate(log_ratio, (weight != 0) & ~ratio.isinf()).exp()

@@ -58,10 +58,11 @@ def linear_grpo_loss(
     of rows at a time, while the chunk's logits are there: 6 N H V operations instead of 8. That holds for everything
     but
 
-    - reduction "none", whose upstream gradient is one per token, and `top_entropy_quantile` < 1, a statistic of all
-      tokens;
-    - terms of a whole sequence's log-probs (`ratio_level` "sequence", surrogate "vespo", `off_policy_threshold`; a
-      `sampler_correction` of sequences without old_log_probs) where sequences are packed or longer than a chunk;
+    - reduction "none", whose upstream gradient is one per token; `top_entropy_quantile` < 1, surrogates "clip_cov" and
+      "kl_cov", statistics of all tokens;
+    - terms of a whole sequence's log-probs (`ratio_level` but "token", surrogates "vespo" and "gmpo",
+      `off_policy_threshold`; a `sampler_correction` of sequences without old_log_probs) where sequences are packed or
+      longer than a chunk;
     - float16 products, whose loss is scaled before its gradients are formed; a `vocab_shard`; and devices without
       kernels for the loss.
 

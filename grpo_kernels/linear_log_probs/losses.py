@@ -133,11 +133,12 @@ def _grpo_loss(
         shape = (-1, sequence_length) if sequence_length else (1, end - start)
         inputs = (None if value is None else value[start:end].view(shape) for value in (values.log_probs, *per_token))
         _, grad, _, _, _ = loss_ops.grpo_loss(
-            *inputs, None, None, None, factors[start:end].view(shape), kl_coef_tensor, kl_coef, None, 0.0, None, 0.0,
-            0, options, parameters, True, False, "native",
+            *inputs, None, None, None, None, factors[start:end].view(shape), kl_coef_tensor, kl_coef, None, 0.0, None,
+            0.0, 0, options, parameters, True, False, "native",
         )  # fmt: skip
-        bonus = None if entropy_factor is None else torch.where(live[start:end], entropy_factor, 0.0)
-        return Slopes(grad.view(-1), bonus)
+        if entropy_factor is None:
+            return Slopes(grad.view(-1), None)
+        return Slopes(grad.view(-1), torch.where(live[start:end], entropy_factor.expand(tokens)[start:end], 0.0))
 
     def slopes(values: Values, start: int, end: int) -> Slopes:
         if cross_entropy_factors is None or end <= tokens:

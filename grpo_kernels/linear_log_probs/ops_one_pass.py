@@ -52,9 +52,9 @@ linear_grpo_loss: torch._ops.OpOverload = _dispatch.define(
     fake=partial(_fake, 3),
 )
 """log_probs, entropy, log_sum_exp and top1_ids [N + M], and the gradients of
-sum(factors * token losses) + entropy_factor * sum(entropy)
+sum(factors * token losses) + sum(entropy_factor * entropy)
 + sum(cross_entropy_factors * (z_loss * log_sum_exp^2 - log_prob)).
 
-Per-token tensors are [N]; the M rows behind theirs carry cross-entropy, each times its factor, and no entropy. Rows are
-sequences of `sequence_length` tokens, M a multiple of it; 0 where the loss takes tokens one by one. top1_ids are empty
-where they are not wanted."""
+Per-token tensors are [N], the entropy factor also 0-d; the M rows behind theirs carry cross-entropy, each times its
+factor, and no entropy. Rows are sequences of `sequence_length` tokens, M a multiple of it; 0 where the loss takes
+tokens one by one. top1_ids are empty where they are not wanted."""

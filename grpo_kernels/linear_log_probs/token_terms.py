@@ -16,7 +16,7 @@ _SURROGATE, _RATIO_LEVEL, _REDUCTION, _CORRECTION = 0, 1, 2, 6  # places in the 
 
 
 class TokenTerms(NamedTuple):
-    """Arguments of the op linear_grpo_loss; tensors are [N] but for two 0-d ones."""
+    """Arguments of the op linear_grpo_loss; tensors are [N] but for 0-d numbers."""
 
     old_log_probs: Tensor | None
     advantages: Tensor
@@ -48,8 +48,6 @@ def passes(config: GRPOLossConfig, *, length: int, longest: int, packed: bool, o
     """
     if config.reduction == "none" or config.top_entropy_quantile < 1.0 or config.selects_tokens:
         return 2
-    if not config.has_kernels:
-        return 2
     if couples_tokens(config, on_policy):
         return 2 if packed or length > longest else 1
     return 1
@@ -58,8 +56,8 @@ def passes(config: GRPOLossConfig, *, length: int, longest: int, packed: bool, o
 def couples_tokens(config: GRPOLossConfig, on_policy: bool) -> bool:
     """Whether a token's derivative depends on the log-probs of its whole sequence."""
     return (
-        config.ratio_level == "sequence"
-        or config.surrogate == "vespo"
+        config.ratio_level != "token"
+        or config.surrogate in ("vespo", "gmpo")
         or config.off_policy_threshold is not None
         or (config.sampler_correction.startswith("sequence") and on_policy)
     )
@@ -76,6 +74,7 @@ def token_terms(config: GRPOLossConfig, inputs: LossInputs, rows: Rows) -> Token
         options[_CORRECTION] = SAMPLER_CORRECTIONS.index("none")
     if options[_CORRECTION] == SAMPLER_CORRECTIONS.index("none") and config.off_policy_threshold is None:
         sampler = None
+    factors = _factors(config, inputs, rows).reshape(-1)
     kl_coef = inputs.kl_coef
     with_kl = isinstance(kl_coef, Tensor) or kl_coef != 0.0
     return TokenTerms(
@@ -84,8 +83,8 @@ def token_terms(config: GRPOLossConfig, inputs: LossInputs, rows: Rows) -> Token
         _flat(inputs.ref_log_probs if with_kl else None),
         _flat(sampler),
         None if weights is None else rows.to_tokens(weights).reshape(-1),
-        _factors(config, inputs, rows).reshape(-1),
-        _entropy_factor(inputs, rows),
+        factors,
+        _entropy_factor(config, inputs, rows, factors),
         kl_coef if isinstance(kl_coef, Tensor) else None,
         0.0 if isinstance(kl_coef, Tensor) else kl_coef,
         rows.live.shape[-1] if coupled else 0,
@@ -111,8 +110,8 @@ def _sequence_correction(inputs: LossInputs, options: list[int], parameters: lis
     options[_RATIO_LEVEL] = RATIO_LEVELS.index("token")
     ones = torch.ones_like(old)
     arguments: tuple[Any, ...] = (
-        old, old, ones, mask, None, inputs.sampler_log_probs, inputs.token_weights, None, None, inputs.cu_seqlens,
-        ones, None, 0.0, None, 0.0, None, 0.0, 0, options, parameters, True, False, "native",
+        old, old, ones, mask, None, inputs.sampler_log_probs, inputs.token_weights, None, None, None,
+        inputs.cu_seqlens, ones, None, 0.0, None, 0.0, None, 0.0, 0, options, parameters, True, False, "native",
     )  # fmt: skip
     negative: Tensor = loss_ops.grpo_loss(*arguments)[1]
     return -negative
@@ -123,20 +122,27 @@ def _factors(config: GRPOLossConfig, inputs: LossInputs, rows: Rows) -> Tensor:
     ones = torch.ones_like(inputs.log_probs, memory_format=torch.contiguous_format)
     given = inputs.num_items
     num_items = given.to(ones.dtype) if isinstance(given, Tensor) else ones.new_full((), given)
+    if config.reduction == "token_sum":
+        return torch.where(rows.live, ones, 0)
     if config.reduction == "token_mean":
         divisor = torch.where(num_items > 0, num_items, rows.live.sum().clamp(min=1))
         return torch.where(rows.live, ones / divisor, 0)
-    divisor = torch.where(num_items > 0, num_items, max(rows.batch, 1))
+    count: Tensor | int = max(rows.batch, 1)
+    if config.skip_empty_sequences:
+        count = (rows.lengths(ones) > 0).sum().clamp(min=1)
+    divisor = torch.where(num_items > 0, num_items, count)
     if config.reduction == "sequence_mean_token_mean":
-        divisor = divisor * rows.spread(rows.sum(ones).clamp(min=1))
+        divisor = divisor * rows.spread(rows.lengths(ones).clamp(min=1))
     elif config.reduction == "sequence_mean_token_sum_norm":
         divisor = divisor * max(inputs.max_length or ones.shape[-1], 1)
     return torch.where(rows.live, ones / divisor, 0)
 
 
-def _entropy_factor(inputs: LossInputs, rows: Rows) -> Tensor | None:
-    """The weight of each token's entropy in the loss."""
+def _entropy_factor(config: GRPOLossConfig, inputs: LossInputs, rows: Rows, factors: Tensor) -> Tensor | None:
+    """The weight of each token's entropy in the loss, 0-d or [N]."""
     coef = inputs.entropy_coef
     if not isinstance(coef, Tensor) and coef == 0.0:
         return None
+    if config.entropy_reduction == "loss":
+        return -coef * factors
     return -coef / rows.live.sum().clamp(min=1).to(inputs.log_probs.dtype)

@@ -21,7 +21,7 @@ from python_tests.emulator.checks import assert_same_in_every_order
 from python_tests.emulator.mutants import Mutant, compile_mutant, with_a_trap_in_each_kernel, without_each_barrier
 from python_tests.test_grpo_loss import cast, run
 
-ADVANTAGES, LOSS = "group_advantages/cuda.cu", "grpo_loss/cuda.cu"
+ADVANTAGES, LOSS, RECORDS = "group_advantages/cuda.cu", "grpo_loss/cuda.cu", "grpo_loss/cuda_records.h"
 MAP, ROUTER = "moe_permute/cuda.cu", "moe_router/cuda.cu"
 SLOW = pytest.mark.slow
 PATIENCE = 240  # seconds
@@ -37,8 +37,8 @@ UNWRITTEN = [
     Mutant(LOSS, "segment_row_sums(a, blockIdx.x)[threadIdx.x] = total;", ""),
     Mutant(LOSS, "if (lane == j) warp_sums[warp][j] = sum;", ""),
     Mutant(LOSS, "if (threadIdx.x < kWarp) segment_record(a, blockIdx.x)[threadIdx.x] = value;", ""),
-    Mutant(LOSS, "if (threadIdx.x < kWarp) group_record(a, group)[threadIdx.x] = merged;", ""),
-    Mutant(LOSS, "if (threadIdx.x < kWarp) results[threadIdx.x] = totals;", ""),
+    Mutant(RECORDS, "if (threadIdx.x < kWarp) group_record(a, group)[threadIdx.x] = merged;", ""),
+    Mutant(RECORDS, "if (threadIdx.x < kWarp) results[threadIdx.x] = totals;", ""),
     Mutant(LOSS, "static_cast<float*>(a.grad_log_probs)[output] = t.live ? gradient : 0.0f;", "(void)gradient;"),
     Mutant(LOSS, "static_cast<float*>(a.grad_entropy)[output] = gradient;", "(void)gradient;"),
     Mutant(LOSS, "static_cast<float*>(a.loss)[output] = t.live ? loss : 0.0f;", "(void)loss;"),
@@ -75,15 +75,16 @@ UNWRITTEN = [
     Mutant(ROUTER, "p.slice_sums[2 * blockIdx.x + 1] = sequences;", ""),
     Mutant(ROUTER, "store_gradient(a, whole_gradient, token, rows[warp]);", ""),
 ]
-TOO_MUCH = [Mutant(LOSS, "k < count ? records", "k <= count ? records")]  # still inside the workspace
+TOO_MUCH = [Mutant(RECORDS, "k < count ? records", "k <= count ? records")]  # still inside the workspace
 OUT_OF_BOUNDS = [
     Mutant(ADVANTAGES, "p < end;", "p <= end;"),
     Mutant(ADVANTAGES, "p < end;", "p <= end;", 1),
+    Mutant(ADVANTAGES, "p < end;", "p <= end;", 2),
     Mutant(ADVANTAGES, "q < end;", "q <= end;"),
     Mutant(ADVANTAGES, "i < a.grouping.batch;", "i <= a.grouping.batch;"),
     Mutant(LOSS, "i < s.count; }", "i <= s.count; }"),
-    Mutant(LOSS, "i < s.count; i += kThreads) {\n    add", "i <= s.count; i += kThreads) {\n    add"),
-    Mutant(LOSS, "row < a.layout.batch;", "row <= a.layout.batch;"),
+    Mutant(LOSS, "i < s.count; i += kThreads) {\n    const Token", "i <= s.count; i += kThreads) {\n    const Token"),
+    Mutant(RECORDS, "row < a.layout.batch;", "row <= a.layout.batch;"),
     Mutant(MAP, "if (slot < slots.end) a.row_id_map", "if (slot <= slots.end) a.row_id_map"),
     Mutant(MAP, "row < a.rows;", "row <= a.rows;"),
     Mutant(ROUTER, "behind < a.rows.tokens ? behind : a.rows.tokens", "behind"),
@@ -91,15 +92,15 @@ OUT_OF_BOUNDS = [
 ]
 LATE = [  # what others may read is written after they were told that it is
     Mutant(
-        LOSS, "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) last", "  if (threadIdx.x == 0) last"
+        RECORDS, "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) last", "  if (threadIdx.x == 0) last"
     ),
-    Mutant(LOSS, "uint32_t(groups))) return;", "1u)) return;"),
+    Mutant(RECORDS, "uint32_t(groups))) return;", "1u)) return;"),
     Mutant(ROUTER, "atomicAdd(p.ticket, 1u) + 1u == gridDim.x;", "atomicAdd(p.ticket, 1u) == 0u;"),
 ]
 
 
 def _advantages() -> None:
-    for options in ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}):
+    for options in ({}, {"normalize_by": "batch"}, {"aggregation": "normalize_then_sum"}, {"baseline": "second_best"}):
         test_group_advantages.test_every_option({"baseline": "mean", **options}, "ragged")
     test_group_advantages.test_every_option({"normalize_by": "batch"}, "equal")
     test_group_advantages.test_informative_groups_and_ranks(66, 33, torch.float32)

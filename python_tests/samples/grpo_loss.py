@@ -35,6 +35,42 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vespo_truncate": {"surrogate": "vespo", "sampler_correction": "token_truncate", "sampler_cap": 1.1},
     "vespo_mask": {"surrogate": "vespo", "sampler_correction": "token_mask", "sampler_floor": 0.9},
     "reinforce": {"surrogate": "reinforce"},
+    "gspo_token": {"ratio_level": "sequence_token", "clip_low": 0.05, "clip_high": 0.1},
+    "gmpo": {"surrogate": "gmpo", "clip_low": 0.15, "clip_high": 0.2},
+    "gmpo_token_advantages": {"surrogate": "gmpo", "_token_advantages": True, "_token_weights": True, "kl_coef": 0.3},
+    "dppo_tv": {"surrogate": "dppo_tv", "clip_low": 0.03, "clip_high": 0.05, "ratio_cap": 1.3},
+    "dppo_tv_sequence": {"surrogate": "dppo_tv", "clip_low": 0.05, "ratio_level": "sequence"},
+    "dppo_kl": {"surrogate": "dppo_kl", "clip_low": 0.004, "clip_high": 0.01, "_token_advantages": True},
+    "dro": {"surrogate": "dro", "dro_beta": 0.7},
+    "dro_weights": {"surrogate": "dro", "_token_weights": True, "off_policy_threshold": 0.02},
+    "clip_cov": {"surrogate": "clip_cov", "clip_cov_ratio": 1.0, "clip_cov_low": 0.05, "clip_cov_high": 0.6},
+    "clip_cov_sequence": {
+        "surrogate": "clip_cov",
+        "ratio_level": "sequence",
+        "clip_low": 0.02,
+        "clip_cov_ratio": 1.0,
+        "clip_cov_low": 0.0,
+        "_token_weights": True,
+    },
+    "kl_cov": {"surrogate": "kl_cov", "kl_cov_ratio": 0.3, "kl_cov_coef": 0.4},
+    "kl_cov_sequence": {
+        "surrogate": "kl_cov",
+        "kl_cov_ratio": 0.4,
+        "ratio_level": "sequence",
+        "_token_advantages": True,
+        "_token_weights": True,
+    },
+    "log_ratio_clamped": {"log_ratio_min": -0.25, "log_ratio_max": 0.3, "clip_low": 0.5},
+    "log_ratio_clamped_sequence": {
+        "ratio_level": "sequence",
+        "log_ratio_min": -0.05,
+        "log_ratio_max": 0.02,
+        "kl_coef": 0.3,
+        "kl_importance_weighted": True,
+    },
+    "log_ratio_clamped_sequence_token": {"ratio_level": "sequence_token", "log_ratio_max": 0.02},
+    "entropy_through_loss": {"entropy_coef": 0.2, "entropy_reduction": "loss", "top_entropy_quantile": 0.61},
+    "skip_empty": {"skip_empty_sequences": True, "entropy_coef": 0.2, "entropy_reduction": "loss"},
     "kl_k1": {"kl_coef": 0.3, "kl_estimator": "k1"},
     "kl_k2": {"kl_coef": 0.3, "kl_estimator": "k2"},
     "kl_k3": {"kl_coef": 0.3},
@@ -78,6 +114,10 @@ LENGTHS = (9, 4, 1, 0, 7)
 
 def config_of(variant: str, reduction: str) -> GRPOLossConfig:
     fields = {name: value for name, value in VARIANTS[variant].items() if not name.startswith("_")}
+    if reduction == "none":
+        fields.pop("entropy_reduction", None)
+    if not reduction.startswith("sequence_mean"):
+        fields.pop("skip_empty_sequences", None)
     return GRPOLossConfig(reduction=reduction, **fields)
 
 
@@ -159,6 +199,7 @@ def _op_arguments(
         values["token_weights"],
         values["entropy"],
         torch.tensor(0.7, dtype=dtype),
+        (values["log_probs"] > -1.0).to(dtype) if config_of(variant, reduction).selects_tokens else None,
         cu_seqlens,
         torch.linspace(0.5, 1.5, values["log_probs"].numel(), dtype=dtype).view(values["log_probs"].shape)
         if upstream
@@ -182,7 +223,7 @@ def _empty_op_arguments(packed: bool) -> tuple[Any, ...]:
     like = torch.empty((0,) if packed else (0, 9))
     per_token = tuple(None if value is None else value.new_empty(like.shape) for value in full[3:8])
     cu_seqlens = torch.zeros(1, dtype=torch.int32) if packed else None
-    return (like, like, torch.empty(0, 1), *per_token, full[8], cu_seqlens, *full[10:])
+    return (like, like, torch.empty(0, 1), *per_token, full[8], None, cu_seqlens, *full[11:])
 
 
 OPS = {
@@ -194,6 +235,9 @@ OPS = {
         _op_arguments("everything", "none"),
         _op_arguments("everything", "none", upstream=True),
         _op_arguments("ppo_on_policy", "none", upstream=True, packed=True),
+        _op_arguments("gmpo_token_advantages", "token_sum", dtype=torch.float64),
+        _op_arguments("kl_cov", "none", upstream=True),
+        _op_arguments("clip_cov_sequence", "sequence_mean_token_mean", packed=True),
         _empty_op_arguments(packed=False),
         _empty_op_arguments(packed=True),
     ]
@@ -229,6 +273,8 @@ CALLS = [
     _public_call("everything_packed", "everything", "sequence_mean_token_sum_norm", packed=True),
     _public_call("everything_per_token", "everything", "none"),
     _public_call("vespo", "vespo_truncate", "sequence_mean_token_sum"),
+    _public_call("gmpo", "gmpo_token_advantages", "token_sum", packed=True),
+    _public_call("kl_cov", "kl_cov", "token_mean"),
 ]
 
 X = torch.zeros(2, 3)
@@ -293,6 +339,13 @@ BAD_CALLS = [
         ValueError,
         "num_items must be None with reduction='none'",
         config=GRPOLossConfig(reduction="none"),
+        num_items=1,
+    ),
+    _bad(
+        "num_items_sum",
+        ValueError,
+        "num_items must be None with reduction='token_sum'",
+        config=GRPOLossConfig(reduction="token_sum"),
         num_items=1,
     ),
     _bad("max_length", ValueError, "max_length must be None with reduction='token_mean'", max_length=5),

@@ -7,6 +7,8 @@ from bench.gates.gate import NO_BARRIER, Gate
 CUDA = (
     # Two blocks a multiprocessor. Shared: a record of 32 sums for each of 8 warps, the result, a flag.
     Gate("loss_kernel", registers=128, threads=256, shared=2560),
+    # The same with every surrogate: one block a multiprocessor.
+    Gate("special_loss_kernel", registers=168, threads=256, shared=2560),
     # Five sums for each of 8 warps.
     Gate("row_sums_kernel", registers=40, threads=256, shared=320),
     # Every warp forms the row's sums for itself.

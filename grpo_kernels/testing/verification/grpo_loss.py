@@ -24,7 +24,26 @@ from grpo_kernels.testing.verification.case import (
     leaf,
 )
 
-PRESETS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "reinforce")
+PRESETS = (
+    "grpo",
+    "bnpo",
+    "dr_grpo",
+    "dapo",
+    "luspo",
+    "cispo",
+    "sapo",
+    "vespo",
+    "gspo",
+    "gspo_token",
+    "gmpo",
+    "gpg",
+    "dppo_tv",
+    "dppo_kl",
+    "dro",
+    "clip_cov",
+    "kl_cov",
+    "reinforce",
+)
 _KL: dict[str, Any] = {"kl_coef": 0.3}
 _SEQUENCE: dict[str, Any] = {"ratio_level": "sequence"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,6 +63,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vespo token_truncate": {"surrogate": "vespo", "sampler_correction": "token_truncate", "sampler_cap": 1.1},
     "vespo token_mask": {"surrogate": "vespo", "sampler_correction": "token_mask", "sampler_floor": 0.9},
     "reinforce": {"surrogate": "reinforce"},
+    "gspo token": {"ratio_level": "sequence_token", "clip_low": 0.01, "clip_high": 0.02},
+    "gmpo": {"surrogate": "gmpo", "clip_low": 0.15, "clip_high": 0.2},
+    "dppo_tv": {"surrogate": "dppo_tv", "clip_low": 0.03, "clip_high": 0.05, "ratio_cap": 1.3},
+    "dppo_kl": {"surrogate": "dppo_kl", "clip_low": 0.004, "clip_high": 0.01},
+    "dro": {"surrogate": "dro", "dro_beta": 0.7},
+    "clip_cov": {"surrogate": "clip_cov", "clip_cov_ratio": 1.0, "clip_cov_low": 0.05, "clip_cov_high": 0.6},
+    "kl_cov": {"surrogate": "kl_cov", "kl_cov_ratio": 0.3, "kl_cov_coef": 0.4},
+    "log-ratio clamped": {"log_ratio_min": -0.25, "log_ratio_max": 0.3, "clip_low": 0.5},
+    "log-ratio clamped sequence": {**_SEQUENCE, "log_ratio_min": -0.01, "log_ratio_max": 0.01},
     "k1": {**_KL, "kl_estimator": "k1"},
     "k2": {**_KL, "kl_estimator": "k2"},
     "k3": _KL,
@@ -211,6 +239,11 @@ CHANGES: list[tuple[str, str, str, Change]] = [
     ("NaN tokens", "gspo", "none", _nan_tokens),
     ("NaN tokens", "ppo", "token_mean", _nan_tokens),
     ("overflow", "ppo", "token_mean", _overflow),
+    ("overflow", "log-ratio clamped", "none", _overflow),
+    ("token advantages", "gmpo", "sequence_mean_token_mean", _token_advantages),
+    ("token weights", "dro", "token_sum", _token_weights),
+    ("token weights", "kl_cov", "none", _token_weights),
+    ("nothing live", "kl_cov", "token_mean", _nothing_live),
 ]
 _STRUCTURES = ("ppo", "gspo", "vespo", "everything")
 """Each of them walks the tokens in another way."""
@@ -234,16 +267,26 @@ def _cases(
     ]
 
 
+def preset(name: str) -> grpo_kernels.GRPOLossConfig:
+    """The preset; what "clip_cov" draws at random is all that it may draw."""
+    overrides = {"clip_cov_ratio": 1.0} if name == "clip_cov" else {}
+    return grpo_kernels.GRPOLossConfig.preset(name, **overrides)
+
+
 def _every_case() -> list[Case]:
     config = grpo_kernels.GRPOLossConfig
-    cases = [case for preset in PRESETS for case in _cases(f"preset {preset}", config.preset(preset))]
+    cases = [case for name in PRESETS for case in _cases(f"preset {name}", preset(name))]
     for place, (name, fields) in enumerate(VARIANTS.items()):
         reductions = REDUCTIONS if name in _STRUCTURES else (REDUCTIONS[place % len(REDUCTIONS)],)
         for reduction in reductions:
             cases += _cases(name, config(reduction=reduction, **fields))
     for name, variant, reduction, change in CHANGES:
         cases += _cases(f"{variant}, {name}", config(reduction=reduction, **VARIANTS[variant]), change)
-    for variant in ("ppo", "gspo"):
+    through = config(
+        reduction="sequence_mean_token_mean", skip_empty_sequences=True, entropy_coef=0.2, entropy_reduction="loss"
+    )
+    cases += _cases("ppo, entropy and loss without empty sequences", through)
+    for variant in ("ppo", "gspo", "gmpo"):
         long = config(reduction="sequence_mean_token_mean", **VARIANTS[variant])
         cases += _cases(f"{variant}, long rows", long, lengths=_LONG)
     return cases

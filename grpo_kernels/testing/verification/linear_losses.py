@@ -13,7 +13,7 @@ from torch import Tensor
 import grpo_kernels
 from grpo_kernels import _dispatch
 from grpo_kernels.testing.verification.case import EVERY_DTYPE, Case, Inputs, Outputs, gradients
-from grpo_kernels.testing.verification.grpo_loss import PRESETS
+from grpo_kernels.testing.verification.grpo_loss import PRESETS, preset
 from grpo_kernels.testing.verification.linear_head import (
     EXACT,
     TRAINING,
@@ -241,14 +241,14 @@ def _config(**fields: Any) -> grpo_kernels.GRPOLossConfig:
 
 _BOTH = (False, True)
 _RICH: dict[str, Any] = {"kl_coef": 0.3, "entropy_coef": 0.2}
-_PACKED = ("dapo", "grpo", "gspo", "vespo", "dr_grpo")
+_PACKED = ("dapo", "grpo", "gspo", "vespo", "dr_grpo", "gmpo")
 _POLICY = [
     *(
         case
         for name in PRESETS
         for case in _policy(
             f"preset {name}",
-            grpo_kernels.GRPOLossConfig.preset(name),
+            preset(name),
             layouts=_BOTH if name in _PACKED else (False,),
         )
     ),
