@@ -178,11 +178,13 @@ def test_poison_behind_the_mask_and_beyond_the_clamp(page: dict[str, Any]) -> No
     for name in ("old", "sampler", "advantages"):
         poisoned[name][~data["mask"]] = float("nan")
     assert torch.equal(call(loss, poisoned, data["log_probs"])[0], clean)
-    far = torch.zeros(1, 2, requires_grad=True)
-    value = loss(far, torch.tensor([[-50.0, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2))[0]
-    value.backward()
-    torch.testing.assert_close(value.detach(), (torch.tensor(20.0).exp() - 1) / 2)
-    assert far.grad.tolist() == [[0.0, -0.5]]
+    for side in (1.0, -1.0):  # a ratio far above 1 with a bad response, far below with a good one: neither is clipped
+        far = torch.zeros(1, 2, requires_grad=True)
+        old, advantages = torch.tensor([[-50 * side, 0.0]]), torch.tensor([[-side, 1.0]])
+        value = loss(far, old, advantages, torch.ones(1, 2))[0]
+        value.backward()
+        torch.testing.assert_close(value.detach(), (side * torch.tensor(20 * side).exp() - 1) / 2)
+        assert far.grad.tolist() == [[0.0, -0.5]]
 
 
 def test_a_step_without_live_tokens_gives_zero(page: dict[str, Any]) -> None:

@@ -166,13 +166,13 @@ def test_poison_behind_the_mask_and_beyond_the_clamp(page: dict[str, Any]) -> No
     value = make(page)(logits, labels.masked_fill(dead, -100), 37, **inputs)[0]
     assert torch.equal(value, clean)
     assert torch.autograd.grad(value, logits)[0][dead].count_nonzero() == 0
-    far = torch.zeros(1, 1, 2, requires_grad=True)
-    rest = {"advantages": -torch.ones(1, 1), "loss_mask": torch.ones(1, 1, dtype=torch.bool)}
-    value = make(page)(far, torch.zeros(1, 1, dtype=torch.long), generator_logprobs=torch.full((1, 1), -50.0), **rest)[
-        0
-    ]
-    torch.testing.assert_close(value, torch.tensor(10.0).exp())
-    assert torch.autograd.grad(value, far)[0].count_nonzero() == 0
+    one = {"loss_mask": torch.ones(1, 1, dtype=torch.bool)}
+    for side in (1.0, -1.0):  # a ratio far above 1 with a bad response, far below with a good one: neither is clipped
+        far = torch.zeros(1, 1, 2, requires_grad=True)
+        one |= {"generator_logprobs": torch.full((1, 1), -50 * side), "advantages": torch.full((1, 1), -side)}
+        value = make(page)(far, torch.zeros(1, 1, dtype=torch.long), **one)[0]
+        torch.testing.assert_close(value.detach(), side * torch.tensor(10 * side).exp())
+        assert torch.autograd.grad(value, far)[0].count_nonzero() == 0
 
 
 def test_log_probs_and_entropy(page: dict[str, Any]) -> None:
