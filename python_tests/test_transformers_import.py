@@ -30,7 +30,11 @@ except Exception as error:
     ("installed", "message"),
     [
         (MISSING, "ImportError grpo_kernels.integrations.transformers needs transformers 5.23: pip install"),
-        (OLD, "IncompatibleVersion grpo_kernels.integrations.transformers needs transformers 5.23, got 4.57.0"),
+        pytest.param(
+            OLD,
+            "IncompatibleVersion grpo_kernels.integrations.transformers needs transformers 5.23, got 4.57.0",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_says_what_is_missing(installed: str, message: str) -> None:

@@ -207,6 +207,8 @@ def test_options_reach_the_experts(name: str) -> None:
         (weights, ids),
         **biases,
         activation="clamped_swiglu" if turn else "swiglu",
+        swiglu_alpha=1.5,
+        swiglu_limit=0.5,
         interleaved=turn,
         recipe="fp8_block128",
         fp8_wgrad=True,

@@ -54,11 +54,16 @@ MOE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": EXPERTS,
             "head_dim": 8,
             "sliding_window": 8,
+            "swiglu_limit": 0.5,
+            "swiglu_alpha": 1.5,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
     "mixtral": ("Mixtral", {**_MOE, "num_local_experts": EXPERTS}),
-    "qwen3_moe": ("Qwen3Moe", {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 16, "head_dim": 8}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
+    ),
     "qwen3_moe_raw_weights": (
         "Qwen3Moe",
         {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": False},
