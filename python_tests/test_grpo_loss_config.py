@@ -220,7 +220,7 @@ VERL = [
         {"loss_mode": "dppo_kl", "clip_ratio_c": 20.0},
         {"surrogate": "dppo_kl", "clip_high": 0.2, "ratio_cap": 20.0, **CLAMPED},
     ),
-    ({"loss_mode": "gspo"}, {**BY_SEQUENCE, "ratio_level": "sequence_token", "clip_high": 0.2, "log_ratio_max": 10.0}),
+    ({"loss_mode": "gspo"}, {"ratio_level": "sequence_token", "clip_high": 0.2, "log_ratio_max": 10.0}),
     (
         {"loss_mode": "sapo", "tau_neg": 2.0},
         {**BY_SEQUENCE, "surrogate": "sapo", "sapo_temperature_neg": 2.0, **CLAMPED},
@@ -249,7 +249,7 @@ def test_verl_options(options: dict[str, object], fields: dict[str, object]) -> 
         ({"use_kl_loss": True, "kl_loss_type": "full"}, "kl_loss_type must be one of 'kl', .*, got 'full'"),
         ({"loss_mode": "dro"}, "dro_beta must be given with loss_mode='dro'"),
         ({"ppo_epochs": 2}, "options must be among loss_mode, .*, got ppo_epochs"),
-        ({"loss_mode": "gspo", "use_kl_loss": True}, "loss_agg_mode must be 'seq-mean-token-mean'"),
+        ({"loss_mode": "geo_mean", "use_kl_loss": True}, "loss_agg_mode must be 'seq-mean-token-mean'"),
         ({"loss_mode": "sapo", "entropy_coeff": 0.1}, "loss_agg_mode must be 'seq-mean-token-mean'"),
     ],
     ids=str,

@@ -26,8 +26,9 @@ from python_tests.samples.grpo_loss import VARIANTS, config_of
 
 pytestmark = pytest.mark.usefixtures("native_cpu")
 
-PRESETS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "reinforce")
+PRESETS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "gspo_token", "gmpo", "dro")
 SCALARS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_mean_token_sum_norm")
+WITHOUT_ITEMS = ("none", "token_sum")
 NAN = math.nan
 
 
@@ -43,21 +44,21 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 def expected_passes(variant: str, reduction: str, packed: bool) -> int:
     """Written apart from the op: what must see more than a token's own log-prob."""
     fields = VARIANTS[variant]
-    if reduction == "none" or "top_entropy_quantile" in fields:
+    if reduction == "none" or "top_entropy_quantile" in fields or fields.get("surrogate") in ("clip_cov", "kl_cov"):
         return 2
-    whole = "off_policy_threshold" in fields or fields.get("ratio_level") == "sequence"
-    return 2 if packed and (whole or fields.get("surrogate") == "vespo") else 1
+    whole = "off_policy_threshold" in fields or "ratio_level" in fields
+    return 2 if packed and (whole or fields.get("surrogate") in ("vespo", "gmpo")) else 1
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant(variant: str, packed: bool) -> None:
-    for index, reduction in enumerate((*SCALARS, "none")):
+    for index, reduction in enumerate((*SCALARS, *WITHOUT_ITEMS)):
         p, options = problem(variant, packed=packed, seed=index)
         config = config_of(variant, reduction)
         if reduction == "sequence_mean_token_sum_norm" and packed:
             options["max_length"] = 9
-        if index % 2 and reduction != "none":
+        if index % 2 and reduction not in WITHOUT_ITEMS:
             options["num_items"] = torch.tensor(3.0) if index == 1 else 7
         expected = definition(p, config, torch.float64, **options)
         actual = run(p, config, **options)

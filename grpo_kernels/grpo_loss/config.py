@@ -185,9 +185,9 @@ class GRPOLossConfig:
         """The loss of verl 0.9's actor for these options of its ``ActorConfig`` and ``PolicyLossConfig``, flat;
         options not given take verl's defaults.
 
-        ``loss_mode`` is any of verl's but "bypass_mode". Options that it ignores are ignored, as in verl: "gspo",
-        "sapo" and "geo_mean" reduce the policy term by "seq-mean-token-mean" whatever ``loss_agg_mode``, so that a KL
-        or an entropy beside it must ask for the same. ``clip_ratio`` counts where ``clip_ratio_low`` or
+        ``loss_mode`` is any of verl's but "bypass_mode". Options that it ignores are ignored, as in verl: "sapo" and
+        "geo_mean" reduce the policy term by "seq-mean-token-mean" whatever ``loss_agg_mode``, so that a KL or an
+        entropy beside it must ask for the same. ``clip_ratio`` counts where ``clip_ratio_low`` or
         ``clip_ratio_high`` is None. verl's ``rollout_is_weights`` are ``token_weights``; its global counts divided by
         ``dp_size`` are ``num_items``.
         """

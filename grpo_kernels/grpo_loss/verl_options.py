@@ -40,7 +40,7 @@ _SURROGATES = {
     "dro": "dro",
     "cispo": "cispo",
 }
-_OWN_REDUCTION = ("gspo", "sapo", "geo_mean")  # modes that ignore loss_agg_mode
+_OWN_REDUCTION = ("sapo", "geo_mean")  # modes that ignore loss_agg_mode
 _CLAMPED = ("vanilla", "dppo_tv", "dppo_kl", "sapo", "cispo")  # modes that clamp a token's log-ratio to [-20, 20]
 
 _REDUCTIONS = {
