@@ -262,6 +262,16 @@ def test_infinite_reward_poisons_its_group_alone(backend: str) -> None:
     assert torch.equal(out.advantages[3:], clean.advantages)
 
 
+def test_a_total_that_is_no_number_shows(backend: str) -> None:
+    infinity = float("inf")
+    rewards, weight = torch.tensor([infinity, 1.0, 2.0]), torch.zeros(1)
+    out = group_advantages(rewards, group_size=3, reward_weights=weight, normalize_by="none")
+    assert out.advantages.isnan().tolist() == [True, False, False]
+    rewards = torch.tensor([[infinity, -infinity], [1.0, 2.0]])
+    out = group_advantages(rewards, group_size=1, baseline="leave_one_out", normalize_by="none")
+    assert out.advantages.isnan().tolist() == [True, False]
+
+
 def test_strided_rewards_and_no_gradient(backend: str) -> None:
     base = torch.randn(2, 12)
     out = group_advantages(base.t().requires_grad_(), group_size=4)

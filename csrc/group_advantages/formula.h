@@ -59,7 +59,8 @@ GK_HOST_DEVICE double combined_reward(const GroupAdvantagesArgs& a, int64_t samp
 // Whether any function scored the sample, given its total reward: infinities of both signs also add up to NaN.
 GK_HOST_DEVICE bool is_scored(const GroupAdvantagesArgs& a, int64_t sample, double total) {
   if (!is_nan(total)) return true;
-  for (int k = 0; k < a.functions && a.functions > 1; ++k) {
+  const bool combined = a.functions > 1 || a.weights != nullptr;
+  for (int k = 0; k < a.functions && combined; ++k) {
     if (!is_nan(load_value(a.rewards, a.dtype, sample * a.functions + k))) return true;
   }
   return false;
@@ -147,7 +148,7 @@ GK_HOST_DEVICE Centring make_centring(const GroupAdvantagesArgs& a, const Statis
     c.shift = c.floor = s.mean - s.mean == 0.0 ? peer.value : quiet_nan();
   } else if (a.baseline != kBaselineNone) {
     c.shift = s.mean;
-    if (a.baseline == kBaselineLeaveOneOut) c.factor = s.count / (s.count - 1.0);
+    if (a.baseline == kBaselineLeaveOneOut && s.count > 1.0) c.factor = s.count / (s.count - 1.0);
   }
   return c;
 }

@@ -19,7 +19,9 @@ from rich.console import Console
 from examples.trl import report
 from examples.trl.settings import WAY_NAMES, WAYS, Settings
 
-_MISSING = "examples.trl needs TRL 1.16: pip install 'grpo-kernels[trl]'"
+_MISSING = (
+    "examples.trl needs TRL 1.16, which `make demo-trl` installs: pip install 'trl>=1.16,<2' 'transformers>=5.23,<6'"
+)
 _INTRODUCTION = (
     "TRL's GRPOTrainer trains a tiny model with a large vocabulary: as it is, then after "
     "grpo_kernels.integrations.trl.patch(), then as FusedGRPOTrainer. Each has a process of its own, the same seed and "
@@ -85,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
             except RuntimeError as error:
                 console.print(str(error), style="red", highlight=False, markup=False)
                 return 1
+        line = f"{WAY_NAMES[way]}: {results[way]['seconds']:.2f} s a step, after {perf_counter() - start:.0f} s"
+        console.print(line, highlight=False)
+    console.print()
     console.print(report.table(results, settings))
     console.print(_EXPLANATION, highlight=False)
     console.print(f"\n{perf_counter() - start:.0f} s", highlight=False)

@@ -44,7 +44,7 @@ def table(results: Results, settings: Settings) -> Table:
     for label, key, form in (
         ("seconds a step", "seconds", "{:.2f}"),
         ("  for the loss", "loss_seconds", "{:.2f}"),
-        ("memory at its peak", "megabytes", "{:,.0f} MB"),
+        ("peak memory", "megabytes", "{:,.0f} MB"),
     ):
         row(label, [_against(form, result[key], stock[key], way == "stock") for way, result in results.items()])
     for label, key in (("losses", "losses"), ("gradient norms", "gradient_norms")):
@@ -57,4 +57,4 @@ def table(results: Results, settings: Settings) -> Table:
 
 
 def _against(form: str, value: float, stock: float, is_stock: bool) -> str:
-    return form.format(value) if is_stock else f"{form.format(value)}  ({stock / value:.1f}x less)"
+    return form.format(value) if is_stock else f"{form.format(value)} (1/{stock / value:.1f})"

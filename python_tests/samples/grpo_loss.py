@@ -39,7 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gmpo": {"surrogate": "gmpo", "clip_low": 0.15, "clip_high": 0.2},
     "gmpo_token_advantages": {"surrogate": "gmpo", "_token_advantages": True, "_token_weights": True, "kl_coef": 0.3},
     "dppo_tv": {"surrogate": "dppo_tv", "clip_low": 0.03, "clip_high": 0.05, "ratio_cap": 1.3},
-    "dppo_tv_sequence": {"surrogate": "dppo_tv", "clip_low": 0.05, "ratio_level": "sequence", "_token_advantages": True},
+    "dppo_tv_sequence": {
+        "surrogate": "dppo_tv",
+        "clip_low": 0.05,
+        "ratio_level": "sequence",
+        "_token_advantages": True,
+    },
     "dppo_kl": {"surrogate": "dppo_kl", "clip_low": 0.004, "clip_high": 0.01},
     "dro": {"surrogate": "dro", "dro_beta": 0.7},
     "dro_weights": {"surrogate": "dro", "_token_weights": True, "off_policy_threshold": 0.02},

@@ -9,7 +9,7 @@ import re
 from grpo_kernels.integrations._patch import IncompatibleVersion
 
 _MINIMUM = (1, 16)
-_MISSING = "grpo_kernels.integrations.trl needs TRL 1.16: pip install 'grpo-kernels[trl]'"
+_MISSING = "grpo_kernels.integrations.trl needs TRL 1.16: pip install 'trl>=1.16,<2' 'transformers>=5.23,<6'"
 
 
 def require_trl() -> None:
