@@ -262,6 +262,41 @@ def test_nan_stays_in_its_token_or_sequence(backend: str) -> None:
         assert run(inputs, GRPOLossConfig(**fields))[0].isnan()
 
 
+@pytest.mark.parametrize("bounds", [{"log_ratio_min": -20.0, "log_ratio_max": 20.0}, {"log_ratio_max": 10.0}], ids=str)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+@pytest.mark.parametrize("surrogate", ["ppo_clip", "cispo", "sapo", "dppo_tv", "kl_cov"])
+def test_nan_passes_the_bounds_of_the_log_ratio(
+    surrogate: str, level: str, bounds: dict[str, float], backend: str
+) -> None:
+    config = GRPOLossConfig(surrogate=surrogate, ratio_level=level, reduction="none", **bounds)
+    inputs = batch(lengths=(4, 4))
+    inputs["mask"] = None
+    bad = torch.zeros(2, 4, dtype=torch.bool)
+    bad[0, 1 if level == "token" else slice(None)] = True
+    inputs["log_probs"][0, 1] = NAN
+    loss, gradient, *_ = run(inputs, config)
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(gradient.isnan(), bad)
+
+
+def test_opposite_infinities_in_a_sequence_are_nan(backend: str) -> None:
+    config = GRPOLossConfig(reduction="none", ratio_level="sequence", log_ratio_max=20.0)
+    loss, gradient = _tokens([-1.0, -INF, -2.0], [-1.0, -1.0, -INF], [1.0] * 3, config)
+    assert [math.isnan(value) for value in (*loss, *gradient)] == [True] * 6
+
+
+@pytest.mark.parametrize("clamps", [{"kl_log_ratio_clamp": 20.0}, {"kl_value_clamp": 10.0}, {}], ids=str)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs", "k3+"])
+def test_nan_passes_the_clamps_of_the_kl(estimator: str, clamps: dict[str, float], backend: str) -> None:
+    config = GRPOLossConfig(reduction="none", kl_coef=1.0, kl_estimator=estimator, **clamps)
+    loss, gradient = _tokens([-1.0, -1.0], [-1.0, -1.0], [0.0, 0.0], config, ref_log_probs=[NAN, -1.0])
+    assert [math.isnan(value) for value in loss] == [True, False]
+    if estimator == "k1":  # its derivative is 1, whatever the values
+        assert gradient == [1.0, 1.0]
+    else:
+        assert [math.isnan(value) for value in gradient] == [True, False]
+
+
 def test_a_weight_of_zero_removes_the_policy_term(backend: str) -> None:
     loss, gradient = _tokens([-1.0, -1.0], [-500.0, -1.0], [-1.0, 1.0], NONE, token_weights=[0.0, 0.5])
     assert loss == [0.0, -0.5]

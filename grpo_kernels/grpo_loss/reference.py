@@ -176,6 +176,9 @@ def _metrics(inputs: LossInputs, config: GRPOLossConfig, terms: _Terms, token_lo
     if inputs.sampler_log_probs is not None:
         scored = ~gap(parts.old, inputs.sampler_log_probs).isnan()
         distance = torch.where(scored, evidence(parts.old, inputs.sampler_log_probs).abs(), 0)
+    policy_gap = parts.gap
+    if config.ratio_level == "token":
+        policy_gap = bounded(policy_gap, config.log_ratio_min, config.log_ratio_max)
     values = [
         total(live),
         filled.sum(),
@@ -184,7 +187,7 @@ def _metrics(inputs: LossInputs, config: GRPOLossConfig, terms: _Terms, token_lo
         total(terms.policy),
         total(terms.kl),
         total(inputs.entropy),
-        total(bounded(config, parts.gap) if config.ratio_level == "token" else parts.gap),
+        total(policy_gap),
         total(ratio),
         total(ratio * ratio),
         total(clip_low),

@@ -34,6 +34,13 @@ def gate(value: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep | value.isnan(), value, value.detach())
 
 
+def bounded(value: Tensor, low: float | None, high: float | None) -> Tensor:
+    """`value` clamped, through which a gradient flows within the bounds and at NaN, where torch.clamp has none."""
+    if low is None and high is None:
+        return value
+    return torch.where(value.isnan(), value, value.clamp(low, high))
+
+
 def gap(a: Tensor, b: Tensor) -> Tensor:
     """a - b; equal infinities have no gap."""
     return torch.where((a == b) & a.isinf(), 0, a - b)
@@ -74,13 +81,7 @@ def log_ratios(config: GRPOLossConfig, rows: Rows, log_prob: Tensor, token_gap: 
         log_ratio = rows.spread(rows.sum(token_gap) / length)
     if config.ratio_level == "sequence_token":
         log_ratio = log_ratio.detach() + gap(log_prob, log_prob.detach())
-    return bounded(config, log_ratio)
-
-
-def bounded(config: GRPOLossConfig, log_ratio: Tensor) -> Tensor:
-    if config.log_ratio_min is None and config.log_ratio_max is None:
-        return log_ratio
-    return log_ratio.clamp(config.log_ratio_min, config.log_ratio_max)
+    return bounded(log_ratio, config.log_ratio_min, config.log_ratio_max)
 
 
 def finite_bounds(config: GRPOLossConfig) -> tuple[float, float]:
@@ -166,7 +167,7 @@ def kl_term(config: GRPOLossConfig, log_prob: Tensor, ref: Tensor, ratio: Tensor
     """Per-token estimate of the KL to the reference policy."""
     distance = gap(ref, log_prob)
     limit = config.kl_log_ratio_clamp
-    x = distance if limit is None else distance.clamp(-limit, limit)
+    x = distance if limit is None else bounded(distance, -limit, limit)
     kind = config.kl_estimator.rstrip("+")
     if kind == "k1":
         kl = -x
@@ -176,9 +177,9 @@ def kl_term(config: GRPOLossConfig, log_prob: Tensor, ref: Tensor, ratio: Tensor
         excess = torch.expm1(x)
         kl = torch.where(x == math.inf, excess, excess - x)
     else:
-        kl = x.abs()
+        kl = x * torch.where(x.isnan(), x, x.sign()).detach()  # the gradient of torch.abs at NaN is 0
     if config.kl_value_clamp is not None:
-        kl = kl.clamp(-config.kl_value_clamp, config.kl_value_clamp)
+        kl = bounded(kl, -config.kl_value_clamp, config.kl_value_clamp)
     if config.kl_estimator.endswith("+"):
         slope = torch.where(distance.isinf(), 0, -distance).detach()
         kl = kl.detach() + slope * torch.where(log_prob.isfinite(), log_prob - log_prob.detach(), 0)
