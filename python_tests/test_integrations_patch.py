@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from grpo_kernels.integrations._patch import IncompatibleVersion, Patch, Replacement, check_signature
+from grpo_kernels.integrations._patch import IncompatibleVersion, Patch, Replacement, attribute_of, check_signature
+
+PACKAGE = "patched_package"
 
 
 def original(a: int, b: int) -> int:
@@ -18,7 +21,7 @@ def another(a: int, b: int) -> int:
 
 
 def make(owner: SimpleNamespace) -> Patch:
-    return Patch(lambda: [Replacement(owner, "first", another), Replacement(owner, "second", another)])
+    return Patch(PACKAGE, lambda: [Replacement(owner, "first", another), Replacement(owner, "second", another)])
 
 
 @pytest.fixture
@@ -49,13 +52,51 @@ def test_what_someone_else_put_there_stays(owner: SimpleNamespace) -> None:
     assert (owner.first, owner.second) == (original, foreign)
 
 
+def test_modules_that_were_imported_in_between_get_the_original(
+    owner: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, foreign = ModuleType(f"{PACKAGE}.late"), ModuleType(f"{PACKAGE}_of_another")
+    for module in (late, foreign):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, f"{PACKAGE}.absent", None)  # type: ignore[arg-type]
+    patch = make(owner)
+    patch.apply()
+    vars(late)["renamed"] = vars(foreign)["renamed"] = owner.first
+    patch.undo()
+    assert vars(late)["renamed"] is original
+    assert vars(foreign)["renamed"] is another
+
+
+def test_after_a_block_all_is_as_before(owner: SimpleNamespace) -> None:
+    patch = make(owner)
+
+    def fails() -> None:
+        assert owner.first is another
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), patch.within():
+        fails()
+    assert owner.first is original
+    patch.apply()
+    with patch.within():
+        patch.undo()
+        assert owner.first is original
+    assert owner.first is another
+
+
+def test_an_attribute_that_a_version_lacks_is_named(owner: SimpleNamespace) -> None:
+    assert attribute_of("pytest", "owner", owner, "first") is original
+    with pytest.raises(IncompatibleVersion, match=rf"owner\.third is missing from pytest {pytest.__version__}"):
+        attribute_of("pytest", "owner", owner, "third")
+
+
 def test_nothing_is_replaced_when_a_check_fails(owner: SimpleNamespace) -> None:
     def build() -> list[Replacement]:
         check_signature("pytest", "owner.first", owner.first, ("a", "b"))
         check_signature("pytest", "owner.second", owner.second, ("a", "c"))
         return [Replacement(owner, "first", another), Replacement(owner, "second", another)]
 
-    patch = Patch(build)
+    patch = Patch(PACKAGE, build)
     message = rf"owner.second must take \(a, c\), got \(a, b\) from pytest {pytest.__version__}"
     with pytest.raises(IncompatibleVersion, match=message):
         patch.apply()
@@ -64,7 +105,7 @@ def test_nothing_is_replaced_when_a_check_fails(owner: SimpleNamespace) -> None:
 
 
 def test_a_missing_attribute_replaces_nothing(owner: SimpleNamespace) -> None:
-    patch = Patch(lambda: [Replacement(owner, "first", another), Replacement(owner, "third", another)])
+    patch = Patch(PACKAGE, lambda: [Replacement(owner, "first", another), Replacement(owner, "third", another)])
     with pytest.raises(AttributeError, match="third"):
         patch.apply()
     assert not patch.applied

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -36,28 +39,62 @@ def check_signature(package: str, what: str, function: Callable[..., Any], param
     Raises:
         IncompatibleVersion: the signatures differ.
     """
-    found = [_STARS.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
+    found = parameter_names(function)
     if found != list(parameters):
         raise IncompatibleVersion(
-            f"{what} must take ({', '.join(parameters)}), got ({', '.join(found)}) from {package} {_version(package)}"
+            f"{what} must take ({', '.join(parameters)}), got ({', '.join(found)}) from {package} {version_of(package)}"
         )
 
 
-def _version(package: str) -> str:
+def parameter_names(function: Callable[..., Any]) -> list[str]:
+    """Names of a function's parameters in their order, variadic ones with their stars."""
+    return [_STARS.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
+
+
+def attribute_of(package: str, where: str, owner: Any, name: str) -> Any:
+    """`owner`'s attribute of this name.
+
+    Args:
+        package: distribution whose version the message names.
+        where: the owner's full name, for the message.
+
+    Raises:
+        IncompatibleVersion: there is none.
+    """
+    if not hasattr(owner, name):
+        raise IncompatibleVersion(f"{where}.{name} is missing from {package} {version_of(package)}")
+    return getattr(owner, name)
+
+
+def version_of(package: str) -> str:
+    """The version of an installed distribution, for messages."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "(version unknown)"
 
 
+def places(package: str, value: object) -> list[tuple[ModuleType, str]]:
+    """Where the loaded modules of a package have `value`, under which name. Nothing is imported."""
+    return [
+        (module, name)
+        for full_name, module in list(sys.modules.items())
+        if full_name == package or full_name.startswith(f"{package}.")
+        for name, found in list(getattr(module, "__dict__", {}).items())
+        if found is value
+    ]
+
+
 class Patch:
-    """A set of replacements that is there as a whole or not at all.
+    """Replacements for a package, there as a whole or not at all.
 
     Applying it twice, or undoing it twice, does nothing. What is undone is what this patch put there: an attribute that
-    someone else has replaced since stays as it is.
+    someone else has replaced since stays as it is. Modules of the package that were imported in between, and so have a
+    replacement under a name of theirs, get the original.
     """
 
-    def __init__(self, build: Callable[[], Sequence[Replacement]]) -> None:
+    def __init__(self, package: str, build: Callable[[], Sequence[Replacement]]) -> None:
+        self._package = package
         self._build = build
         self._lock = threading.RLock()
         self._originals: list[Replacement] = []
@@ -84,7 +121,25 @@ class Patch:
 
     def undo(self) -> None:
         with self._lock:
+            originals: dict[int, tuple[Any, Any]] = {}
             for (owner, name, value), original in zip(self._values, self._originals, strict=True):
+                originals[id(value)] = (value, original.value)
                 if getattr(owner, name) is value:
                     setattr(owner, name, original.value)
+            for value, original_value in originals.values():
+                for module, name in places(self._package, value):
+                    setattr(module, name, original_value)
             self._originals, self._values = [], []
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Applied in the block, and after it as it was before."""
+        before = self.applied
+        self.apply()
+        try:
+            yield
+        finally:
+            if before:
+                self.apply()
+            else:
+                self.undo()

@@ -5,7 +5,6 @@ The tests compare ours with the recording where verl is missing, and the recordi
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo_kernels.integrations._patch import parameter_names
 from python_tests.verl import problems
 
 PATH = Path(__file__).parent / "recorded.json"
@@ -30,12 +30,6 @@ PLUGS = {
 }  # fmt: skip
 
 
-def parameters(function: Any) -> list[str]:
-    """Names with their stars, as `check_signature` compares them."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return [stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
-
-
 def signatures() -> dict[str, dict[str, list[str]]]:
     """Of the places where the adapter is plugged in."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -46,7 +40,7 @@ def signatures() -> dict[str, dict[str, list[str]]]:
             value: Any = module
             for part in name.split("."):
                 value = getattr(value, part)
-            found[module_name][name] = parameters(value)
+            found[module_name][name] = parameter_names(value)
     return found
 
 

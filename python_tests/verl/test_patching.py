@@ -107,7 +107,7 @@ def test_what_a_module_lacks_is_refused(fresh: ModuleType, monkeypatch: pytest.M
     ):
         with monkeypatch.context() as context:
             context.delattr(owner, name)
-            with pytest.raises(fresh.IncompatibleVersion, match=f"must have {name}"):
+            with pytest.raises(fresh.IncompatibleVersion, match=f"{name} is missing from verl 0.7.0"):
                 call()
 
 

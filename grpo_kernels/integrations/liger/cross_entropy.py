@@ -66,7 +66,9 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         if ce_weight is not None:
-            raise ValueError(f"{_OP}: ce_weight must be None: weights of classes are not served")
+            raise ValueError(
+                f"{_OP}: ce_weight must be None: weights of classes are not served, got {type(ce_weight).__name__}"
+            )
         if label_smoothing != 0.0:
             raise ValueError(f"{_OP}: label_smoothing must be 0: it is not served, got {label_smoothing}")
         _checks.check_choice(_OP, "reduction", reduction, ("mean", "sum", "none"))

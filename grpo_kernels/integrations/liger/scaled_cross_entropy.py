@@ -46,7 +46,10 @@ class LigerFusedLinearScaledCrossEntropyFunction:
             TypeError, ValueError: selected_token_ids is given; and those of `linear_token_log_probs`.
         """
         if selected_token_ids is not None:
-            raise ValueError(f"{_OP}: selected_token_ids must be None: log-probs of further ids are not served")
+            raise ValueError(
+                f"{_OP}: selected_token_ids must be None: log-probs of further ids are not served, "
+                f"got {type(selected_token_ids).__name__}"
+            )
         return _scaled_cross_entropy(_input, weight, target, temperature, ignore_index, return_entropy)
 
 

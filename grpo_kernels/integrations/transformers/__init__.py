@@ -4,7 +4,8 @@ try:
     import transformers as _transformers
 except ImportError as error:
     raise ImportError(
-        "grpo_kernels.integrations.transformers needs transformers 5.23: pip install 'transformers>=5.23,<6'"
+        "grpo_kernels.integrations.transformers needs transformers 5.23: pip install 'transformers>=5.23,<6'",
+        name=error.name,
     ) from error
 
 from grpo_kernels.integrations._patch import IncompatibleVersion

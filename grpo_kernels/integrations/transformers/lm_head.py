@@ -108,7 +108,8 @@ def fuse_lm_head(model: Any) -> Any:
     if is_fused(model):
         return model
     name = type(model).__name__
-    if not type(model).__module__.startswith("transformers.models.") or _transform(model.__class__) is None:
+    transform = _transform(model.__class__)
+    if not type(model).__module__.startswith("transformers.models.") or transform is None:
         served = ", ".join(f"{family}ForCausalLM" for family in _SERVED)
         raise ValueError(f"{_OP}: model must be one of {served}, got {name}")
     if "forward" in vars(model):
@@ -119,7 +120,7 @@ def fuse_lm_head(model: Any) -> Any:
         raise ValueError(f"{_OP}: lm_head of {name} must be a plain nn.Linear, got {type(head).__name__}")
     head.__class__ = _LossHead
     model.lm_head.call = None
-    model.forward = types.MethodType(_fused(model.__class__), model)
+    model.forward = types.MethodType(_fused(model.__class__, transform), model)
     return model
 
 
@@ -144,17 +145,16 @@ def is_fused(model: Any) -> bool:
     return getattr(vars(model).get("forward"), "__func__", None) in _FORWARDS.values()
 
 
-def _fused(model_class: Any) -> Callable[..., Any]:
+def _fused(model_class: Any, transform: _Transform) -> Callable[..., Any]:
     """The forward in the place of the class's own, with its signature, which Trainer looks at."""
     if model_class in _FORWARDS:
         return _FORWARDS[model_class]
-    stock, transform = model_class.forward, _transform(model_class)
-    assert transform is not None
+    stock = model_class.forward
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if len(args) > 1:
-            raise TypeError(f"{_OP}: arguments after input_ids must be named")
+            raise TypeError(f"{_OP}: arguments after input_ids must be named, got {len(args)} without a name")
         if labels is None or not self.training:
             return stock(self, *args, labels=labels, **kwargs)
         if not isinstance(self.lm_head, _LossHead):

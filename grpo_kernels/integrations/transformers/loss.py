@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def shifted(op: str, labels: Tensor | None, ignore_index: int, shift_labels: Ten
     """The label of each position."""
     name, value = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
     _checks.check_tensor(op, name, value)
-    assert value is not None
+    value = cast("Tensor", value)
     _checks.check_dtype(op, name, value, _checks.INTEGER)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")

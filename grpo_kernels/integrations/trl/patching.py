@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import AbstractContextManager
 from typing import Any
 
-from grpo_kernels.integrations._patch import IncompatibleVersion, Patch, Replacement, check_signature
+from grpo_kernels.integrations._patch import (
+    IncompatibleVersion,
+    Patch,
+    Replacement,
+    attribute_of,
+    check_signature,
+    places,
+    version_of,
+)
 from grpo_kernels.integrations.trl import head, logits
 from grpo_kernels.integrations.trl.version import require_trl
 
@@ -53,40 +57,29 @@ def patch() -> None:
 def unpatch() -> None:
     """Puts back what `patch` replaced, unless someone else has replaced it since. A second call does nothing."""
     _PATCH.undo()
-    for original, value in _pairs:
-        for module, name in _places(value):  # of modules that were imported since
-            setattr(module, name, original)
 
 
 def is_patched() -> bool:
+    """Whether `patch` is in force in this process."""
     return _PATCH.applied
 
 
-@contextmanager
-def patched() -> Iterator[None]:
-    """Patched in the block, and after it as it was before."""
-    before = is_patched()
-    patch()
-    try:
-        yield
-    finally:
-        if before:
-            patch()
-        else:
-            unpatch()
+def patched() -> AbstractContextManager[None]:
+    """A block in which `patch` is in force; after it all is as it was before."""
+    return _PATCH.within()
 
 
 def _build() -> list[Replacement]:
     require_trl()
     utils = _import_utils()
     _check(utils)
-    _pairs[:] = [(getattr(utils, name), build(utils)) for name, build in _OF_LOGITS.items()]
     replacements = [
         Replacement(utils, _HEAD, head.fused_head(getattr(utils, _HEAD))),
         Replacement(utils, "_use_triton", head.scored_rows(utils._use_triton)),
     ]
-    for original, value in _pairs:
-        replacements += [Replacement(module, name, value) for module, name in _places(original)]
+    for function, build in _OF_LOGITS.items():
+        value = build(utils)
+        replacements += [Replacement(module, name, value) for module, name in places("trl", getattr(utils, function))]
     return replacements
 
 
@@ -96,14 +89,13 @@ def _import_utils() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{_UTILS}.".startswith(f"{error.name}."):
             raise
-        raise IncompatibleVersion(f"trl {importlib.metadata.version('trl')} has no {error.name}") from error
+        raise IncompatibleVersion(f"trl {version_of('trl')} has no {error.name}") from error
 
 
 def _check(utils: Any) -> None:
     """Raises unless all that is replaced, or called, has the expected form."""
-    missing = [name for name in (_HEAD, "is_triton_available", *_PARAMETERS) if not hasattr(utils, name)]
-    if missing:
-        raise IncompatibleVersion(f"{_UTILS}.{missing[0]} is missing from trl {importlib.metadata.version('trl')}")
+    for name in (_HEAD, "is_triton_available", *_PARAMETERS):
+        attribute_of("trl", _UTILS, utils, name)
     for name, parameters in _PARAMETERS.items():
         check_signature("trl", f"{_UTILS}.{name}", getattr(utils, name), parameters)
     forward = getattr(getattr(utils, _HEAD), "forward", None)
@@ -115,16 +107,4 @@ def _check(utils: Any) -> None:
         raise IncompatibleVersion(f"{_UTILS}.{_HEAD} must return log-probs and {head.OUTPUTS}, got {outputs}")
 
 
-def _places(value: object) -> list[tuple[ModuleType, str]]:
-    """Where the loaded modules of TRL have `value`, under which name. Nothing is imported."""
-    return [
-        (module, name)
-        for full_name, module in list(sys.modules.items())
-        if module is not None and (full_name == "trl" or full_name.startswith("trl."))
-        for name, found in list(vars(module).items())
-        if found is value
-    ]
-
-
-_pairs: list[tuple[Any, Any]] = []
-_PATCH = Patch(_build)
+_PATCH = Patch("trl", _build)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from grpo_kernels.integrations._patch import IncompatibleVersion, check_signature
+from grpo_kernels.integrations._patch import IncompatibleVersion, check_signature, version_of
 
 _INSTEAD = "use trl.GRPOTrainer with grpo_kernels.integrations.trl.patch(), which serves it"
 
@@ -63,7 +62,7 @@ def check_trl(trainer: type) -> None:
         new, gone = sorted(found - known), sorted(known - found)
         raise IncompatibleVersion(
             f"trl.GRPOTrainer._compute_loss must read what that of trl 1.16 reads, but in trl "
-            f"{importlib.metadata.version('trl')} it {'reads' if new else 'does not read'} "
+            f"{version_of('trl')} it {'reads' if new else 'does not read'} "
             f"{', '.join(new or gone)}; {_INSTEAD}"
         )
 

@@ -4,17 +4,16 @@ verl loads this module by itself (entry point group ``verl.plugins``). Importing
 advantage estimators under the names ``grpo_kernels:<name>``; nothing of verl's changes until `patch` is called.
 """
 
-from typing import Any
-
 try:
     from verl.trainer.ppo import core_algos as _core_algos
 except ImportError as error:
     raise ImportError(
         "grpo_kernels.integrations.verl needs verl 0.9: pip install verl, which brings its own torch; "
-        f"importing verl.trainer.ppo.core_algos failed: {error}"
+        f"importing verl.trainer.ppo.core_algos failed: {error}",
+        name=error.name,
     ) from error
 
-from grpo_kernels.integrations._patch import IncompatibleVersion, check_signature
+from grpo_kernels.integrations._patch import IncompatibleVersion, attribute_of, check_signature
 from grpo_kernels.integrations.verl.advantages import ESTIMATORS
 from grpo_kernels.integrations.verl.head import linear_cross_entropy, linear_cross_entropy_with_sum_pi_squared
 from grpo_kernels.integrations.verl.patching import is_patched, patch, patched, unpatch
@@ -67,9 +66,7 @@ def register() -> None:
         IncompatibleVersion: verl's functions are not those that this was written for.
     """
     for name, parameters in SIGNATURES.items():
-        function: Any = getattr(_core_algos, name, None)
-        if function is None:
-            raise IncompatibleVersion(f"verl.trainer.ppo.core_algos must have {name}")
+        function = attribute_of("verl", "verl.trainer.ppo.core_algos", _core_algos, name)
         check_signature("verl", f"verl.trainer.ppo.core_algos.{name}", function, parameters)
     for name, loss in POLICY_LOSSES.items():
         _core_algos.register_policy_loss(PREFIX + name)(loss)

@@ -135,7 +135,9 @@ def gdpo(
         missing = [key for key in keys if key not in non_tensor_batch]
         if missing or not keys:
             wrong = f"no {missing}" if missing else f"gdpo_reward_keys={keys}"
-            raise ValueError(f"gdpo: algorithm.gdpo_reward_keys must name components of the reward, got {wrong}")
+            raise ValueError(
+                f"grpo_kernels:gdpo: algorithm.gdpo_reward_keys must name components of the reward, got {wrong}"
+            )
         columns = [torch.as_tensor(list(non_tensor_batch[key]), dtype=torch.float32) for key in keys]
         rewards = torch.stack(columns, dim=1).to(rewards.device)
     elif keys:

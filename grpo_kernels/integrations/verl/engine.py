@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.integrations._patch import IncompatibleVersion, Replacement, check_signature
+from grpo_kernels.integrations._patch import Replacement, attribute_of, check_signature
 from grpo_kernels.integrations.verl.head import collect_sum_pi_squared, collected_sum_pi_squared
 
 SIGNATURES = {
@@ -34,9 +34,7 @@ def replacements() -> list[Replacement]:
         from verl.workers.engine.fsdp import transformer_impl
     except ImportError:
         return []
-    engine: Any = getattr(transformer_impl, "FSDPEngineWithLMHead", None)
-    if engine is None:
-        raise IncompatibleVersion("verl.workers.engine.fsdp.transformer_impl must have FSDPEngineWithLMHead")
+    engine = attribute_of("verl", transformer_impl.__name__, transformer_impl, "FSDPEngineWithLMHead")
     wrappers: dict[str, Callable[..., Any]] = {
         "prepare_model_inputs": _prepare_model_inputs,
         "prepare_model_outputs": _prepare_model_outputs,
@@ -44,7 +42,7 @@ def replacements() -> list[Replacement]:
     }
     made = []
     for name, wrapper in wrappers.items():
-        original = getattr(engine, name)
+        original = attribute_of("verl", "FSDPEngineWithLMHead", engine, name)
         check_signature("verl", f"FSDPEngineWithLMHead.{name}", original, SIGNATURES[name])
         made.append(Replacement(engine, name, _wrapped(wrapper, original, engine)))
     return made

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -87,11 +88,9 @@ def linear_cross_entropy(
     current = collected_sum_pi_squared()
     wanted = _ENTROPY if current is None else (*_ENTROPY, "sum_squared_probs")
     output = _rows(hidden, weight, labels, temperature, reduction, dist_process_group, wanted)
-    assert output.entropy is not None
     if current is not None:
-        assert output.sum_squared_probs is not None
-        current.value = output.sum_squared_probs.reshape(labels.shape)
-    return _reduced(output.log_probs, labels, reduction), output.entropy.view(labels.shape)
+        current.value = cast("Tensor", output.sum_squared_probs).reshape(labels.shape)
+    return _reduced(output.log_probs, labels, reduction), cast("Tensor", output.entropy).view(labels.shape)
 
 
 def linear_cross_entropy_with_sum_pi_squared(
@@ -110,8 +109,7 @@ def linear_cross_entropy_with_sum_pi_squared(
     """
     with collect_sum_pi_squared() as collected:
         log_probs, entropy = linear_cross_entropy(hidden, weight, labels, temperature, reduction, dist_process_group)
-    assert collected.value is not None
-    return log_probs, entropy, collected.value
+    return log_probs, entropy, cast("Tensor", collected.value)
 
 
 def _rows(

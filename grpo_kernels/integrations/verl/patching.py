@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import AbstractContextManager
 from typing import Any
 
-from grpo_kernels.integrations._patch import IncompatibleVersion, Patch, Replacement, check_signature
+from grpo_kernels.integrations._patch import Patch, Replacement, attribute_of, check_signature, places
 from grpo_kernels.integrations.verl import advantages, engine
 from grpo_kernels.integrations.verl.head import linear_cross_entropy
 
-_NAME = "linear_cross_entropy"
+_MODULE = "verl.utils.kernel.linear_cross_entropy"
 HEAD_SIGNATURE = ("ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
 
 
@@ -29,24 +26,14 @@ class _Entries:
         self._table[name] = value
 
 
-def _holders(function: Any) -> list[ModuleType]:
-    """verl's modules whose linear_cross_entropy is this function."""
-    return [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("verl.") and getattr(module, "__dict__", {}).get(_NAME) is function
-    ]
-
-
 def _build() -> list[Replacement]:
     from verl.trainer.ppo import core_algos
     from verl.utils.kernel import linear_cross_entropy as module
 
-    function = getattr(module, "LinearCrossEntropy", None)
-    if function is None or not hasattr(module, _NAME):
-        raise IncompatibleVersion(f"verl.utils.kernel.{_NAME} must have LinearCrossEntropy and {_NAME}")
-    check_signature("verl", "LinearCrossEntropy.forward", function.forward, HEAD_SIGNATURE)
-    made = [Replacement(holder, _NAME, linear_cross_entropy) for holder in _holders(getattr(module, _NAME))]
+    function = attribute_of("verl", _MODULE, module, "LinearCrossEntropy")
+    check_signature("verl", f"{_MODULE}.LinearCrossEntropy.forward", function.forward, HEAD_SIGNATURE)
+    stock = attribute_of("verl", _MODULE, module, "linear_cross_entropy")
+    made = [Replacement(holder, name, linear_cross_entropy) for holder, name in places("verl", stock)]
     made += engine.replacements()
     registry: dict[str, Any] = core_algos.ADV_ESTIMATOR_REGISTRY
     # verl passes the components of the reward to the estimator of this name alone.
@@ -55,7 +42,7 @@ def _build() -> list[Replacement]:
     return made
 
 
-_PATCH = Patch(_build)
+_PATCH = Patch("verl", _build)
 
 
 def patch() -> None:
@@ -76,13 +63,7 @@ def patch() -> None:
 
 def unpatch() -> None:
     """Puts verl's own back. What someone else has replaced since stays."""
-    if not _PATCH.applied:
-        return
     _PATCH.undo()
-    from verl.utils.kernel import linear_cross_entropy as module
-
-    for late in _holders(linear_cross_entropy):  # imported it from the patched module
-        setattr(late, _NAME, getattr(module, _NAME))
 
 
 def is_patched() -> bool:
@@ -90,13 +71,6 @@ def is_patched() -> bool:
     return _PATCH.applied
 
 
-@contextmanager
-def patched() -> Iterator[None]:
-    """`patch` within a block; leaves what was patched before as it was."""
-    before = is_patched()
-    patch()
-    try:
-        yield
-    finally:
-        if not before:
-            unpatch()
+def patched() -> AbstractContextManager[None]:
+    """A block in which `patch` is in force; after it all is as it was before."""
+    return _PATCH.within()

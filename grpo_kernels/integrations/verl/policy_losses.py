@@ -156,7 +156,9 @@ def _global_counts(name: str, loss: GRPOLossConfig, config: Any) -> tuple[float 
     if count is not None:
         return count / ranks, 1.0
     if ranks > 1:
-        raise ValueError(f"grpo_kernels:{name}: config.global_batch_info must have {key} with dp_size = {ranks}")
+        raise ValueError(
+            f"grpo_kernels:{name}: config.global_batch_info must have {key} with dp_size = {ranks}, got None"
+        )
     return None, 1.0
 
 
