@@ -187,9 +187,12 @@ class GRPOLossConfig:
 
         ``loss_mode`` is any of verl's but "bypass_mode". Options that it ignores are ignored, as in verl: "sapo" and
         "geo_mean" reduce the policy term by "seq-mean-token-mean" whatever ``loss_agg_mode``, so that a KL or an
-        entropy beside it must ask for the same. ``clip_ratio`` counts where ``clip_ratio_low`` or
-        ``clip_ratio_high`` is None. verl's ``rollout_is_weights`` are ``token_weights``; its global counts divided by
-        ``dp_size`` are ``num_items``.
+        entropy beside it must ask for the same. "geo_mean" divides its policy term by all sequences, and verl divides
+        a KL or an entropy beside it by those with live tokens: here all are divided by all, so leave out sequences
+        without live tokens. ``clip_ratio`` counts where ``clip_ratio_low`` or ``clip_ratio_high`` is None. verl's
+        ``rollout_is_weights`` are ``token_weights``; "geo_mean" takes the geometric mean of a sequence's weights,
+        exp(mean log(w + 1e-10)), as [B] ``token_weights``. verl's global counts divided by ``dp_size`` are
+        ``num_items``.
         """
         from grpo_kernels.grpo_loss.verl_options import verl_fields
 
