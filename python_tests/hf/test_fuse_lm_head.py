@@ -18,10 +18,12 @@ import transformers
 from grpo_kernels.integrations.transformers import (
     causal_lm_loss,
     fuse_lm_head,
+    lm_head,
     replace_moe,
     restore_lm_head,
     restore_moe,
 )
+from grpo_kernels.integrations.trl.forward import logit_transform
 from python_tests.hf.tiny import DENSE_MODELS, MOE_MODELS, VOCAB, assert_gradients, batch, gradients, tiny
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow, pytest.mark.usefixtures("native_cpu")]
@@ -56,6 +58,15 @@ def test_loss_and_gradients_are_those_of_the_stock_model(name: str) -> None:
     divided, _ = step(model, num_items_in_batch=torch.tensor(7), shift_labels=shifted, **options)
     restore_lm_head(model)
     torch.testing.assert_close(divided.loss, step(model, num_items_in_batch=7, **options)[0].loss)
+
+
+@pytest.mark.parametrize("name", [*DENSE_MODELS, *MOE_MODELS])
+def test_the_table_of_models_agrees_with_their_configurations(name: str) -> None:
+    """FusedGRPOTrainer reads factor and softcap from the configuration, as TRL does; here each class is listed."""
+    model = tiny(name)
+    transform = lm_head._transform(type(model))
+    assert transform is not None
+    assert transform(model) == tuple(logit_transform(model.config))
 
 
 def test_bfloat16() -> None:
