@@ -26,6 +26,11 @@ class Mutant:
         name = kernel[0] if kernel else re.sub(r"\W+", "_", self.old).strip("_")[:40]
         return f"{self.source.partition('/')[0]}-{name}-{self.occurrence}"
 
+    @property
+    def unit(self) -> str:
+        """The source that is compiled: for a header the kernels beside it."""
+        return self.source if self.source.endswith(".cu") else f"{self.source.rpartition('/')[0]}/cuda.cu"
+
     def text(self) -> str:
         """The changed source. Raises ValueError where `old` is not there: the table of mutants is out of date."""
         parts = (build.ROOT / "csrc" / self.source).read_text().split(self.old)
@@ -53,16 +58,20 @@ def with_a_trap_in_each_kernel(source: str) -> list[Mutant]:
 def compile_mutant(mutant: Mutant, folder: Path, sanitize: bool = False) -> Path:
     """The module with the mistake in it, in `folder`."""
     finished = build.built(sanitize)
-    source, changed = build.ROOT / "csrc" / mutant.source, folder / Path(mutant.source).name
+    source, changed = build.ROOT / "csrc" / mutant.source, folder / mutant.source
+    changed.parent.mkdir(parents=True, exist_ok=True)
     changed.write_text(mutant.text())
     linked = build.output("ninja", "-C", str(finished), "-t", "commands", "_C.so").splitlines()
-    compiled = next(line for line in linked if shlex.split(line)[-1:] == [str(source)])
+    compiled = next(line for line in linked if shlex.split(line)[-1:] == [str(build.ROOT / "csrc" / mutant.unit)])
     original = _after(compiled, "-o")
     replacements = {original: f"{changed}.o", f"{original}.d": f"{changed}.d", str(source): str(changed)}
     replacements["_C.so"] = str(folder / "_C.so")
-    for command in (compiled, linked[-1].removeprefix(": && ").removesuffix(" && :")):
-        words = [replacements.get(word, word) for word in shlex.split(command)]
-        build.output(*words, cwd=finished)
+    compiler, *arguments = shlex.split(compiled)
+    for words in (
+        [compiler, f"-I{folder}", *arguments],  # a changed header before the one that it stands for
+        shlex.split(linked[-1].removeprefix(": && ").removesuffix(" && :")),
+    ):
+        build.output(*(replacements.get(word, word) for word in words), cwd=finished)
     return folder / "_C.so"
 
 

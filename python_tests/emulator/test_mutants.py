@@ -112,6 +112,7 @@ def _losses() -> None:
         ("everything", "token_mean"),
         ("gspo", "none"),
         ("vespo_mask", "sequence_mean_token_mean"),
+        ("gmpo_token_advantages", "sequence_mean_token_mean"),
     ):
         test_grpo_loss.check(variant, reduction, lengths, first_order=1)
 
@@ -208,9 +209,10 @@ def test_every_source_has_its_tests() -> None:
 @SLOW
 @pytest.mark.parametrize("mutant", [m for source in TESTS for m in with_a_trap_in_each_kernel(source)], ids=str)
 def test_every_kernel_runs(mutant: Mutant, tmp_path: Path) -> None:
-    assert "cudaErrorLaunchFailure: __trap" in complaint_of_a_child(compile_mutant(mutant, tmp_path), mutant.source)
+    assert "cudaErrorLaunchFailure: __trap" in complaint_of_a_child(compile_mutant(mutant, tmp_path), mutant.unit)
 
 
+BARRIERS = [mutant for source in (*TESTS, RECORDS) for mutant in without_each_barrier(source)]
 REPRESENTATIVE = [without_each_barrier(RECORDS)[0], UNWRITTEN[0]]
 
 
@@ -220,14 +222,14 @@ REPRESENTATIVE = [without_each_barrier(RECORDS)[0], UNWRITTEN[0]]
         *REPRESENTATIVE,
         *(
             pytest.param(mutant, marks=SLOW)
-            for mutant in (*(m for source in TESTS for m in without_each_barrier(source)), *UNWRITTEN, *TOO_MUCH, *LATE)
+            for mutant in (*BARRIERS, *UNWRITTEN, *TOO_MUCH, *LATE)
             if mutant not in REPRESENTATIVE
         ),
     ],
     ids=str,
 )
 def test_a_mistake_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
-    assert complaint_of_a_child(compile_mutant(mutant, tmp_path), mutant.source)
+    assert complaint_of_a_child(compile_mutant(mutant, tmp_path), mutant.unit)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_a_mistake_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
 def test_the_sanitizer_notices_a_read_out_of_bounds(mutant: Mutant, tmp_path: Path) -> None:
     library = compile_mutant(mutant, tmp_path, sanitize=True)
     done = subprocess.run(
-        [sys.executable, "-m", __name__, str(library), mutant.source],
+        [sys.executable, "-m", __name__, str(library), mutant.unit],
         env=build.sanitizer_environment(),
         cwd=build.ROOT,
         capture_output=True,
