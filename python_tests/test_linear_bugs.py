@@ -88,13 +88,17 @@ def results(function: Callable[..., Tensor], op: str, inputs: Inputs, dtype: tor
     return {"value": output.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def check(op: str, inputs: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Ours within the accuracy budget, value and gradients; returned for further looks."""
-    actual = results(ours, op, inputs, dtype)
-    expected, plain = (results(eager, op, inputs, wide) for wide in (torch.float64, torch.float32))
-    for name, value in actual.items():
-        assert_as_accurate(value, expected[name], plain[name], name=f"{op}: {name}")
-    return actual
+def check(op: str, *draws: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Ours within the accuracy budget, value and gradients; those of the first draw are returned for further looks.
+
+    Small problems are judged together: eager may be exact in one by chance.
+    """
+    ways = ((ours, dtype), (eager, torch.float64), (eager, torch.float32))
+    found = [[results(function, op, inputs, wide) for function, wide in ways] for inputs in draws]
+    for name in found[0][0]:
+        tensors = (torch.cat([of_draw[way][name].flatten() for of_draw in found]) for way in range(3))
+        assert_as_accurate(*tensors, name=f"{op}: {name}")
+    return found[0][0]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -120,7 +124,8 @@ def test_an_upstream_gradient_other_than_one_counts(op: str, upstream: float) ->
 @pytest.mark.parametrize("vocab", [2, 63, 257, 1025, 32003])
 def test_a_vocabulary_that_no_tile_divides(op: str, vocab: int) -> None:
     """Columns beyond the vocabulary came in as logits of 0, and made log-probs that were far too low."""
-    check(op, make(12 if vocab > 2000 else 40, 24, vocab))
+    rows, draws = (12, 1) if vocab > 2000 else (40, 8)
+    check(op, *(make(rows, 24, vocab) for _ in range(draws)))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -198,7 +203,7 @@ def test_the_gradient_of_a_certain_target_does_not_vanish(op: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bias_reaches_values_and_gets_its_gradient(op: str, dtype: torch.dtype) -> None:
     inputs = make(60, 24, 131, dtype=dtype)
-    with_bias = check(op, inputs, dtype)
+    with_bias = check(op, inputs, dtype=dtype)
     without = ours(op, {**inputs, "bias": torch.zeros_like(inputs["bias"])})
     assert not torch.allclose(with_bias["value"], without, rtol=1e-3, atol=0.0)
     assert with_bias["bias"].dtype == dtype
@@ -209,10 +214,12 @@ def test_the_bias_reaches_values_and_gets_its_gradient(op: str, dtype: torch.dty
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e38])
 def test_garbage_behind_the_mask_reaches_nothing(op: str, garbage: float) -> None:
     """0 * NaN is NaN: the weight's gradient is a product over all rows."""
-    inputs = make(40, 24, 131)
-    inputs["mask"][0, 3:9] = False
-    inputs["mask"][1, ::2] = False
-    clean = check(op, inputs)
+    draws = [make(40, 24, 131) for _ in range(8)]
+    for inputs in draws:
+        inputs["mask"][0, 3:9] = False
+        inputs["mask"][1, ::2] = False
+    inputs = draws[0]
+    clean = check(op, *draws)
     dead = ~inputs["mask"]
     spoilt = dict(inputs)
     spoilt["hidden"] = torch.where(dead[..., None], garbage, inputs["hidden"])

@@ -158,8 +158,9 @@ def test_native_against_float64(dtype: torch.dtype, options: str) -> None:
 
 @pytest.mark.usefixtures("native_cpu", "slicing")
 @pytest.mark.parametrize("vocab", [1, 2, 63, 64, 257, 32003])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 130), (65, 8)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 2), (2, 1), (3, 130), (65, 8)])
 def test_ragged_sizes(rows: int, width: int, vocab: int) -> None:
+    """Not one row of one number: eager sums that product another way, and the errors cannot be compared."""
     if vocab == 1:  # certain, whatever the logit: eager's zeros set no budget
         out, gradients = run(problem(rows, width, vocab))
         assert [t.unique().tolist() for t in out] == [[0.0], [0.0], [1.0], [0]]
@@ -216,6 +217,13 @@ def test_equals_token_log_probs_of_the_logits() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 3e38])
 def test_masked_rows_contribute_nothing(backend: str, garbage: float) -> None:
+    draws = [gradients_beside_garbage(backend, garbage) for _ in range(4)]
+    for name in draws[0]:
+        assert_as_accurate(*map(torch.cat, zip(*(draw[name] for draw in draws), strict=True)), name=name)
+
+
+def gradients_beside_garbage(backend: str, garbage: float) -> dict[str, list[Tensor]]:
+    """Ours, those of float64 and of eager PyTorch, each [n], for a head whose masked rows hold garbage."""
     p = problem(31, 12, 600, bias=True, lora=True)
     mask = torch.rand(31) > 0.4
     p.ids[~mask] = 10**6
@@ -241,8 +249,9 @@ def test_masked_rows_contribute_nothing(backend: str, garbage: float) -> None:
     )
     _, exact = run_eager(clean, torch.float64)
     _, eager = run_eager(clean, torch.float32)
-    for (name, expected), actual in zip(exact.items(), gradients, strict=True):
-        assert_as_accurate(actual[~dead] if name == "hidden" else actual, expected, eager[name], name=name)
+    ours = dict(zip(exact, gradients, strict=True))
+    ours["hidden"] = ours["hidden"][~dead]
+    return {name: [way[name].flatten() for way in (ours, exact, eager)] for name in exact}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
