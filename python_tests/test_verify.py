@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -53,7 +52,6 @@ def call(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, s
 @dataclass(frozen=True)
 class Run:
     status: int
-    cpu_seconds: float
     lines: list[str]
     errors: str
     results: dict[str, Any]
@@ -64,7 +62,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The command as an installed wheel runs it: a folder with the package, no repository, torch and nothing else."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(PACKAGE, folder / "grpo_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ALONE, str(folder)],
         cwd=folder,
@@ -75,7 +72,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     results = folder / "results.json"
     return Run(
         process.returncode,
-        resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before,
         process.stdout.splitlines(),
         process.stderr,
         json.loads(results.read_text()) if results.is_file() else {},
@@ -87,7 +83,8 @@ def test_this_machine_is_verified(whole_run: Run) -> None:
     assert whole_run.lines[-1].startswith(f"verified: {len(_dispatch.public_ops())} ops, ")
     assert whole_run.results["summary"] == whole_run.lines[-1]
     assert whole_run.results["seconds"] > 0
-    assert whole_run.cpu_seconds < 60  # other processes may take the cores, and with them wall time
+    (comparisons,) = re.findall(r"(\d+) comparisons", whole_run.lines[-1])
+    assert int(comparisons) < 60_000  # half a minute of a fast core, some minutes of a slow one
     assert not whole_run.errors
 
 

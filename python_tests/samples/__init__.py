@@ -66,6 +66,14 @@ def tensors(value: Any) -> list[Tensor]:
     return []
 
 
+def multiplies_matrices(name: str) -> bool:
+    """Whether an op, or a test of one, is of those that are made of a library's matrix products on the CPU.
+
+    Such products are equal from run to run, but not for every number of threads: that is up to library and processor.
+    """
+    return any(part in name for part in ("linear_", "multi_token_prediction", "mtp_", "grouped_gemm", "moe_experts"))
+
+
 def assert_gradients_agree(call: Call, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Gradients of two backends: equal to rounding, each element, or to two roundings of the largest (`rounds`)."""
     for a, b in zip(actual, expected, strict=True):

@@ -106,7 +106,10 @@ def _impossible_tokens(inputs: Inputs) -> None:
 
 
 def _offset(inputs: Inputs) -> None:
-    """A large number on all logits: the log-probs have to be formed from differences of logits."""
+    """A large number on all logits: the log-probs have to be formed from differences of logits.
+
+    In float64 the definition is no oracle of it: the logits themselves are rounded to 1e-13 there.
+    """
     inputs["bias"] += 1024.0
 
 
@@ -166,7 +169,7 @@ _LOG_PROBS = [
     _rows("frozen weight", frozen=("weight",), optional="bias, lora"),
     _rows("impossible tokens", TRAINING, optional="bias", spoil=_impossible_tokens, outputs=_EVERY),
     _rows("NaN and infinite rows", TRAINING, spoil=_broken_rows, outputs=_EVERY),
-    _rows("offset logits", optional="bias", spoil=_offset, outputs=("entropy",)),
+    _rows("offset logits", (FLOAT32,), optional="bias", spoil=_offset, outputs=("entropy",)),
     _rows("low logits", TRAINING, optional="bias", spoil=_low, outputs=_EVERY),
     _rows("peaked rows", TRAINING, spread=40.0, outputs=_EVERY),
     _rows("certain tokens", (FLOAT32,), spoil=_certain),
