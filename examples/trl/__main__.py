@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     settings = parse_arguments(arguments)
     if importlib.util.find_spec("trl") is None:
-        console.print(_MISSING, style="red", highlight=False, markup=False)
+        console.print(_MISSING, style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
     console.print(_INTRODUCTION, highlight=False)
     start = perf_counter()
