@@ -87,7 +87,7 @@ _TRL_DEFAULTS: dict[str, Any] = {
     "max_completion_length": 512,
 }
 
-_TRL_REDUCTIONS = {
+TRL_REDUCTIONS = {
     "grpo": "sequence_mean_token_mean",
     "sapo": "sequence_mean_token_mean",
     "bnpo": "token_mean",
@@ -97,6 +97,7 @@ _TRL_REDUCTIONS = {
     "dr_grpo": "sequence_mean_token_sum_norm",
     "luspo": "sequence_mean_token_sum",
 }
+"""How TRL, and Liger after it, reduce each loss_type."""
 
 
 def preset_fields(name: str) -> dict[str, Any]:
@@ -123,14 +124,14 @@ def trl_fields(options: dict[str, Any]) -> dict[str, Any]:
         )
     trl = {**_TRL_DEFAULTS, **options}
     loss_type = trl["loss_type"]
-    if loss_type not in _TRL_REDUCTIONS:
+    if loss_type not in TRL_REDUCTIONS:
         raise ValueError(
-            f"GRPOLossConfig.trl: loss_type must be one of {', '.join(map(repr, _TRL_REDUCTIONS))}, got {loss_type!r}"
+            f"GRPOLossConfig.trl: loss_type must be one of {', '.join(map(repr, TRL_REDUCTIONS))}, got {loss_type!r}"
         )
     surrogate = loss_type if loss_type in ("cispo", "sapo", "vespo") else "ppo_clip"
     fields = {
         "surrogate": surrogate,
-        "reduction": _TRL_REDUCTIONS[loss_type],
+        "reduction": TRL_REDUCTIONS[loss_type],
         "kl_coef": trl["beta"],
         "kl_importance_weighted": trl["use_bias_correction_kl"],
         "off_policy_threshold": trl["off_policy_mask_threshold"],

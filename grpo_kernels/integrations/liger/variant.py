@@ -13,17 +13,8 @@ from torch import Tensor
 from grpo_kernels import _checks
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput
 from grpo_kernels.grpo_loss.metrics import NAMES
+from grpo_kernels.grpo_loss.presets import TRL_REDUCTIONS
 
-_REDUCTIONS = {
-    "grpo": "sequence_mean_token_mean",
-    "sapo": "sequence_mean_token_mean",
-    "bnpo": "token_mean",
-    "dapo": "token_mean",
-    "cispo": "token_mean",
-    "vespo": "token_mean",
-    "dr_grpo": "sequence_mean_token_sum_norm",
-    "luspo": "sequence_mean_token_sum",
-}
 _OWN_SURROGATE = ("cispo", "sapo", "vespo")
 _GLOBAL_MEAN = ("dapo", "cispo", "vespo")
 _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-8, math.exp(20.0)  # what VESPO clamps a sampler weight to
@@ -60,7 +51,7 @@ class Variant:
             per_token: token losses, without a reduction.
             folded: VESPO's weight takes a sampler's log-probs in.
         """
-        _checks.check_choice(op, "loss_type", self.loss_type, _REDUCTIONS)
+        _checks.check_choice(op, "loss_type", self.loss_type, TRL_REDUCTIONS)
         _checks.check_choice(op, "importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
         if self.importance_sampling_level == "sequence" and self.loss_type in _OWN_SURROGATE:
             raise ValueError(
@@ -68,7 +59,7 @@ class Variant:
             )
         _checks.check_number(op, "epsilon_high", self.epsilon_high, minimum=0.0)
         fields: dict[str, Any] = {
-            "reduction": "none" if per_token else _REDUCTIONS[self.loss_type],
+            "reduction": "none" if per_token else TRL_REDUCTIONS[self.loss_type],
             "ratio_level": self.importance_sampling_level,
             "kl_coef": self.beta,
             "kl_importance_weighted": self.use_bias_correction_kl,
