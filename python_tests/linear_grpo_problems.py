@@ -146,10 +146,18 @@ def assert_close(actual: tuple[Any, dict[str, Tensor]], expected: tuple[Any, dic
 
 
 def judge(actual: list[Any], expected: list[Any], eager: list[Any]) -> None:
+    """Draws are judged together, each relative to its own size: else a large one, which eager may have met by chance,
+    would set the budget of all."""
+
     def joined(results: list[Any], name: str) -> Tensor:
+        return torch.cat([value / size for value, size in zip(values_of(results, name), sizes, strict=True)])
+
+    def values_of(results: list[Any], name: str) -> list[Tensor]:
         values = [getattr(r[0], name) if name in r[0]._fields else r[1][name] for r in results]
-        return torch.cat([value.detach().flatten() for value in values])
+        return [value.detach().flatten() for value in values]
 
     for name in ("loss", "log_probs", "entropy", *EVERY):
+        exact = values_of(expected, name)
+        sizes = [value.abs().max().item() if value.any() else 1.0 for value in exact]
         a, e, plain = (joined(results, name) for results in (actual, expected, eager))
         assert_as_accurate(a, e.double(), plain, name=name)

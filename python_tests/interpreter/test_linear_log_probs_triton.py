@@ -185,7 +185,7 @@ def test_ragged_sizes(rows: int, vocab: int) -> None:
 
 def test_a_large_vocabulary_fills_every_split() -> None:
     """Narrow tiles make so many that a split has two."""
-    p = problem(8, 5, 9001)
+    p = problem(32, 5, 9001)
     out, gradients = run(p)
     check(p, out, gradients)
 
