@@ -146,8 +146,8 @@ def assert_close(actual: tuple[Any, dict[str, Tensor]], expected: tuple[Any, dic
 
 
 def judge(actual: list[Any], expected: list[Any], eager: list[Any]) -> None:
-    """Draws are judged together, each relative to its own size: else a large one, which eager may have met by chance,
-    would set the budget of all."""
+    """Draws are judged together, tensors each relative to its own size: else a large one, which eager may have met by
+    chance, would set the budget of all. Scalars may be sums that cancel, and stay as they are."""
 
     def joined(results: list[Any], name: str) -> Tensor:
         return torch.cat([value / size for value, size in zip(values_of(results, name), sizes, strict=True)])
@@ -158,6 +158,6 @@ def judge(actual: list[Any], expected: list[Any], eager: list[Any]) -> None:
 
     for name in ("loss", "log_probs", "entropy", *EVERY):
         exact = values_of(expected, name)
-        sizes = [value.abs().max().item() if value.any() else 1.0 for value in exact]
+        sizes = [value.abs().max().item() if value.numel() > 1 and value.any() else 1.0 for value in exact]
         a, e, plain = (joined(results, name) for results in (actual, expected, eager))
         assert_as_accurate(a, e.double(), plain, name=name)
