@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.grpo_loss import GRPOLossConfig, GRPOLossOutput
 from grpo_kernels.grpo_loss.metrics import NAMES
 from grpo_kernels.grpo_loss.presets import TRL_REDUCTIONS
@@ -103,7 +104,7 @@ class Variant:
 
 def live_tokens(token_ids: Tensor, mask: Tensor | None) -> Tensor:
     """Which tokens count, as the loss sees it."""
-    return token_ids >= 0 if mask is None else (token_ids >= 0) & (mask != 0)
+    return live_rows(token_ids, None if mask is None else mask != 0)
 
 
 def sampler_log_probs(live: Tensor, old_log_probs: Tensor, ratio: Tensor) -> Tensor:

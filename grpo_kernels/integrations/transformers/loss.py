@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grpo_kernels import _checks
+from grpo_kernels._token_ids import live_rows
 from grpo_kernels.token_log_probs import token_log_probs
 
 _OP = "causal_lm_loss"
@@ -69,7 +70,7 @@ def shifted(op: str, labels: Tensor | None, ignore_index: int, shift_labels: Ten
 def divided(total: Tensor, ids: Tensor, ignore_index: int, num_items_in_batch: Tensor | int | None) -> Tensor:
     """The sum of the token losses over the number of items, or of the labels that count."""
     if num_items_in_batch is None:
-        count = ((ids != ignore_index) & (ids >= 0)).sum()
+        count = live_rows(ids, ids != ignore_index).sum()
         return total / count.clamp(min=1)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)

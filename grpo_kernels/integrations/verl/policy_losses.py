@@ -83,14 +83,10 @@ def loss_config(name: str, actor: ActorOptions) -> GRPOLossConfig:
         actor.clip_ratio_c
     )  # fmt: skip
     config = GRPOLossConfig.verl(loss_mode=mode, **options)
-    like = GRPOLossConfig.verl(**options)
-    reduction: dict[str, Any] = {"reduction": like.reduction, "max_length": like.max_length}
-    reduction["skip_empty_sequences"] = like.skip_empty_sequences
-    if mode == "gspo":  # verl 0.9.1 reduces it as the actor says; before, always as sequence means
-        return dataclasses.replace(config, **reduction)
     if name in VERL_MODES:
         return config
-    fields = {**preset_fields(name), **reduction}
+    reduction = {field: getattr(config, field) for field in ("reduction", "max_length", "skip_empty_sequences")}
+    fields: dict[str, Any] = {**preset_fields(name), **reduction}
     if fields.get("surrogate", "ppo_clip") in CLIPPING:
         fields.update(clip_low=config.clip_low, clip_high=config.clip_high)
     return GRPOLossConfig(**fields)
