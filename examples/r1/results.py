@@ -1,0 +1,154 @@
+"""What a run leaves behind, as plain figures, so that every report can be made again from `results.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.r1.settings import Settings
+
+if TYPE_CHECKING:
+    from examples.r1.model import CharTransformer
+
+Record = dict[str, float]
+
+
+@dataclass
+class StageResult:
+    """One stage: a record a step, an evaluation now and then (each with its "step", the first before any), facts."""
+
+    name: str
+    title: str
+    steps: int = 0
+    seconds: float = 0.0  # of the whole stage, evaluations and all
+    records: list[Record] = field(default_factory=list)
+    evaluations: list[Record] = field(default_factory=list)
+    facts: Record = field(default_factory=dict)  # figures of the stage as a whole
+
+    @property
+    def before(self) -> Record:
+        """The first evaluation; empty if there is none."""
+        return self.evaluations[0] if self.evaluations else {}
+
+    @property
+    def after(self) -> Record:
+        """The last evaluation; empty if there is none."""
+        return self.evaluations[-1] if self.evaluations else {}
+
+    def as_json(self) -> dict[str, Any]:
+        content: dict[str, Any] = _plain(self)
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> StageResult:
+        return cls(
+            name=str(content["name"]),
+            title=str(content.get("title") or content["name"]),
+            steps=int(content.get("steps") or 0),
+            seconds=float(content.get("seconds") or 0.0),
+            records=[_record(record) for record in content.get("records") or ()],
+            evaluations=[_record(record) for record in content.get("evaluations") or ()],
+            facts=_record(content.get("facts") or {}),
+        )
+
+
+@dataclass
+class PipelineResult:
+    """A whole run. Everything but the model goes into `results.json` and comes back from it.
+
+    samples: completions to read, each {"stage": name, "task": name, "prompt": text, "completion": text,
+    "correct": bool} and, where a reward model scored it, "judge": float. The pipeline fills it: a few a task after each
+    stage, the same held-out prompts each time, so that a reader sees one prompt's answer change.
+
+    loss_step, draft_speed: the fields of `LossStepComparison` and `DraftSpeed`; the tuples themselves will do.
+
+    ppo: model state in bytes as allocated: {"ppo": {part: bytes}, "grpo": {part: bytes}} with parts such as "policy",
+    "critic", "reference"; numbers beside the two are shown as they are named.
+    """
+
+    settings: Settings
+    parameters: int
+    stages: list[StageResult] = field(default_factory=list)
+    model: CharTransformer | None = None  # None in a result that was read from a file
+    seconds: float = 0.0
+    loss_step: Mapping[str, Any] | None = None
+    draft_speed: Mapping[str, Any] | None = None  # of a model that drafts
+    ppo: Mapping[str, Any] | None = None  # if it was asked for
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)  # hardware in general words, versions, processes
+
+    def __post_init__(self) -> None:
+        self.loss_step, self.draft_speed, self.ppo = map(_mapping, (self.loss_step, self.draft_speed, self.ppo))
+
+    def stage(self, name: str) -> StageResult | None:
+        """The stage of that name, if it was part of the run."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    @property
+    def final(self) -> Record:
+        """The last evaluation of the run; empty if there is none."""
+        return next((stage.after for stage in reversed(self.stages) if stage.evaluations), {})
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the model. What is no measurement of time or memory repeats exactly for equal settings.
+
+        NaN and infinities become null, which JSON has, and come back as NaN.
+        """
+        kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("model", "stages")}
+        return {**{name: _plain(value) for name, value in kept.items()}, "stages": [s.as_json() for s in self.stages]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> PipelineResult:
+        """The inverse of `as_json`; what is missing, as in a file of an older version, gets its default."""
+        if not isinstance(content, Mapping) or not isinstance(content.get("stages"), list):
+            raise ValueError("these are not the results of a run of examples.r1: no list of stages")
+        return cls(
+            settings=_settings(content.get("settings") or {}),
+            parameters=int(content.get("parameters") or 0),
+            stages=[StageResult.from_json(stage) for stage in content["stages"]],
+            seconds=float(content.get("seconds") or 0.0),
+            loss_step=content.get("loss_step"),
+            draft_speed=content.get("draft_speed"),
+            ppo=content.get("ppo"),
+            samples=list(content.get("samples") or ()),
+            machine=dict(content.get("machine") or {}),
+        )
+
+
+def _mapping(value: Any) -> Mapping[str, Any] | None:
+    """Named fields as a mapping."""
+    if value is None or isinstance(value, Mapping):
+        return value
+    found: Mapping[str, Any] = asdict(value) if is_dataclass(value) else value._asdict()
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON has."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _record(content: Mapping[str, Any]) -> Record:
+    return {str(name): math.nan if value is None else float(value) for name, value in content.items()}
+
+
+def _settings(content: Mapping[str, Any]) -> Settings:
+    """Those that were written; what this version does not know is left out."""
+    values: dict[str, Any] = {}
+    for item in fields(Settings):
+        value = content.get(item.name, item.default)
+        if isinstance(value, str) and "Path" in str(item.type):
+            value = Path(value)
+        values[item.name] = tuple(value) if isinstance(value, list) else value
+    return Settings(**values)
