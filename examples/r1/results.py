@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,7 @@ def _mapping(value: Any) -> Mapping[str, Any] | None:
     """Named fields as a mapping."""
     if value is None or isinstance(value, Mapping):
         return value
-    found: Mapping[str, Any] = asdict(value) if is_dataclass(value) else value._asdict()
+    found: Mapping[str, Any] = _plain(value) if is_dataclass(value) else value._asdict()
     return found
 
 
