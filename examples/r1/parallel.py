@@ -79,10 +79,19 @@ class Ranks:
         share = self.share(name, count)
         return slice(self.rank * share, (self.rank + 1) * share)
 
+    def own_group(self, group_size: int) -> int:
+        """How many samples of every prompt this rank draws: an equal share; of groups of one, all."""
+        return group_size if group_size == 1 else self.share("group_size", group_size)
+
+    def own_prompts(self, values: Tensor, group_size: int) -> Tensor:
+        """Of [N, ...], the prompts that this rank samples: all of them; of groups of one, an equal part."""
+        return values[self.part("prompts", len(values))] if group_size == 1 else values
+
     def own_samples(self, values: Tensor, group_size: int) -> Tensor:
-        """[N * G / world, ...], this rank's rows of [N * G, ...]: G / world of each prompt's G samples."""
-        share = self.share("group_size", group_size)
-        groups = values.unflatten(0, (-1, self.world, share))
+        """[N * G / world, ...], this rank's rows of [N * G, ...]: `own_group` samples of each of `own_prompts`."""
+        if group_size == 1:
+            return values[self.part("prompts", len(values))]
+        groups = values.unflatten(0, (-1, self.world, self.own_group(group_size)))
         return groups[:, self.rank].flatten(0, 1)
 
     # together --------------------------------------------------------------------------------------------------------
@@ -113,9 +122,10 @@ class Ranks:
 
     def gather_samples(self, values: Tensor, group_size: int) -> Tensor:
         """[N * G, ...] in the order of prompts and samples, from each rank's `own_samples` [N * G / world, ...]."""
-        share = self.share("group_size", group_size)
-        ranks = self.gather(values).unflatten(0, (self.world, -1, share))
-        return ranks.transpose(0, 1).flatten(0, 2)
+        ranks = self.gather(values)
+        if group_size == 1:
+            return ranks
+        return ranks.unflatten(0, (self.world, -1, self.own_group(group_size))).transpose(0, 1).flatten(0, 2)
 
     def mean(self, record: Mapping[str, float], count: float) -> dict[str, float]:
         """Means over the ranks of figures that are means over `count` things on this one.

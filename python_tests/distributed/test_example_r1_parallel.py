@@ -104,6 +104,10 @@ def _parts(ranks: Ranks) -> dict[str, Any]:
         "own": own,
         "gathered": ranks.gather(own),
         "samples": ranks.gather_samples(own, 4),
+        "alone": ranks.own_samples(samples, 1),  # groups of one are not shared: prompts are
+        "alone_together": ranks.gather_samples(ranks.own_samples(samples, 1), 1),
+        "groups": [ranks.own_group(4), ranks.own_group(1)],
+        "prompts": [ranks.own_prompts(samples, 4), ranks.own_prompts(samples, 1)],
         "flags": ranks.gather_samples(own[:, 0] % 3 == 0, 4),  # bool, and not contiguous
         "nothing": ranks.gather(own[:0]),
         "sum": ranks.sum_(total) is total and total,
@@ -159,6 +163,11 @@ def test_parts_and_what_is_put_together(results: list[dict[str, Any]]) -> None:
         assert torch.equal(found["gathered"], samples[rows[0] + rows[1]])
         assert torch.equal(found["samples"], samples)
         assert torch.equal(found["flags"], samples[:, 0] % 3 == 0)
+        assert torch.equal(found["alone"], samples[6 * rank : 6 * rank + 6])
+        assert torch.equal(found["alone_together"], samples)
+        assert found["groups"] == [2, 1]
+        assert torch.equal(found["prompts"][0], samples)
+        assert torch.equal(found["prompts"][1], found["alone"])
         assert found["nothing"].shape == (0, 2)
         assert found["sum"].tolist() == [2.0, 1.0]
         assert found["any"] == [True, True, False]
@@ -208,7 +217,8 @@ def test_one_process_is_left_alone() -> None:
     ranks = Ranks.single()
     found = _parts(ranks)
     samples = torch.arange(24).view(12, 2)
-    assert all(torch.equal(found[name], samples) for name in ("own", "gathered", "samples"))
+    assert all(torch.equal(found[name], samples) for name in ("own", "gathered", "samples", "alone", "alone_together"))
+    assert found["groups"] == [4, 1]
     assert found["part"] == list(range(10))
     assert found["mean"] == {"reward": 0.0, "only_0": 5.0}
     assert found["any"] == [True, False, False]
