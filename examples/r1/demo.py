@@ -1,4 +1,4 @@
-"""The demonstration: train on every task, then report."""
+"""The demonstration: all stages, then the reports."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ from time import perf_counter
 
 from rich.console import Console
 
-from examples.r1 import report
-from examples.r1.pipeline import TaskResult, run_task
+from examples.r1.model import count_parameters
+from examples.r1.parallel import Ranks
+from examples.r1.pipeline import Pipeline
+from examples.r1.results import PipelineResult
+from examples.r1.run import Run
 from examples.r1.settings import Settings
 
 
-def run(settings: Settings, console: Console) -> list[TaskResult]:
-    """Trains on every task of the settings, writes `results.json` and `curves.png`, and prints the table."""
+def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> PipelineResult:
+    """Trains the stages of the settings."""
     start = perf_counter()
-    results = [run_task(name, settings, console) for name in settings.tasks]
-    seconds = perf_counter() - start
-    report.save_json(settings.output / "results.json", report.as_json(results, settings, seconds))
-    report.save_curves(settings.output / "curves.png", results)
-    console.print(report.table(results))
-    console.print(f"{seconds:.0f} s; curves, figures and checkpoints are in {settings.output}", highlight=False)
-    return results
+    prepared = Run.prepare(settings, ranks)
+    pipeline = Pipeline(prepared, console)
+    stage = pipeline.train()
+    return PipelineResult(
+        settings,
+        parameters=count_parameters(stage.model),
+        stages=pipeline.results,
+        model=stage.model,
+        samples=pipeline.progress.samples,
+        seconds=perf_counter() - start,
+    )

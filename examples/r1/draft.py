@@ -15,8 +15,8 @@ from examples.r1 import vocabulary
 from examples.r1.model import CharTransformer, SharedPrefix
 from examples.r1.mtp import layers_of, read_prompts
 from examples.r1.ragged_cache import RaggedCache
+from examples.r1.results import Record
 from examples.r1.routes import DraftRecorder
-from examples.r1.stage import Record
 from grpo_kernels import VerifyDraftOutput, verify_draft
 
 
@@ -27,6 +27,19 @@ class DraftCounts(NamedTuple):
     passes: int  # of the model, each as often as rows took part
     looked_at: list[int]  # by depth, from 1 on
     accepted: list[int]
+
+    def plus(self, other: DraftCounts) -> DraftCounts:
+        """Of both."""
+
+        def added(mine: list[int], theirs: list[int]) -> list[int]:
+            return [sum(pair) for pair in zip(mine, theirs, strict=True)]
+
+        return DraftCounts(
+            self.tokens + other.tokens,
+            self.passes + other.passes,
+            added(self.looked_at, other.looked_at),
+            added(self.accepted, other.accepted),
+        )
 
     def record(self) -> Record:
         """tokens_per_pass, 1 without drafts; and the acceptance of every depth, where drafts were looked at."""

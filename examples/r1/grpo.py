@@ -1,11 +1,10 @@
-"""Group-relative policy optimisation with rule-based rewards."""
+"""Group-relative policy optimisation: stage 2 with rewards by rule, stage 4 with those of a reward model among them."""
 
 from __future__ import annotations
 
 import copy
-from itertools import islice
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +13,16 @@ from examples.r1 import rewards
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer
 from examples.r1.mtp import hidden_of_depths, record_of
-from examples.r1.rollout import Rollout, Sequences, python_rng, roll_out, torch_rng
+from examples.r1.randomness import torch_rng
+from examples.r1.results import Record
+from examples.r1.reward_model import RewardModel
+from examples.r1.rollout import Rollout, roll_out
 from examples.r1.routes import Routes
+from examples.r1.run import Run
+from examples.r1.sequences import Sequences
 from examples.r1.settings import Settings
-from examples.r1.stage import Record, Stage
-from examples.r1.tasks import Problem, Task
+from examples.r1.stage import Stage
+from examples.r1.tasks import GENERAL, REASONING, Problem
 from grpo_kernels import (
     FusedLMHead,
     GRPOLossConfig,
@@ -30,7 +34,7 @@ from grpo_kernels import (
     informative_groups,
 )
 
-_LOGGED = ("kl", "entropy", "ratio_max", "clip_fraction")
+_LOGGED = ("kl", "entropy", "ratio_max", "clip_low_fraction", "clip_high_fraction", "clip_fraction")
 
 
 class LossInputs(NamedTuple):
@@ -51,16 +55,34 @@ class LossInputs(NamedTuple):
         return LossInputs(sequences, self.old_log_probs[rows], self.ref_log_probs[rows], self.advantages[rows], routes)
 
 
-class GRPOStage(Stage):
-    """Samples a group of completions per prompt, scores them by rule and reinforces what beats its group's mean."""
+class Samples(NamedTuple):
+    """The groups that a step learns from, with their rewards."""
 
-    name = "grpo"
+    rollout: Rollout
+    rewards: Tensor  # [B, 4] float32, in the order of `rewards.NAMES`
+    informative: float  # share of all sampled groups whose rewards differ
+    rounds: int  # of sampling
 
-    def __init__(self, model: CharTransformer, task: Task, held_out: list[Problem], settings: Settings) -> None:
-        super().__init__(model, task, held_out, settings, settings.grpo_learning_rate)
-        self.loss_config = GRPOLossConfig.preset(
-            "grpo", clip_low=settings.clip, clip_high=settings.clip, kl_coef=settings.kl_coef
-        )
+
+def loss_config(settings: Settings) -> GRPOLossConfig:
+    """The preset of the settings, with what they change of it."""
+    changes: dict[str, Any] = {"kl_coef": settings.kl_coef}
+    if settings.clip is not None:
+        changes |= {"clip_low": settings.clip, "clip_high": settings.clip}
+    return GRPOLossConfig.preset(settings.preset, **changes)
+
+
+class RLStage(Stage):
+    """Samples a group of completions per prompt, scores them and reinforces what beats its group's mean."""
+
+    temperature: float
+
+    def __init__(
+        self, model: CharTransformer, run: Run, learning_rate: float, judge: RewardModel | None = None
+    ) -> None:
+        super().__init__(model, run, learning_rate)
+        self.loss_config = loss_config(run.settings)
+        self.judge = judge
         self.reference = copy.deepcopy(model).requires_grad_(False)
         self.reference.mtp = None  # it drafts nothing
         if model.mtp is not None:
@@ -68,62 +90,99 @@ class GRPOStage(Stage):
         self.experts = model.config.experts
         self.reward_weights = torch.tensor(rewards.WEIGHTS, device=self.device)
 
-    @property
-    def steps(self) -> int:
-        return self.task.grpo_steps if self.settings.grpo_steps is None else self.settings.grpo_steps
-
     def frozen_models(self) -> dict[str, CharTransformer]:
         return {"reference": self.reference}
 
+    def problems(self, index: int, round_: int) -> list[Problem]:
+        """The prompts of a round of step `index`."""
+        raise NotImplementedError
+
     def step(self, index: int) -> Record:
         start = perf_counter()
-        rollout = self.sample(index)
+        samples = self.sample(index)
         sampled = perf_counter()
-        inputs = self.loss_inputs(rollout, index)
+        inputs = self.loss_inputs(samples, index)
         record = self.update(inputs, index)
         if inputs.routes is not None:
             record["rollout_mismatch"] = inputs.routes.metrics(self.settings.experts_per_token)["route_mismatch"]
         done = perf_counter()
-        informative = informative_groups(rollout.totals(), group_size=self.settings.group_size)
+        rollout = samples.rollout
         return {
-            "reward": float(rollout.totals().mean()),
-            **rollout.means(),
+            **self._reward_record(samples),
             **record,
             **({} if rollout.drafts is None else rollout.drafts.record()),
-            "informative": float(informative.float().mean()),
+            "informative": samples.informative,
+            "rounds": float(samples.rounds),
             "tokens": float(rollout.generated_tokens),
             "sample_seconds": sampled - start,
             "train_seconds": done - sampled,
         }
 
-    def sample(self, index: int) -> Rollout:
-        """The scored samples of step `index`, from the policy as it is now."""
-        source = (self.settings.seed, self.task.name, self.name, index)
-        problems = list(islice(self.task.training(python_rng(*source), self.excluded_prompts), self.settings.prompts))
-        return roll_out(
+    def _reward_record(self, samples: Samples) -> Record:
+        """Means over the samples, of what scored them."""
+        record = {"reward": float(rewards.totals(samples.rewards).mean()), **samples.rollout.means()}
+        for column in (rewards.FORMAT, rewards.LANGUAGE, rewards.JUDGE):
+            values = samples.rewards[:, column]
+            if not bool(values.isnan().all()):
+                record[rewards.NAMES[column]] = float(values.nanmean())
+        return record
+
+    def sample(self, index: int) -> Samples:
+        """The scored samples of step `index`, from the policy as it is now.
+
+        DAPO's dynamic sampling: while groups are missing whose rewards differ, further prompts are sampled, up to the
+        rounds of the settings; then groups that teach nothing fill the batch up.
+        """
+        wanted = self.settings.prompts
+        rollout, table = self._sample_round(index, 0)
+        useful = self._informative(table)
+        rounds = 1
+        while rounds < self.settings.dynamic_sampling and int(useful.sum()) < wanted:
+            more, more_table = self._sample_round(index, rounds)
+            rollout, table = rollout.followed_by(more), torch.cat((table, more_table))
+            useful = self._informative(table)
+            rounds += 1
+        order = torch.sort(useful.logical_not(), stable=True).indices[:wanted].sort().values
+        rows = (order.unsqueeze(1) * rollout.group_size + torch.arange(rollout.group_size)).flatten()
+        chosen = rollout if len(order) == len(useful) else rollout.select(order)
+        return Samples(chosen, table[rows], float(useful.float().mean()), rounds)
+
+    def _informative(self, table: Tensor) -> Tensor:
+        """[N] bool: the groups whose samples differ in what they are asked for: accuracy, or the judge's score."""
+        asked = torch.where(table[:, rewards.JUDGE].isnan(), table[:, rewards.ACCURACY], table[:, rewards.JUDGE])
+        size = self.settings.group_size
+        return informative_groups(asked, group_size=size, tolerance=1e-3).view(-1, size)[:, 0]
+
+    def _sample_round(self, index: int, round_: int) -> tuple[Rollout, Tensor]:
+        rollout = roll_out(
             self.model,
-            self.task,
-            problems,
+            self.run,
+            self.problems(index, round_),
             group_size=self.settings.group_size,
-            temperature=self.settings.temperature,
-            generator=torch_rng(self.device, *source),
+            temperature=self.temperature,
+            generator=torch_rng(self.device, self.settings.seed, self.name, index, round_),
             record_routes=self.experts > 0 and self.settings.replay == "rollout",
         )
+        judged = None if self.judge is None else self.judge.score(rollout.sequences)
+        return rollout, rewards.training_rewards(rollout.rulings, rollout.problem_of_each, judged)
 
-    def loss_inputs(self, rollout: Rollout, index: int) -> LossInputs:
+    def loss_inputs(self, samples: Samples, index: int) -> LossInputs:
         """Advantages, and the log-probabilities under the policy that sampled and under the reference."""
-        scores = rollout.rewards
+        scores, rollout = samples.rewards, samples.rollout
         if self.settings.shuffle_rewards:
             scores = shuffle_in_groups(scores, self.settings.group_size, index)
         advantages = group_advantages(
-            scores.to(self.device), group_size=self.settings.group_size, reward_weights=self.reward_weights
+            scores.to(self.device),
+            group_size=self.settings.group_size,
+            reward_weights=self.reward_weights,
+            aggregation=self.settings.aggregation,
         ).advantages
         routes = self._routes(rollout)
         again = None if routes is None else routes.again()
         old = rollout.log_probs
         if old is None or self.experts:  # the pass also records routes, or says how they differ
-            old = sequence_log_probs(self.model, rollout.sequences, self.settings.temperature, routes)
-        ref = sequence_log_probs(self.reference, rollout.sequences, self.settings.temperature, again)
+            old = sequence_log_probs(self.model, rollout.sequences, self.temperature, routes)
+        ref = sequence_log_probs(self.reference, rollout.sequences, self.temperature, again)
         return LossInputs(rollout.sequences, old, ref, advantages, routes)
 
     def _routes(self, rollout: Rollout) -> Routes | None:
@@ -170,7 +229,7 @@ class GRPOStage(Stage):
             mask=sequences.mask,
             policy=policy,
             detach_head=True,
-            temperature=self.settings.temperature,
+            temperature=self.temperature,
         )
         if depths.metrics is None:
             raise RuntimeError("the loss of a policy comes with its metrics")
@@ -185,8 +244,39 @@ class GRPOStage(Stage):
             inputs.sequences.mask,
             self.loss_config,
             ref_log_probs=inputs.ref_log_probs,
-            temperature=self.settings.temperature,
+            temperature=self.temperature,
         )
+
+
+class ReasoningRL(RLStage):
+    """Rewards by rule alone, on the task that has a rule."""
+
+    name = "reasoning_rl"
+    title = "2  reasoning RL: rule rewards"
+
+    def __init__(self, model: CharTransformer, run: Run) -> None:
+        super().__init__(model, run, run.settings.reasoning_learning_rate)
+        self.temperature = run.settings.reasoning_temperature
+
+    def problems(self, index: int, round_: int) -> list[Problem]:
+        return self.run.draw(REASONING, self.settings.prompts, self.name, index, round_)
+
+
+class DiverseRL(RLStage):
+    """Both tasks in every batch: rules where there are any, the reward model elsewhere."""
+
+    name = "diverse_rl"
+    title = "4  diverse RL: rule and model rewards"
+
+    def __init__(self, model: CharTransformer, run: Run, judge: RewardModel) -> None:
+        super().__init__(model, run, run.settings.diverse_learning_rate, judge)
+        self.temperature = run.settings.diverse_temperature
+
+    def problems(self, index: int, round_: int) -> list[Problem]:
+        half = self.settings.prompts // 2
+        reasoning = self.run.draw(REASONING, self.settings.prompts - half, self.name, index, round_)
+        general = self.run.draw(GENERAL, half, self.name, index, round_)
+        return [problem for pair in zip(reasoning, general, strict=False) for problem in pair] + reasoning[half:]
 
 
 def shuffle_in_groups(scores: Tensor, group_size: int, index: int) -> Tensor:

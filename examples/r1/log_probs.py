@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from examples.r1.model import CharTransformer
-from examples.r1.rollout import Sequences
 from examples.r1.routes import Routes
+from examples.r1.sequences import Sequences
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from examples.r1 import vocabulary
 from examples.r1.routes import Pass, Routes
 from grpo_kernels import FusedLMHead, MoE, MultiTokenPrediction, RouterReplay
+from grpo_kernels.distributed import ExpertParallel
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ModelConfig:
     experts: int = 0  # of a layer; 0: a dense model
     experts_per_token: int = 2
     shared_expert: bool = True
-    aux_loss_coef: float = 0.0
+    balance_coef: float = 0.0  # of the balance loss of each sequence
     recipe: str = "fp32"  # of the experts' products
     mtp: int = 0  # layers of multi-token prediction
 
@@ -115,13 +116,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, expert_parallel: ExpertParallel | None = None) -> None:
         super().__init__()
         self.layer = layer
         self.attention_norm = nn.RMSNorm(config.width)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.width)
-        self.mlp = _experts(config, layer) if config.experts else _feed_forward(config)
+        self.mlp = _experts(config, layer, expert_parallel) if config.experts else _feed_forward(config)
         self.recipe = config.recipe
 
     def forward(self, x: Tensor, cache: Cache, routing: Pass | None = None) -> Tensor:
@@ -154,7 +155,7 @@ def _operands(recipe: str, device: torch.device) -> AbstractContextManager[objec
     return nullcontext() if recipe == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
 
-def _experts(config: ModelConfig, layer: int) -> MoE:
+def _experts(config: ModelConfig, layer: int, expert_parallel: ExpertParallel | None) -> MoE:
     """A layer like DeepSeek-V3's. A token passes about as many weights as in the dense model."""
     return MoE(
         config.width,
@@ -163,8 +164,9 @@ def _experts(config: ModelConfig, layer: int) -> MoE:
         config.experts_per_token,
         scoring_func="sigmoid",
         e_score_correction_bias=True,
-        aux_loss_coef=config.aux_loss_coef,
+        seq_aux_loss_coef=config.balance_coef,
         shared_intermediate_size=config.width if config.shared_expert else 0,
+        expert_parallel=expert_parallel,
         layer_id=layer,
         **_FP8_OPTIONS.get(config.recipe, {}),
     )
@@ -178,14 +180,17 @@ def _multi_token_prediction(config: ModelConfig) -> MultiTokenPrediction:
 
 
 class CharTransformer(nn.Module):
-    """Character-level language model. Padding on the left is a token like any other; the model learns to ignore it."""
+    """Character-level language model. Padding on the left is a token like any other; the model learns to ignore it.
 
-    def __init__(self, config: ModelConfig) -> None:
+    With `expert_parallel` it holds this rank's experts only.
+    """
+
+    def __init__(self, config: ModelConfig, expert_parallel: ExpertParallel | None = None) -> None:
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(config.max_length, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, expert_parallel) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.head = FusedLMHead(nn.Linear(config.width, config.vocabulary_size, bias=False))
         self.apply(_initialise)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from examples.r1.model import CharTransformer, SharedPrefix
+from examples.r1.results import Record
 from examples.r1.routes import Routes
-from examples.r1.stage import Record
 from grpo_kernels import MTPLossOutput, MultiTokenPrediction
 
 

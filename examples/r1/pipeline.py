@@ -1,130 +1,135 @@
-"""Takes one task through its stages, with evaluations and checkpoints on the way."""
+"""Takes a model through the stages, with evaluations and checkpoints on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from time import perf_counter
 
-import torch
 from rich.console import Console
 
-from examples.r1 import draft_speed, loss_step
 from examples.r1.checkpoint import CheckpointFolder, Progress
-from examples.r1.draft_speed import DraftSpeed
-from examples.r1.grpo import GRPOStage
-from examples.r1.loss_step import LossStepComparison
-from examples.r1.model import CharTransformer, ModelConfig, count_parameters
+from examples.r1.grpo import DiverseRL, ReasoningRL
+from examples.r1.model import CharTransformer
+from examples.r1.models import ModelFolder
 from examples.r1.progress_bar import progress_bar
-from examples.r1.rollout import roll_out, stream_seed, torch_rng
-from examples.r1.settings import Settings
-from examples.r1.sft import SFTStage
-from examples.r1.stage import Record, Stage
-from examples.r1.tasks import TASKS, Problem, Task
+from examples.r1.rejection import RejectionSampling
+from examples.r1.results import StageResult
+from examples.r1.reward_model import RewardModel, RewardModelStage
+from examples.r1.run import Run
+from examples.r1.samples import answers
+from examples.r1.sft import ColdStart
+from examples.r1.stage import Stage
 
-StageFactory = Callable[[CharTransformer, Task, list[Problem], Settings], Stage]
-
-STAGES: tuple[tuple[str, StageFactory], ...] = ((SFTStage.name, SFTStage), (GRPOStage.name, GRPOStage))
-
-
-@dataclass
-class TaskResult:
-    """What a task's run leaves behind."""
-
-    task: str
-    parameters: int
-    progress: Progress
-    loss_step: LossStepComparison
-    model: CharTransformer
-    draft_speed: DraftSpeed | None = None  # of a model that drafts
+StageFactory = Callable[[Run, ModelFolder], Stage]
 
 
-def build_model(task: Task, settings: Settings) -> CharTransformer:
-    """A fresh model for the task; its parameters depend on the seed and the task alone."""
-    torch.manual_seed(stream_seed(settings.seed, task.name, "model"))
-    config = ModelConfig(
-        max_length=task.prompt_length + task.completion_length,
-        width=settings.width,
-        layers=settings.layers,
-        heads=settings.heads,
-        experts=settings.experts if settings.model == "moe" else 0,
-        experts_per_token=settings.experts_per_token,
-        shared_expert=settings.shared_expert,
-        recipe=settings.recipe,
-        aux_loss_coef=settings.aux_loss_coef,
-        mtp=settings.mtp,
-    )
-    return CharTransformer(config).to(settings.device)
+def _cold_start(run: Run, models: ModelFolder) -> Stage:
+    return ColdStart(run.build_policy(), run)
 
 
-def evaluate(model: CharTransformer, task: Task, held_out: Sequence[Problem]) -> Record:
-    """Greedy accuracy, format and language on held-out problems, and accuracy of samples at temperature 1."""
-    greedy = roll_out(model, task, held_out)
-    generator = torch_rng(model.head.weight.device, task.name, "evaluation")
-    sampled = roll_out(model, task, held_out, generator=generator)
-    record = {**greedy.means(), "sampled_accuracy": sampled.means()["accuracy"]}
-    return record if sampled.drafts is None else record | sampled.drafts.record()
+def _reasoning_rl(run: Run, models: ModelFolder) -> Stage:
+    return ReasoningRL(models.load("cold_start", run.build_policy()), run)
 
 
-def prepare(name: str, settings: Settings) -> tuple[Task, list[Problem], CharTransformer]:
-    """The task, its held-out problems and a fresh model."""
-    if settings.device == "cpu":
-        torch.set_num_threads(settings.threads)
-    task = TASKS[name]()
-    return task, task.held_out(settings.evaluation_prompts), build_model(task, settings)
+def _reward_model(run: Run, models: ModelFolder) -> Stage:
+    return RewardModelStage(run.build_judge(), run)
 
 
-def run_task(name: str, settings: Settings, console: Console) -> TaskResult:
-    """All stages of one task; with `settings.resume`, from its last checkpoint on."""
-    task, held_out, model = prepare(name, settings)
-    folder = CheckpointFolder(settings.output / "checkpoints" / name)
-    if not settings.resume:
-        folder.clear()
-    progress = folder.load(settings) or Progress(stage=STAGES[0][0])
-    names = [stage_name for stage_name, _ in STAGES]
-    for stage_name, make_stage in STAGES[names.index(progress.stage) :]:
-        stage = make_stage(model, task, held_out, settings)
-        if progress.stage == stage_name and progress.steps_done > 0:
-            folder.restore(stage)
-        else:
-            progress.stage, progress.steps_done = stage_name, 0
-        _run_stage(stage, progress, held_out, settings, folder, console)
-    if not isinstance(stage, GRPOStage):
-        raise RuntimeError("the last stage must be GRPO: the loss step is measured on its policy")
-    comparison = loss_step.compare(stage, stage.steps)
-    speed = None if model.mtp is None else draft_speed.compare(stage, stage.steps)
-    return TaskResult(name, count_parameters(model), progress, comparison, model, speed)
+def _judge(run: Run, models: ModelFolder) -> RewardModel:
+    return RewardModel(models.load("reward_model", run.build_judge()))
 
 
-def _run_stage(
-    stage: Stage,
-    progress: Progress,
-    held_out: Sequence[Problem],
-    settings: Settings,
-    folder: CheckpointFolder,
-    console: Console,
-) -> None:
-    records = progress.records.setdefault(stage.name, [])
-    evaluations = progress.evaluations.setdefault(stage.name, [])
-
-    def look(steps_done: int) -> None:
-        figures = evaluate(stage.model, stage.task, held_out) | stage.validate()
-        evaluations.append({"step": float(steps_done), **figures})
-
-    if not evaluations:
-        look(0)
-    with progress_bar(console, f"{stage.task.name} {stage.name}", stage.steps) as report:
-        report(progress.steps_done, "")
-        for index in range(progress.steps_done, stage.steps):
-            records.append(stage.step(index))
-            progress.steps_done = index + 1
-            last = progress.steps_done == stage.steps
-            if last or progress.steps_done % settings.evaluate_every == 0:
-                look(progress.steps_done)
-            if last or (settings.save_every and progress.steps_done % settings.save_every == 0):
-                folder.save(stage, progress, settings)
-            report(progress.steps_done, _status(records[-1], evaluations[-1]))
+def _rejection_sampling(run: Run, models: ModelFolder) -> Stage:
+    policy: CharTransformer = models.load("reasoning_rl", run.build_policy())
+    return RejectionSampling(run.build_policy(), run, policy, _judge(run, models))
 
 
-def _status(record: Record, evaluation: Record) -> str:
-    key = "reward" if "reward" in record else "loss"
-    return f"{key} {record[key]:.3f}  held-out accuracy {evaluation['accuracy']:.3f}"
+def _diverse_rl(run: Run, models: ModelFolder) -> Stage:
+    return DiverseRL(models.load("rejection_sampling", run.build_policy()), run, _judge(run, models))
+
+
+STAGES: dict[str, StageFactory] = {
+    "cold_start": _cold_start,
+    "reasoning_rl": _reasoning_rl,
+    "reward_model": _reward_model,
+    "rejection_sampling": _rejection_sampling,
+    "diverse_rl": _diverse_rl,
+}
+"""In this order. A stage takes the models that it starts from out of the folder, wherever they were made."""
+
+
+class Pipeline:
+    """The stages of a run, one after the other, from the last checkpoint on if there is one to resume."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run = run
+        self.settings = run.settings
+        self.console = console
+        self.models = ModelFolder(run.settings)
+        self.checkpoints = CheckpointFolder(run.settings.output / "checkpoint")
+        self.progress = Progress()
+        self.results: list[StageResult] = []
+
+    def train(self) -> Stage:
+        """Runs all stages of the settings; returns the last one."""
+        if not self.settings.resume:
+            self.checkpoints.clear()
+        self.progress = self.checkpoints.load(self.settings) or self.progress
+        names = self.settings.stages
+        first = names.index(self.progress.stage) if self.progress.stage else 0
+        for name in names[first:]:
+            start = perf_counter()
+            stage = STAGES[name](self.run, self.models)
+            if self.progress.stage == name:
+                self.checkpoints.restore(stage)
+            else:
+                self.progress.stage, self.progress.steps_done = name, 0
+                stage.begin()
+                self.progress.facts[name] = stage.facts()
+                self.progress.seconds[name] = perf_counter() - start
+            self._run_stage(stage)
+        self.results = [self._result(name) for name in names]
+        return stage
+
+    def _run_stage(self, stage: Stage) -> None:
+        progress, settings = self.progress, self.settings
+        records = progress.records.setdefault(stage.name, [])
+        evaluations = progress.evaluations.setdefault(stage.name, [])
+        start = perf_counter() - progress.seconds[stage.name]
+
+        def save() -> None:
+            progress.seconds[stage.name] = perf_counter() - start
+            self.checkpoints.save(stage, progress, settings)
+
+        if not evaluations:
+            evaluations.append({"step": 0.0, **stage.evaluate()})
+        with progress_bar(self.console, stage.title, stage.steps) as report:
+            report(progress.steps_done, "")
+            for index in range(progress.steps_done, stage.steps):
+                records.append(stage.step(index))
+                progress.steps_done = index + 1
+                last = progress.steps_done == stage.steps
+                if last or progress.steps_done % settings.evaluate_every == 0:
+                    evaluations.append({"step": float(progress.steps_done), **stage.evaluate()})
+                if not last and settings.save_every and progress.steps_done % settings.save_every == 0:
+                    save()
+                report(progress.steps_done, {**evaluations[-1], **records[-1]})
+        if not any(sample["stage"] == stage.name for sample in progress.samples):
+            progress.samples += answers(stage)
+        self.models.save(stage.name, stage.model)
+        save()
+
+    def _result(self, name: str) -> StageResult:
+        progress = self.progress
+        return StageResult(
+            name=name,
+            title=TITLES[name],
+            steps=len(progress.records[name]),
+            seconds=progress.seconds[name],
+            records=progress.records[name],
+            evaluations=progress.evaluations[name],
+            facts=progress.facts[name],
+        )
+
+
+TITLES = {stage.name: stage.title for stage in (ColdStart, ReasoningRL, RewardModelStage, RejectionSampling, DiverseRL)}

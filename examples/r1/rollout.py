@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from random import Random
 from typing import NamedTuple
 
 import torch
@@ -14,47 +12,9 @@ from examples.r1 import draft, rewards, vocabulary
 from examples.r1.draft import DraftCounts
 from examples.r1.model import CharTransformer, KVCache
 from examples.r1.routes import DraftRecorder, Recorder, Routes
-from examples.r1.tasks import Problem, Task
-
-
-class Sequences(NamedTuple):
-    """Prompts with G completions each; completion i belongs to prompt i // G."""
-
-    prompts: Tensor  # [N, P] int64, padded on the left
-    completions: Tensor  # [N * G, C] int64, END, then padding
-    mask: Tensor  # [N * G, C] bool, True up to and with END
-
-    def groups(self, start: int, end: int) -> Sequences:
-        """Prompts start to end with all their completions."""
-        size = len(self.completions) // len(self.prompts)
-        rows = slice(start * size, end * size)
-        return Sequences(self.prompts[start:end], self.completions[rows], self.mask[rows])
-
-
-def make_sequences(prompts: Tensor, completions: Tensor) -> Sequences:
-    """Adds the mask: END counts; what follows it does not."""
-    is_end = completions == vocabulary.END
-    return Sequences(prompts, completions, (is_end.cumsum(dim=1) - is_end.long()) == 0)
-
-
-def stream_seed(*parts: object) -> int:
-    """A seed that is a function of its parts: (seed, task, stage, step) leaves no generator state to save."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def python_rng(*parts: object) -> Random:
-    return Random(stream_seed(*parts))
-
-
-def torch_rng(device: torch.device, *parts: object) -> torch.Generator:
-    return torch.Generator(device).manual_seed(stream_seed(*parts))
-
-
-def encode_prompts(task: Task, problems: Sequence[Problem], device: torch.device) -> Tensor:
-    """[N, P] int64, padded on the left."""
-    rows = [vocabulary.pad_left(vocabulary.encode(problem.prompt), task.prompt_length) for problem in problems]
-    return torch.tensor(rows, device=device)
+from examples.r1.run import Run
+from examples.r1.sequences import Sequences, make_sequences, rows_of_groups
+from examples.r1.tasks import Problem
 
 
 @torch.inference_mode()
@@ -102,33 +62,69 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator | Non
 
 
 class Rollout(NamedTuple):
-    """Samples of a batch of problems with their rewards. Row i belongs to problem i // group_size."""
+    """Samples of a batch of problems, and what the rules say of them. Row i belongs to problem i // group_size."""
 
+    problems: list[Problem]
     sequences: Sequences
-    rewards: Tensor  # [B, 3] float32, on the CPU
     texts: list[str]
+    rulings: Tensor  # [B, 3] float32, on the CPU: right, format, language
     routes: Routes | None = None  # of an MoE model, if they were recorded
     log_probs: Tensor | None = None  # [B, C] float32 under the policy, and
     drafts: DraftCounts | None = None  # what drafts were worth: of a model that drafts
 
     @property
+    def group_size(self) -> int:
+        return self.sequences.group_size
+
+    @property
+    def problem_of_each(self) -> list[Problem]:
+        """The problem of every sample."""
+        return [problem for problem in self.problems for _ in range(self.group_size)]
+
+    @property
     def generated_tokens(self) -> int:
         return int(self.sequences.mask.sum())
 
-    def totals(self) -> Tensor:
-        """The weighted sum of each sample's rewards, [B] float32."""
-        return self.rewards @ torch.tensor(rewards.WEIGHTS)
+    def select(self, groups: Tensor) -> Rollout:
+        """The groups of these indices, in this order."""
+        rows = rows_of_groups(groups, self.group_size)
+        return Rollout(
+            [self.problems[index] for index in groups.tolist()],
+            self.sequences.select(groups.to(self.sequences.prompts.device)),
+            [self.texts[index] for index in rows.tolist()],
+            self.rulings[rows],
+            None if self.routes is None else self.routes.select(groups, len(self.problems)),
+            None if self.log_probs is None else self.log_probs[rows.to(self.log_probs.device)],
+            self.drafts,
+        )
+
+    def followed_by(self, other: Rollout) -> Rollout:
+        """The groups of both."""
+        both = zip(self.sequences, other.sequences, strict=True)
+        return Rollout(
+            self.problems + other.problems,
+            Sequences(*(torch.cat(pair) for pair in both)),
+            self.texts + other.texts,
+            torch.cat((self.rulings, other.rulings)),
+            None if self.routes is None or other.routes is None else self.routes.followed_by(other.routes),
+            None if self.log_probs is None or other.log_probs is None else torch.cat((self.log_probs, other.log_probs)),
+            None if self.drafts is None or other.drafts is None else self.drafts.plus(other.drafts),
+        )
 
     def means(self) -> dict[str, float]:
-        """Mean of each reward over the samples; for accuracy, the share that is entirely right."""
-        means = dict(zip(rewards.NAMES, self.rewards.mean(dim=0).tolist(), strict=True))
-        means["accuracy"] = float((self.rewards[:, 0] >= 1.0).float().mean())
+        """`<task>/accuracy`, `<task>/format` and `<task>/language`: means over the task's samples."""
+        means: dict[str, float] = {}
+        for task in dict.fromkeys(problem.task for problem in self.problems):
+            rows = self.rulings[rewards.of_task(self.problem_of_each, task)]
+            for name, column in zip(("accuracy", "format", "language"), rows.T, strict=True):
+                if not bool(column.isnan().all()):
+                    means[f"{task}/{name}"] = float(column.mean())
         return means
 
 
 def roll_out(
     model: CharTransformer,
-    task: Task,
+    run: Run,
     problems: Sequence[Problem],
     *,
     group_size: int = 1,
@@ -136,40 +132,31 @@ def roll_out(
     generator: torch.Generator | None = None,
     record_routes: bool = False,
 ) -> Rollout:
-    """Samples `group_size` completions a problem (greedy without a generator) and scores them.
+    """Samples `group_size` completions a problem (greedy without a generator) and asks the rules about them.
 
     A model with layers of multi-token prediction drafts. The samples are others than without, their law is the same.
     """
-    prompts = encode_prompts(task, problems, model.head.weight.device)
+    prompts = run.encode_prompts(problems)
+    options = {"group_size": group_size, "temperature": temperature, "generator": generator}
+    length = run.completion_length
     recorder: Recorder | None = None
     log_probs, counts = None, None
     if model.mtp is None:
         recorder = Recorder(model.config.experts) if record_routes else None
-        completions = generate(
-            model,
-            prompts,
-            task.completion_length,
-            group_size=group_size,
-            temperature=temperature,
-            generator=generator,
-            recorder=recorder,
-        )
+        completions = generate(model, prompts, length, recorder=recorder, **options)
     else:
         recorder = DraftRecorder(model.config.experts) if record_routes else None
-        completions, log_probs, counts = draft.generate(
-            model,
-            prompts,
-            task.completion_length,
-            group_size=group_size,
-            temperature=temperature,
-            generator=generator,
-            recorder=recorder,
-        )
+        completions, log_probs, counts = draft.generate(model, prompts, length, recorder=recorder, **options)
     rows = completions.tolist()
     texts = [vocabulary.decode(row) for row in rows]
     finished = [vocabulary.END in row for row in rows]
     repeated = [problem for problem in problems for _ in range(group_size)]
-    scores = rewards.score_all(task, repeated, texts, finished)
-    sequences = make_sequences(prompts, completions.clone())
-    routes = None if recorder is None else recorder.routes(len(completions), task.completion_length)
-    return Rollout(sequences, scores, texts, routes, None if log_probs is None else log_probs.clone(), counts)
+    return Rollout(
+        list(problems),
+        make_sequences(prompts, completions.clone()),
+        texts,
+        rewards.rule_all(run.tasks, repeated, texts, finished),
+        None if recorder is None else recorder.routes(len(completions), length),
+        None if log_probs is None else log_probs.clone(),
+        counts,
+    )

@@ -50,9 +50,32 @@ class Routes:
 
         return Routes(part(self.prompts), part(self.completions))
 
-    def aux_loss(self) -> Tensor:
-        """The balance losses of the layers, summed; prompts and completions are two batches and count half each."""
-        return torch.stack([router.aux_loss for _, router in self.reports]).sum() / 2
+    def select(self, groups: Tensor, prompts: int) -> Routes:
+        """Those of the prompts of these indices, of as many as there are, and of their completions."""
+
+        def part(replay: RouterReplay | None) -> RouterReplay | None:
+            if replay is None or replay.num_tokens is None:
+                return None
+            packed = replay.pack()
+            rows = packed.view(prompts, -1, *packed.shape[1:])[groups.to(packed.device)]
+            return RouterReplay.from_packed(rows.flatten(0, 1), replay.num_experts, replay.layer_ids)
+
+        return Routes(part(self.prompts), part(self.completions))
+
+    def followed_by(self, other: Routes) -> Routes:
+        """Those of this batch and of another behind it."""
+
+        def both(mine: RouterReplay | None, theirs: RouterReplay | None) -> RouterReplay | None:
+            if mine is None or theirs is None:
+                return None
+            packed = torch.cat((mine.pack(), theirs.pack()))
+            return RouterReplay.from_packed(packed, mine.num_experts, mine.layer_ids)
+
+        return Routes(both(self.prompts, other.prompts), both(self.completions, other.completions))
+
+    def balance_loss(self) -> Tensor:
+        """The balance losses of the layers, each a mean over sequences; prompts and completions count half each."""
+        return torch.stack([router.seq_aux_loss for _, router in self.reports]).sum() / 2
 
     def loads(self) -> Tensor:
         """[layers, E] int64. Tokens of each expert in all passes since the last `metrics`."""

@@ -5,23 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-TASK_NAMES = ("digit_sorting", "spell_backward")
+from examples.r1 import settings_checks
+
+STAGES = ("cold_start", "reasoning_rl", "reward_model", "rejection_sampling", "diverse_rl")
 MODELS = ("dense", "moe")
 REPLAYS = ("rollout", "old", "off")
 RECIPES = ("fp32", "bf16", "fp8_block128", "fp8_block128_wgrad")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+PRESETS = (
+    "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "gspo_token", "gmpo", "gpg", "dppo_tv",
+    "dppo_kl", "dro", "clip_cov", "kl_cov", "reinforce",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on. None for a number of steps means the task's own."""
+    """What a run depends on."""
 
     output: Path = Path("outputs/r1")
-    tasks: tuple[str, ...] = TASK_NAMES
+    stages: tuple[str, ...] = STAGES
+    start_from: Path | None = None  # another run's folder, whose models take the place of stages that are left out
     seed: int = 0
     device: str = "cpu"
     threads: int = 2
     resume: bool = False
-    save_every: int = 50  # steps; 0 = only at the end of a stage
+    save_every: int = 25  # steps; 0 = only at the end of a stage
+    report: Path | None = None
+    compare_ppo: bool = False
 
     width: int = 64
     layers: int = 2
@@ -31,33 +41,43 @@ class Settings:
     experts: int = 8  # this and what follows: of the MoE model
     experts_per_token: int = 2
     shared_expert: bool = True
+    expert_parallel: bool = False  # each process holds a part of them
     recipe: str = "fp32"  # of the experts' products; the parameters are float32 whatever it is
     replay: str = "rollout"  # whose routes training takes: those of sampling, of the old log-probs, or none ("off")
-    aux_loss_coef: float = 0.01  # of the balance loss, in the cold start
-    bias_update_rate: float = 1e-3  # of the biases in the choice of experts, in the cold start; then they stay
+    balance_coef: float = 0.01  # of the balance loss, where demonstrations are imitated
+    bias_update_rate: float = 1e-3  # of the biases in the choice of experts, likewise; in RL they stay
 
-    sft_steps: int | None = None
     sft_batch: int = 64
     sft_learning_rate: float = 2e-3
+    cold_start_steps: int = 120
+    reward_model_steps: int = 100
+    rejection_sampling_steps: int = 200
 
-    grpo_steps: int | None = None
-    prompts: int = 32  # per step
+    reasoning_rl_steps: int = 80
+    diverse_rl_steps: int = 40
+    prompts: int = 32  # of an RL step
     group_size: int = 8  # samples per prompt
     updates_per_rollout: int = 2  # optimiser steps on one rollout; from the second on the ratio differs from 1
-    grpo_learning_rate: float = 4e-4  # 1e-3 diverges
-    clip: float = 0.2  # the ratio counts up to 1 - clip and 1 + clip
+    reasoning_learning_rate: float = 4e-4  # 1e-3 diverges
+    diverse_learning_rate: float = 1e-4
+    reasoning_temperature: float = 1.0
+    diverse_temperature: float = 0.7
+    preset: str = "grpo"  # of GRPOLossConfig
+    clip: float | None = None  # the ratio counts up to 1 - clip and 1 + clip; None: as the preset has it
     kl_coef: float = 0.01
-    temperature: float = 1.0
+    aggregation: str = "normalize_then_sum"  # of the rewards: GDPO's, or the sum's own normalisation
+    dynamic_sampling: int = 2  # most rounds of sampling a step, for groups that can teach something; 1: no second one
     max_grad_norm: float = 1.0
-    shuffle_rewards: bool = False  # the control: rewards change places inside their group, so they carry no signal
+
+    rejection_prompts: int = 600  # of each task
+    rejection_group_size: int = 8
+    judge_threshold: float = 0.5  # score that a general sample needs to be kept
+
+    shuffle_rewards: bool = False  # control: rewards change places inside their group, so they carry no signal
+    weak_judge: bool = False  # control: a reward model that has learnt next to nothing
 
     evaluate_every: int = 25  # steps
-    evaluation_prompts: int = 256
+    evaluation_prompts: int = 256  # of each task
 
     def __post_init__(self) -> None:
-        if self.mtp < 0:
-            raise ValueError(f"mtp must be at least 0 (no drafts), got {self.mtp}")
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
-        if self.recipe != "fp32" and self.model != "moe":
-            raise ValueError(f"recipe {self.recipe!r} is for experts: model must be 'moe', got {self.model!r}")
+        settings_checks.check(self)

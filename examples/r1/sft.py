@@ -1,65 +1,65 @@
-"""Cold start: supervised fine-tuning on a few noisy demonstrations."""
+"""Supervised fine-tuning: the cold start, and what it shares with the other stages that imitate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
-from random import Random
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from examples.r1 import vocabulary
 from examples.r1.model import CharTransformer
 from examples.r1.mtp import hidden_of_depths, record_of
-from examples.r1.rollout import Sequences, encode_prompts, make_sequences, python_rng
+from examples.r1.randomness import python_rng
+from examples.r1.results import Record
 from examples.r1.routes import Routes
-from examples.r1.settings import Settings
-from examples.r1.stage import Record, Stage
-from examples.r1.tasks import Problem, Task
+from examples.r1.run import Run
+from examples.r1.sequences import Sequences, make_sequences
+from examples.r1.stage import Stage
+from examples.r1.tasks import Problem
 from grpo_kernels import update_expert_bias
 
 IGNORED = -100  # what cross-entropy leaves out
 
 
 class SFTStage(Stage):
-    """Maximises the log-probability of the demonstrations' completions, and of what comes after the next token."""
+    """Maximises the log-probability of the completions in `data`, and of what comes after the next token."""
 
-    name = "sft"
+    data: Sequences  # one completion a prompt
+    validation_data: Sequences
 
-    def __init__(self, model: CharTransformer, task: Task, held_out: list[Problem], settings: Settings) -> None:
-        super().__init__(model, task, held_out, settings, settings.sft_learning_rate)
+    def __init__(self, model: CharTransformer, run: Run) -> None:
+        super().__init__(model, run, run.settings.sft_learning_rate)
         if model.mtp is not None:
             model.mtp.detach = "none"  # what helps to foresee later tokens, the model shall learn too
-        rng = python_rng(settings.seed, task.name, "demonstrations")
-        problems = list(islice(task.training(rng, self.excluded_prompts), task.cold_examples))
-        self.data = demonstrations(task, problems, rng, self.device)
-        self.validation_data = demonstrations(task, held_out, python_rng(task.name, "validation"), self.device)
-
-    @property
-    def steps(self) -> int:
-        return self.task.sft_steps if self.settings.sft_steps is None else self.settings.sft_steps
 
     def step(self, index: int) -> Record:
-        rng = python_rng(self.settings.seed, self.task.name, self.name, index)
+        start = perf_counter()
+        rng = python_rng(self.settings.seed, self.name, index)
         rows = torch.tensor(rng.choices(range(len(self.data.prompts)), k=self.settings.sft_batch), device=self.device)
-        batch = Sequences(*(tensor[rows] for tensor in self.data))
-        if self.model.moe_layers:
-            return self._balanced_step(batch, index)
-        loss, record = self._objective(batch)
-        return record | {"grad_norm": self.descend(loss, index)}
-
-    def _balanced_step(self, batch: Sequences, index: int) -> Record:
-        """A step of the MoE model, which also learns to use its experts evenly."""
-        routes = Routes()
+        batch = self.data.select(rows)
+        routes = Routes() if self.model.moe_layers else None
         loss, record = self._objective(batch, routes)
-        aux_loss = routes.aux_loss()
-        norm = self.descend(loss + aux_loss, index)
+        if routes is None:
+            record["grad_norm"] = self.descend(loss, index)
+        else:
+            record |= self._descend_in_balance(loss, routes, index)
+        return record | {"tokens": float(batch.mask.sum()), "seconds": perf_counter() - start}
+
+    def learning_rate_at(self, index: int) -> float:
+        """It falls again over the last half of the stage, to a tenth."""
+        left = (self.steps - index) / max(self.steps, 1)
+        return super().learning_rate_at(index) * min(1.0, 0.1 + 1.8 * left)
+
+    def _descend_in_balance(self, loss: Tensor, routes: Routes, index: int) -> Record:
+        """A step of the MoE model, which also learns to use its experts evenly."""
+        balance_loss = routes.balance_loss()
+        norm = self.descend(loss + balance_loss, index)
         for layer, loads in zip(self.model.moe_layers, routes.loads(), strict=True):
             if layer.e_score_correction_bias is not None:
                 update_expert_bias(layer.e_score_correction_bias, loads, self.settings.bias_update_rate)
-        record |= {"aux_loss": float(aux_loss.detach()), "grad_norm": norm}
-        return record | {"expert_load": routes.metrics(self.settings.experts_per_token)["expert_load"]}
+        load = routes.metrics(self.settings.experts_per_token)["expert_load"]
+        return {"balance_loss": float(balance_loss.detach()), "grad_norm": norm, "expert_load": load}
 
     def _objective(self, batch: Sequences, routes: Routes | None = None) -> tuple[Tensor, Record]:
         """What a step minimises: the loss, and with it those of the deeper depths if the model has any."""
@@ -76,20 +76,41 @@ class SFTStage(Stage):
         return self.model.head.cross_entropy(hidden, batch.completions.masked_fill(~batch.mask, IGNORED))
 
     @torch.no_grad()
-    def validate(self) -> Record:
-        """The loss on demonstrations of held-out problems, as noisy as those of training: nats a token.
+    def validation_loss(self) -> float:
+        """The loss on completions of held-out problems, nats a token. The balance loss is not in it."""
+        return float(self.loss(self.validation_data))
 
-        They are the same for every seed. The balance loss is not in it.
-        """
-        return {"validation_loss": float(self.loss(self.validation_data))}
+    def evaluate(self) -> Record:
+        return super().evaluate() | {"validation_loss": self.validation_loss()}
 
 
-def demonstrations(task: Task, problems: Sequence[Problem], rng: Random, device: torch.device) -> Sequences:
-    """One noisy demonstration of each problem."""
-    completions = [
-        vocabulary.pad_right(
-            [*vocabulary.encode(task.demonstrate(problem, rng)), vocabulary.END], task.completion_length
-        )
-        for problem in problems
-    ]
-    return make_sequences(encode_prompts(task, problems, device), torch.tensor(completions, device=device))
+class ColdStart(SFTStage):
+    """Imitates a few noisy demonstrations of both tasks."""
+
+    name = "cold_start"
+    title = "1  cold start: SFT on noisy demonstrations"
+
+    def __init__(self, model: CharTransformer, run: Run) -> None:
+        super().__init__(model, run)
+        problems = [
+            problem for name, task in run.tasks.items() for problem in run.draw(name, task.cold_examples, self.name)
+        ]
+        self.data = demonstrations(run, problems, run.settings.seed, self.name)
+        held_out = [problem for problems in run.held_out.values() for problem in problems]
+        self.validation_data = demonstrations(run, held_out, "validation")
+
+
+def demonstrations(run: Run, problems: Sequence[Problem], *source: object) -> Sequences:
+    """One noisy demonstration of each problem, the same for equal sources."""
+    rng = python_rng(*source)
+    return write_down(run, problems, [run.tasks[problem.task].demonstrate(problem, rng) for problem in problems])
+
+
+def solutions(run: Run, problems: Sequence[Problem]) -> Sequences:
+    """The completion of each problem that is right in everything."""
+    return write_down(run, problems, [run.tasks[problem.task].solve(problem) for problem in problems])
+
+
+def write_down(run: Run, problems: Sequence[Problem], texts: Sequence[str]) -> Sequences:
+    """Problems with a completion each."""
+    return make_sequences(run.encode_prompts(problems), run.encode_completions(texts))

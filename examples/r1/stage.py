@@ -3,56 +3,74 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from examples.r1.evaluation import evaluate
 from examples.r1.model import CharTransformer
-from examples.r1.settings import Settings
-from examples.r1.tasks import Problem, Task
-
-Record = dict[str, float]
+from examples.r1.results import Record
+from examples.r1.run import Run
 
 
 class Stage(ABC):
     """One stage of the pipeline. Step i depends on the parameters, the optimiser's state, the seed and i alone."""
 
     name: str
+    title: str
     warm_up = 10  # steps
+    trains_policy = True
 
-    def __init__(
-        self, model: CharTransformer, task: Task, held_out: list[Problem], settings: Settings, learning_rate: float
-    ) -> None:
+    def __init__(self, model: CharTransformer, run: Run, learning_rate: float) -> None:
         self.model = model
-        self.task = task
-        self.settings = settings
+        self.run = run
+        self.settings = run.settings
         self.learning_rate = learning_rate
-        self.device = model.head.weight.device
-        self.excluded_prompts = frozenset(problem.prompt for problem in held_out)
+        self.device = run.device
         self._policy_parameters = [value for name, value in model.named_parameters() if not name.startswith("mtp.")]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
 
     @property
-    @abstractmethod
     def steps(self) -> int:
         """Steps of the whole stage."""
+        steps: int = getattr(self.settings, f"{self.name}_steps")
+        return steps
 
     @abstractmethod
     def step(self, index: int) -> Record:
         """Does one step and says how it went."""
 
-    def validate(self) -> Record:
-        """What held-out problems say of the stage's own objective, beside the accuracy of samples."""
+    def begin(self) -> None:
+        """What comes before the first step, and is not repeated by a run that goes on from a later one."""
+
+    def evaluate(self) -> Record:
+        """How the model does on held-out problems."""
+        return evaluate(self.model, self.run)
+
+    def facts(self) -> Record:
+        """Figures of the stage as a whole."""
         return {}
 
     def frozen_models(self) -> dict[str, CharTransformer]:
         """Other models that a checkpoint must hold."""
         return {}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What else a checkpoint must hold."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes `tensors` back."""
+
+    def learning_rate_at(self, index: int) -> float:
+        """Of step `index`: it rises over the first steps."""
+        return self.learning_rate * min(1.0, (index + 1) / self.warm_up)
+
     def descend(self, loss: Tensor, index: int) -> float:
         """One optimiser step; returns the norm of the policy's gradient before clipping."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * min(1.0, (index + 1) / self.warm_up)
+            group["lr"] = self.learning_rate_at(index)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, self.settings.max_grad_norm)

@@ -1,54 +1,59 @@
-"""The tasks: prompts, noisy cold-start demonstrations, and the rule that checks an answer.
+"""The two tasks: prompts, clean and noisy demonstrations, and the rule that checks an answer.
 
-A completion has the form `<t>1,1,3,4,5,9</t><a>113459</a>`: thinking, then the answer.
+`digit_sorting` is the reasoning task: `<t>1,1,3,4,5,9</t><a>113459</a>`, thinking and then the answer, and a rule says
+whether it is right. `spell_backward` stands for everything that no rule can check: `<a>avksom</a>`. Training never asks
+its rule, only a reward model; the rule is there to see what came of it.
 """
 
 from __future__ import annotations
 
+import re
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from examples.r1 import vocabulary
 
 
 class Problem(NamedTuple):
+    task: str
     prompt: str  # what the model reads
     entry: dict[str, Any]  # what the task needs to check an answer; holds "answer"
 
 
 class Task(ABC):
-    """One family of problems with a verifiable answer."""
+    """One family of problems with a known answer."""
 
     name: str
-    prompt_length: int  # longest prompt, in characters
+    form: ClassVar[re.Pattern[str]]  # of a whole completion; the last group is the answer
+    prompt_length: int  # longest prompt, in tokens
+    completion_length: int  # longest well-formed completion and END, in tokens
     max_items: int  # longest answer, in characters
-    script: str  # the characters that the thinking should be written in
-    cold_examples = 400  # demonstrations of the cold start
-    foreign_share = 0.35  # of the separators in them are written in another script
-    wrong_share = 0.15  # of the demonstrations have two items exchanged
-    misread_share = 0.0  # of the demonstrations copy the question's items in the order given
-    sft_steps = 120
-    grpo_steps = 75
-
-    @property
-    def completion_length(self) -> int:
-        """Longest well-formed completion and END, in tokens."""
-        return len("<t></t><a></a>") + 3 * self.max_items
+    cold_examples: int  # demonstrations of the cold start
+    wrong_share: float  # of them have two items exchanged
+    misread_share: float  # of them give the items as they come in the question
 
     @abstractmethod
     def draw(self, rng: Random, held_out: bool) -> Problem:
         """A random problem; training and held-out problems come from different streams."""
 
-    @abstractmethod
-    def verify(self, answer: str | None, problem: Problem) -> float:
-        """Accuracy reward in [0, 1]; 1 only for a correct answer."""
-
-    @abstractmethod
     def question_items(self, problem: Problem) -> list[str]:
         """What the question asks to put in order, as given."""
+        return list(problem.prompt[1:-1])
+
+    @abstractmethod
+    def verify(self, answer: str | None, problem: Problem) -> bool:
+        """Whether the answer is entirely right."""
+
+    @abstractmethod
+    def write(self, items: list[str], rng: Random | None) -> str:
+        """The completion that gives these items for an answer; with a generator, as an imperfect annotator writes."""
+
+    def solve(self, problem: Problem) -> str:
+        """The completion that is right in everything."""
+        return self.write(list(problem.entry["answer"]), None)
 
     def demonstrate(self, problem: Problem, rng: Random) -> str:
         """A completion as an imperfect annotator would write it."""
@@ -58,11 +63,7 @@ class Task(ABC):
         if rng.random() < self.wrong_share:
             first, second = rng.randrange(len(items)), rng.randrange(len(items))
             items[first], items[second] = items[second], items[first]
-        thinking = items[0]
-        for item in items[1:]:
-            foreign = rng.random() < self.foreign_share
-            thinking += (rng.choice(vocabulary.FOREIGN) if foreign else ",") + item
-        return f"<t>{thinking}</t><a>{''.join(items)}</a>"
+        return self.write(items, rng)
 
     def held_out(self, count: int) -> list[Problem]:
         """The same `count` distinct problems for every seed; training never sees their prompts."""
@@ -82,36 +83,46 @@ class Task(ABC):
 
 
 class DigitSorting(Task):
-    """`S314159>` -> `<t>1,1,3,4,5,9</t><a>113459</a>`."""
+    """`s314159>` -> `<t>1,1,3,4,5,9</t><a>113459</a>`."""
 
     name = "digit_sorting"
+    form = re.compile(r"<t>([^<]*)</t><a>([^<]*)</a>")
     max_items = 6
-    prompt_length = max_items + 2
-    script = string.digits + ","
+    prompt_length = len("s>") + max_items
+    completion_length = len(("<t>", "</t>", "<a>", "</a>", "END")) + 3 * max_items - 1
+    cold_examples = 400
+    wrong_share = 0.15
+    misread_share = 0.0
+    foreign_share = 0.35  # of the separators in demonstrations are written in another script
+    script = string.digits + ","  # what the thinking should be written in
 
     def draw(self, rng: Random, held_out: bool) -> Problem:
         digits = "".join(rng.choices(string.digits, k=self.max_items))
-        return Problem(f"S{digits}>", {"answer": "".join(sorted(digits))})
+        return Problem(self.name, f"s{digits}>", {"answer": "".join(sorted(digits))})
 
-    def question_items(self, problem: Problem) -> list[str]:
-        return list(problem.prompt[1:-1])
+    def verify(self, answer: str | None, problem: Problem) -> bool:
+        return bool(answer == problem.entry["answer"])
 
-    def verify(self, answer: str | None, problem: Problem) -> float:
-        return float(answer == problem.entry["answer"])
+    def write(self, items: list[str], rng: Random | None) -> str:
+        thinking = items[0]
+        for item in items[1:]:
+            foreign = rng is not None and rng.random() < self.foreign_share
+            thinking += (rng.choice(vocabulary.FOREIGN) if foreign and rng is not None else ",") + item
+        return f"<t>{thinking}</t><a>{''.join(items)}</a>"
 
 
 class SpellBackward(Task):
-    """`spell_backward` of reasoning-gym: its prompts, its verifier (which gives partial credit per letter)."""
+    """`r` + word + `>` -> `<a>` + the word spelled backward + `</a>`: words and verifier of reasoning-gym."""
 
     name = "spell_backward"
+    form = re.compile(r"<a>([^<]*)</a>")
     min_items = 4
     max_items = 6
-    prompt_length = len("Spell this word backward (example: sun -> nus): ") + max_items
-    script = string.ascii_letters + ","
-    misread_share = 0.3
-    cold_examples = 1000
-    sft_steps = 180
-    grpo_steps = 90
+    prompt_length = len("r>") + max_items
+    completion_length = len(("<a>", "</a>", "END")) + max_items
+    cold_examples = 600
+    wrong_share = 0.15
+    misread_share = 0.4
 
     # reasoning-gym seeds problem i of a dataset with seed + i: these two ranges do not meet.
     _STREAM_SIZE = 2**30
@@ -119,7 +130,7 @@ class SpellBackward(Task):
     _HELD_OUT_SEED = 2**31
 
     def __init__(self) -> None:
-        import reasoning_gym  # type: ignore[import-untyped]  # here, so that the other tasks do without it
+        import reasoning_gym  # type: ignore[import-untyped]  # here, so that the other task does without it
 
         def stream(seed: int) -> Any:
             return reasoning_gym.create_dataset(
@@ -132,13 +143,15 @@ class SpellBackward(Task):
     def draw(self, rng: Random, held_out: bool) -> Problem:
         stream = self._held_out_stream if held_out else self._training_stream
         entry = stream[rng.randrange(self._STREAM_SIZE)]
-        return Problem(entry["question"], entry)
+        word = entry["metadata"]["word"].lower()
+        return Problem(self.name, f"r{word}>", {**entry, "answer": entry["answer"].lower()})
 
-    def question_items(self, problem: Problem) -> list[str]:
-        return list(problem.entry["metadata"]["word"])
+    def verify(self, answer: str | None, problem: Problem) -> bool:
+        return bool(self._training_stream.score_answer(answer, problem.entry) >= 1.0)
 
-    def verify(self, answer: str | None, problem: Problem) -> float:
-        return float(self._training_stream.score_answer(answer, problem.entry))
+    def write(self, items: list[str], rng: Random | None) -> str:
+        return f"<a>{''.join(items)}</a>"
 
 
+REASONING, GENERAL = DigitSorting.name, SpellBackward.name
 TASKS: dict[str, Callable[[], Task]] = {task.name: task for task in (DigitSorting, SpellBackward)}

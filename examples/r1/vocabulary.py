@@ -1,7 +1,8 @@
-"""Characters to token ids and back."""
+"""Characters and tags to token ids and back."""
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterable, Sequence
 
@@ -9,29 +10,31 @@ PAD = 0
 END = 1
 FOREIGN = "αβγδεζηθ"  # the language that the cold-start data mixes in and the language reward unlearns
 
-_CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " " + FOREIGN
-_IDS = {character: index + 2 for index, character in enumerate(_CHARACTERS)}
+TAGS = ("<t>", "</t>", "<a>", "</a>")  # a token each, like the tags of a real tokenizer
+_SYMBOLS = (*string.digits, *string.ascii_lowercase, *",>", *FOREIGN, *TAGS)
+_IDS = {symbol: index + 2 for index, symbol in enumerate(_SYMBOLS)}
+_PIECES = re.compile("|".join(TAGS) + "|.", re.DOTALL)
 
-SIZE = len(_CHARACTERS) + 2
+SIZE = len(_SYMBOLS) + 2
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text. Raises ValueError for a character outside printable ASCII and `FOREIGN`."""
+    """Token ids of a text. Raises ValueError for a character outside digits, lower-case letters, `,>` and `FOREIGN`."""
     try:
-        return [_IDS[character] for character in text]
+        return [_IDS[piece] for piece in _PIECES.findall(text)]
     except KeyError as error:
         raise ValueError(f"character {error.args[0]!r} is not in the vocabulary") from None
 
 
 def decode(ids: Iterable[int]) -> str:
     """Text of the ids up to the first END; padding becomes nothing."""
-    characters: list[str] = []
+    symbols: list[str] = []
     for index in ids:
         if index == END:
             break
         if index != PAD:
-            characters.append(_CHARACTERS[index - 2])
-    return "".join(characters)
+            symbols.append(_SYMBOLS[index - 2])
+    return "".join(symbols)
 
 
 def pad_left(ids: Sequence[int], length: int) -> list[int]:
