@@ -1,0 +1,112 @@
+"""What a checkpoint holds beside its tensors: how far the run came, and with what settings; as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import grpo_kernels
+from examples.r1.results import StageResult
+from examples.r1.settings import Settings
+from examples.r1.storage import CheckpointError
+
+FORMAT = 2
+REMEDY = "run without --resume to start anew"
+
+# A resumed run may change these; of the stages, those that come after the checkpoint's.
+_FREE_SETTINGS = {"output", "resume", "save_every", "device", "threads", "stages", "report", "compare_ppo"}
+
+
+class CheckpointMismatch(CheckpointError):
+    """A run cannot go on from a checkpoint that other settings made."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come and what was seen on the way."""
+
+    stages: list[StageResult] = field(default_factory=list)  # the last of them may go on
+    steps_done: int = 0  # of the last one
+    samples: list[dict[str, Any]] = field(default_factory=list)  # completions to read, as in PipelineResult
+
+
+@dataclass
+class RunState:
+    """The content of `state.json`."""
+
+    tensors: str  # name of the tensor file
+    sha256: str  # of its content
+    settings: dict[str, Any]
+    progress: Progress
+
+    @classmethod
+    def of(cls, tensors: str, sha256: str, settings: Settings, progress: Progress) -> RunState:
+        return cls(tensors, sha256, comparable_settings(settings), progress)
+
+    def to_json(self) -> str:
+        """NaN and infinities are kept: `json` reads back what it wrote, to the bit."""
+        return json.dumps({"format": FORMAT, "version": grpo_kernels.__version__, **asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> RunState:
+        """Raises CheckpointError if the file is cut off, altered, or of another version of this example."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: is cut off or damaged ({error}); {REMEDY}") from error
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise CheckpointError(f"{path}: has format {found!r}, and this program reads format {FORMAT}; {REMEDY}")
+        faults = _faults(content, cls) or _faults(content["progress"], Progress, "progress.")
+        if faults:
+            raise CheckpointError(f"{path}: is damaged: it lacks {', '.join(faults)}; {REMEDY}")
+        progress = content["progress"]
+        try:
+            stages = [StageResult.from_json(stage) for stage in progress["stages"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: is damaged: a stage's results are not complete; {REMEDY}") from error
+        steps = progress["steps_done"]
+        if not stages or len(stages[-1].records) != steps:
+            raise CheckpointError(f"{path}: is damaged: it has no records of the stage's {steps} steps; {REMEDY}")
+        progress = Progress(stages, steps, progress["samples"])
+        return cls(content["tensors"], content["sha256"], content["settings"], progress)
+
+    def check_settings(self, settings: Settings, folder: Path) -> None:
+        """Raises CheckpointMismatch, which names what differs, if a run with these settings cannot go on from here."""
+        wanted, found = comparable_settings(settings), self.settings
+        changes = [
+            f"{name} = {found.get(name, 'unknown')} (now {wanted.get(name, 'unknown')})"
+            for name in sorted(wanted.keys() | found.keys())
+            if name not in wanted or name not in found or wanted[name] != found[name]
+        ]
+        done = [stage.name for stage in self.progress.stages]
+        now = list(settings.stages[: len(done)])
+        if done != now:
+            changes.append(f"stages {' '.join(done)} (now {' '.join(now)})")
+        if changes:
+            raise CheckpointMismatch(
+                f"the checkpoint in {folder} was made with {', '.join(changes)}; "
+                f"go on with the settings it was made with, or {REMEDY}"
+            )
+
+
+def comparable_settings(settings: Settings) -> dict[str, Any]:
+    """What must be equal for a run to go on from a checkpoint, as JSON gives it back."""
+    values = {name: value for name, value in asdict(settings).items() if name not in _FREE_SETTINGS}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+_KINDS = {"str": str, "int": int, "list": list, "dict": dict, "Progress": dict}
+
+
+def _faults(content: Mapping[str, Any], expected: type, prefix: str = "") -> list[str]:
+    """Fields of the dataclass that the content does not have, or has with a value of another kind."""
+    return [
+        f"{prefix}{item.name}"
+        for item in fields(expected)
+        if not isinstance(content.get(item.name), _KINDS[str(item.type).partition("[")[0]])
+    ]

@@ -1,0 +1,116 @@
+"""What settings must hold for a run to make sense, found before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from examples.r1 import settings as options
+from grpo_kernels import GRPOLossConfig
+
+if TYPE_CHECKING:
+    from examples.r1.settings import Settings
+
+_AT_LEAST = {
+    "threads": 1,
+    "save_every": 0,
+    "width": 1,
+    "layers": 1,
+    "heads": 1,
+    "mtp": 0,
+    "experts": 1,
+    "experts_per_token": 1,
+    "sft_batch": 1,
+    "cold_start_steps": 0,
+    "reward_model_steps": 0,
+    "rejection_sampling_steps": 0,
+    "reasoning_rl_steps": 0,
+    "diverse_rl_steps": 0,
+    "prompts": 1,
+    "group_size": 2,  # one sample has nothing to be compared with
+    "updates_per_rollout": 1,
+    "dynamic_sampling": 1,
+    "rejection_prompts": 1,
+    "rejection_group_size": 1,
+    "evaluate_every": 1,
+    "evaluation_prompts": 1,
+    "balance_coef": 0,
+    "bias_update_rate": 0,
+    "kl_coef": 0,
+}
+_POSITIVE = (
+    "sft_learning_rate",
+    "reasoning_learning_rate",
+    "diverse_learning_rate",
+    "reasoning_temperature",
+    "diverse_temperature",
+    "max_grad_norm",
+)
+_SHARES = ("judge_threshold",)
+MOST_EVALUATION_PROMPTS = 5000  # of the words that there are, most are for training
+
+
+def check(settings: Settings) -> None:
+    """Raises ValueError that names the first setting that is out of range or does not go with the others."""
+    for name, least in _AT_LEAST.items():
+        value = getattr(settings, name)
+        _demand(math.isfinite(value) and value >= least, name, f"at least {least}", value)
+    for name in _POSITIVE:
+        value = getattr(settings, name)
+        _demand(math.isfinite(value) and value > 0.0, name, "positive and finite", value)
+    for name in _SHARES:
+        value = getattr(settings, name)
+        _demand(0.0 <= value <= 1.0, name, "between 0 and 1", value)
+    for name in ("model", "recipe", "replay", "aggregation", "preset"):
+        value, choices = getattr(settings, name), getattr(options, f"{name.upper()}S")
+        _demand(value in choices, name, f"one of {', '.join(choices)}", repr(value))
+    _check_stages(settings)
+    _check_model(settings)
+    _check_device(settings.device)
+    changes = {} if settings.clip is None else {"clip_low": settings.clip, "clip_high": settings.clip}
+    GRPOLossConfig.preset(settings.preset, kl_coef=settings.kl_coef, **changes)  # says itself what does not go with it
+    count = settings.evaluation_prompts
+    _demand(count <= MOST_EVALUATION_PROMPTS, "evaluation_prompts", f"at most {MOST_EVALUATION_PROMPTS}", count)
+    _demand(not settings.output.is_file(), "output", "a folder", f"the file {settings.output}")
+    if settings.report is not None:
+        _demand(not settings.report.is_dir(), "report", "a file", f"the folder {settings.report}")
+
+
+def _check_stages(settings: Settings) -> None:
+    stages, known = settings.stages, options.STAGES
+    wanted = f"some of {', '.join(known)}, each once and in this order"
+    in_order = stages == tuple(name for name in known if name in stages)
+    _demand(len(stages) > 0 and in_order, "stages", wanted, ", ".join(stages) or "none")
+
+
+def _check_model(settings: Settings) -> None:
+    heads, width = settings.heads, settings.width
+    _demand(width % heads == 0, "width", f"a multiple of heads, which is {heads}", width)
+    if settings.model == "moe":
+        most, active = settings.experts, settings.experts_per_token
+        _demand(active <= most, "experts_per_token", f"at most experts, which is {most}", active)
+        return
+    dense = f"model must be 'moe', got {settings.model!r}"
+    if settings.recipe != "fp32":
+        raise ValueError(f"recipe {settings.recipe!r} is for experts: {dense}")
+    if settings.expert_parallel:
+        raise ValueError(f"expert_parallel shares out experts: {dense}")
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu or cuda, got {name!r}") from None
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        _demand(found > (device.index or 0), "device", f"one of the {found} GPUs that PyTorch finds, or cpu", name)
+    else:
+        _demand(device.type == "cpu", "device", "cpu or cuda", repr(name))
+
+
+def _demand(holds: bool, name: str, wanted: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
