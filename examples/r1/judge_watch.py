@@ -15,13 +15,16 @@ from examples.r1.results import Record, StageResult
 
 ACCURACY_FALL = 0.10  # of the share of right answers; a mean of ten steps of a hundred samples wanders by about 0.02
 JUDGE_SHARE = 0.25  # an honest judge's score loses about as much as the accuracy, a compressed scale half of it
-WINDOW = 10  # steps that a mean is taken over; of few steps, a quarter of them
+WINDOW = 10  # points that a mean is taken over; of few points, a quarter of them
 TASK = "spell_backward"
 
-_SOURCES = (  # of the samples that the judge scored in training; else of the evaluations
-    ("records", f"{TASK}/accuracy", "judge"),
-    ("evaluations", f"{TASK}/sampled_accuracy", f"{TASK}/judge"),
-    ("evaluations", f"{TASK}/accuracy", f"{TASK}/judge"),
+# The first that has enough points. Dynamic sampling makes training's samples others than the policy's own: held-out
+# prompts come first.
+_SOURCES = (
+    ("evaluations", f"{TASK}/sampled_accuracy", f"{TASK}/judge", 3),
+    ("evaluations", f"{TASK}/accuracy", f"{TASK}/judge", 3),
+    ("records", f"{TASK}/accuracy", "judge", 2),
+    ("evaluations", f"{TASK}/accuracy", f"{TASK}/judge", 2),
 )
 
 
@@ -58,15 +61,15 @@ class Watched(NamedTuple):
 
 
 def watched(stage: StageResult) -> Watched | None:
-    """The two curves, from the first source that has two points of both; None where no judge scored."""
-    for source, accuracy_name, judge_name in _SOURCES:
+    """The two curves, from the first source that has enough points of both; None where no judge scored."""
+    for source, accuracy_name, judge_name, least in _SOURCES:
         records: list[Record] = getattr(stage, source)
         points = [
             (finite(record.get("step", index + 1.0)), finite(record.get(accuracy_name)), finite(record.get(judge_name)))
             for index, record in enumerate(records)
         ]
         whole = [(step, a, j) for step, a, j in points if step is not None and a is not None and j is not None]
-        if len(whole) >= 2:
+        if len(whole) >= least:
             steps, accuracy, judge = (list(column) for column in zip(*whole, strict=True))
             return Watched(steps, accuracy, judge)
     return None

@@ -65,8 +65,8 @@ class PipelineResult:
 
     loss_step, draft_speed: the fields of `LossStepComparison` and `DraftSpeed`; the tuples themselves will do.
 
-    ppo: model state in bytes as allocated: {"ppo": {part: bytes}, "grpo": {part: bytes}} with parts such as "policy",
-    "critic", "reference"; numbers beside the two are shown as they are named.
+    ppo: model state in bytes as allocated: {"ppo": {part: bytes}, "grpo": {part: bytes}, "savings": [{"precision",
+    "comparison", "ppo", "grpo"}]}, as `ppo_memory.ModelStates` writes it; the object itself will do.
     """
 
     settings: Settings
@@ -120,9 +120,12 @@ class PipelineResult:
 
 
 def _mapping(value: Any) -> Mapping[str, Any] | None:
-    """Named fields as a mapping."""
+    """Named fields as a mapping; a class that writes JSON itself, as it does."""
     if value is None or isinstance(value, Mapping):
         return value
+    if hasattr(value, "as_json"):
+        value = value.as_json()
+        return dict(value)
     found: Mapping[str, Any] = _plain(value) if is_dataclass(value) else value._asdict()
     return found
 

@@ -58,14 +58,27 @@ class Line(NamedTuple):
     holds: bool | None = None
 
 
+class Saving(NamedTuple):
+    """Bytes of model state."""
+
+    label: str
+    ppo: float
+    grpo: float
+
+    @property
+    def share(self) -> float:
+        """Of PPO's bytes, what GRPO does without."""
+        return 1.0 - self.grpo / self.ppo
+
+
 def short_title(stage: StageResult) -> str:
     return SHORT_TITLES.get(stage.name, stage.name.replace("_", " "))
 
 
 def full_title(stage: StageResult) -> str:
-    """The stage's own title and its length."""
+    """The stage's own title, as a heading."""
     title = " ".join(stage.title.split()) or short_title(stage)
-    return f"{title[0].upper()}{title[1:]}, {stage.steps} {'step' if stage.steps == 1 else 'steps'}"
+    return f"{title[:1].upper()}{title[1:]}"
 
 
 def is_rl(stage: StageResult) -> bool:
@@ -140,7 +153,7 @@ def _record_rows(stage: StageResult) -> list[Row]:
 
 def _whole_rows(stage: StageResult) -> list[Row]:
     records = stage.records
-    rows = [Row(_fact_title(name), "", _fact(name, value)) for name, value in stage.facts.items()]
+    rows = [Row("steps", "", count(stage.steps)), *_fact_rows(stage)]
     if is_rl(stage):
         found = [
             ("tokens/s, sampling", count(rate(records, "sample_seconds"))),
@@ -154,20 +167,26 @@ def _whole_rows(stage: StageResult) -> list[Row]:
     return [*rows, Row("time, evaluations and all", "", duration(stage.seconds))] if stage.seconds else rows
 
 
-def _fact_title(name: str) -> str:
-    task, _, rest = name.rpartition("/")
-    words = rest.replace("_", " ")
-    return f"{task_title(task)}, {words}" if task else words
-
-
-def _fact(name: str, value: float) -> str:
-    """Shares by their name or as they are between 0 and 1; other figures are counts or times."""
-    if name.endswith("seconds"):
-        return duration(value)
-    found = finite(value)
-    if found is not None and (0 < abs(found) < 1 or (name.endswith(("kept", "share", "fraction")) and found <= 1)):
-        return percent(found)
-    return count(found) if found is None or found == round(found) else number(found)
+def _fact_rows(stage: StageResult) -> list[Row]:
+    """Shares by their name or between 0 and 1; what was kept as a share of the samples; else counts, or times."""
+    rows = []
+    for name, value in stage.facts.items():
+        task, _, words = name.rpartition("/")
+        of = finite(stage.facts.get(f"{task}/samples"))
+        label = f"{task_title(task)}, {words.replace('_', ' ')}" if task else words.replace("_", " ")
+        found = finite(value)
+        if words == "samples" and f"{task}/kept" in stage.facts:
+            continue
+        if words == "kept" and found is not None and of:
+            text = f"{count(found)} of {count(of)}, {percent(found / of)}"
+        elif name.endswith("seconds"):
+            text = duration(value)
+        elif found is not None and (0 < abs(found) < 1 or (found == 1 and words.endswith(("right", "share")))):
+            text = percent(found)
+        else:
+            text = count(found) if found is None or found == round(found) else number(found)
+        rows.append(Row(label, "", text))
+    return rows
 
 
 def summary(result: PipelineResult) -> list[Line]:
@@ -190,7 +209,7 @@ def summary(result: PipelineResult) -> list[Line]:
     return lines
 
 
-def comparisons(result: PipelineResult) -> list[tuple[str, str]]:
+def comparisons(result: PipelineResult, with_ppo: bool = True) -> list[tuple[str, str]]:
     """The loss step against eager PyTorch, sampling with drafts against without, PPO's memory against GRPO's."""
     lines = []
     step = result.loss_step
@@ -203,7 +222,7 @@ def comparisons(result: PipelineResult) -> list[tuple[str, str]]:
                 f"({times(step.get('eager_seconds'), step.get('seconds'))})",
             ),
             (
-                "  memory beyond its inputs",
+                "loss step, memory beyond its inputs",
                 f"{size(step.get('peak_bytes'))}; eager PyTorch {size(step.get('eager_peak_bytes'))} "
                 f"({times(step.get('eager_peak_bytes'), step.get('peak_bytes'))})",
             ),
@@ -214,14 +233,26 @@ def comparisons(result: PipelineResult) -> list[tuple[str, str]]:
         lines.append(
             ("sampling with drafts", f"{count(own)} tokens/s; without {count(without)} ({times(own, without)} as fast)")
         )
-    if result.ppo:
-        ppo, grpo = state_bytes(result.ppo, "ppo"), state_bytes(result.ppo, "grpo")
-        saved = f", {1 - grpo / ppo:.1%} less" if ppo else ""
-        lines.append(("model state, GRPO against PPO", f"{size(grpo)} against {size(ppo)}{saved}"))
+    if with_ppo:
+        for found in savings(result):
+            sizes = f"{size(found.grpo)} against {size(found.ppo)}, {percent(found.share)} saved"
+            lines.append((f"model state against PPO, {found.label}", sizes))
     return lines
 
 
-def state_bytes(ppo: Mapping[str, Any], way: str) -> float:
-    """Bytes of all parts of a way of training."""
-    parts = ppo.get(way)
-    return sum(finite(value) or 0.0 for value in parts.values()) if isinstance(parts, Mapping) else finite(parts) or 0.0
+def savings(result: PipelineResult) -> list[Saving]:
+    """What GRPO saves of PPO's model state under each way of counting that was compared."""
+    content = result.ppo or {}
+    found = [
+        (f"{one.get('precision', '')}, {one.get('comparison', '')}".strip(", "), one.get("ppo"), one.get("grpo"))
+        for one in content.get("savings") or ()
+        if isinstance(one, Mapping)
+    ]
+    if not found and content:
+        found = [("all parts", _sum_of_parts(content.get("ppo")), _sum_of_parts(content.get("grpo")))]
+    known = [(label, finite(ppo), finite(grpo)) for label, ppo, grpo in found]
+    return [Saving(label, ppo, grpo) for label, ppo, grpo in known if ppo and grpo is not None]
+
+
+def _sum_of_parts(parts: Any) -> float | None:
+    return sum(finite(value) or 0.0 for value in parts.values()) if isinstance(parts, Mapping) else None
