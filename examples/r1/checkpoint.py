@@ -49,10 +49,10 @@ class CheckpointFolder:
         self.ranks = Ranks.single() if ranks is None else ranks
         self._state_file = folder / "state.json"
 
-    def save(self, stage: Stage, progress: Progress) -> None:
+    def save(self, stage: Stage, progress: Progress, settings: Settings) -> None:
         """Replaces the last checkpoint. If that fails or is cut off, the last one is still there."""
         tensors = full_state(self.ranks, _stage_tensors(stage), _shards(stage))
-        self.ranks.from_main(lambda: self._write(tensors, progress, stage.settings))
+        self.ranks.from_main(lambda: self._write(tensors, progress, settings))
 
     def clear(self) -> None:
         """Forgets an earlier run, so that a crash before the first save does not resume it."""
@@ -89,7 +89,7 @@ class CheckpointFolder:
 
     def _write(self, tensors: Mapping[str, Tensor], progress: Progress, settings: Settings) -> None:
         remove_leftovers(self.folder)
-        stage, steps, digest = progress.stages[-1].name, progress.steps_done, digest_of(tensors)
+        stage, steps, digest = progress.stage, progress.steps_done, digest_of(tensors)
         path = self.folder / f"{stage}-{steps:06d}-{digest[:8]}.safetensors"
         save_tensors(path, tensors, {"stage": stage, "steps_done": str(steps)})
         write_atomically(self._state_file, RunState.of(path.name, digest, settings, progress).to_json())
@@ -101,7 +101,7 @@ class CheckpointFolder:
 
     def _read_tensors(self, state: RunState) -> dict[str, Tensor]:
         path = self.folder / state.tensors
-        tensors = load_tensors(path, REMEDY)
+        tensors, _ = load_tensors(path, REMEDY)
         if digest_of(tensors) != state.sha256:
             raise CheckpointError(f"{path}: is not the file that {self._state_file} was written with; {REMEDY}")
         return tensors

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpo_kernels
-from examples.r1.results import StageResult
+from examples.r1.results import Record
 from examples.r1.settings import Settings
 from examples.r1.storage import CheckpointError
 
@@ -28,8 +28,12 @@ class CheckpointMismatch(CheckpointError):
 class Progress:
     """How far a run has come and what was seen on the way."""
 
-    stages: list[StageResult] = field(default_factory=list)  # the last of them may go on
-    steps_done: int = 0  # of the last one
+    stage: str = ""
+    steps_done: int = 0  # of the stage
+    records: dict[str, list[Record]] = field(default_factory=dict)  # by stage, one per step
+    evaluations: dict[str, list[Record]] = field(default_factory=dict)  # by stage, with their "step"
+    facts: dict[str, Record] = field(default_factory=dict)  # by stage, of the stage as a whole
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, evaluations and all
     samples: list[dict[str, Any]] = field(default_factory=list)  # completions to read, as in PipelineResult
 
 
@@ -39,12 +43,13 @@ class RunState:
 
     tensors: str  # name of the tensor file
     sha256: str  # of its content
+    stages: list[str]  # of the run
     settings: dict[str, Any]
     progress: Progress
 
     @classmethod
     def of(cls, tensors: str, sha256: str, settings: Settings, progress: Progress) -> RunState:
-        return cls(tensors, sha256, comparable_settings(settings), progress)
+        return cls(tensors, sha256, list(settings.stages), comparable_settings(settings), progress)
 
     def to_json(self) -> str:
         """NaN and infinities are kept: `json` reads back what it wrote, to the bit."""
@@ -63,16 +68,11 @@ class RunState:
         faults = _faults(content, cls) or _faults(content["progress"], Progress, "progress.")
         if faults:
             raise CheckpointError(f"{path}: is damaged: it lacks {', '.join(faults)}; {REMEDY}")
-        progress = content["progress"]
-        try:
-            stages = [StageResult.from_json(stage) for stage in progress["stages"]]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: is damaged: a stage's results are not complete; {REMEDY}") from error
-        steps = progress["steps_done"]
-        if not stages or len(stages[-1].records) != steps:
-            raise CheckpointError(f"{path}: is damaged: it has no records of the stage's {steps} steps; {REMEDY}")
-        progress = Progress(stages, steps, progress["samples"])
-        return cls(content["tensors"], content["sha256"], content["settings"], progress)
+        progress = Progress(**{item.name: content["progress"][item.name] for item in fields(Progress)})
+        records = progress.records.get(progress.stage)
+        if progress.stage not in content["stages"] or records is None or len(records) != progress.steps_done:
+            raise CheckpointError(f"{path}: is damaged: records of the last stage's steps are missing; {REMEDY}")
+        return cls(content["tensors"], content["sha256"], content["stages"], content["settings"], progress)
 
     def check_settings(self, settings: Settings, folder: Path) -> None:
         """Raises CheckpointMismatch, which names what differs, if a run with these settings cannot go on from here."""
@@ -82,8 +82,8 @@ class RunState:
             for name in sorted(wanted.keys() | found.keys())
             if name not in wanted or name not in found or wanted[name] != found[name]
         ]
-        done = [stage.name for stage in self.progress.stages]
-        now = list(settings.stages[: len(done)])
+        until = self.stages.index(self.progress.stage) + 1
+        done, now = self.stages[:until], list(settings.stages[:until])
         if done != now:
             changes.append(f"stages {' '.join(done)} (now {' '.join(now)})")
         if changes:

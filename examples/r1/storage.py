@@ -91,22 +91,22 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_atomically(path, save(copies, entries))
 
 
-def load_tensors(path: Path, remedy: str = "run without --resume to make it anew") -> dict[str, Tensor]:
-    """The tensors of a file that `save_tensors` wrote, on the CPU.
+def load_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and metadata of a file that `save_tensors` wrote.
 
     Raises CheckpointError if it is missing, cut off or altered; the message ends with the remedy.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            digest = (file.metadata() or {}).get(_DIGEST)
+            metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file; {remedy}") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: is cut off or damaged ({error}); {remedy}") from error
-    if digest != digest_of(tensors):
+    if metadata.pop(_DIGEST, None) != digest_of(tensors):
         raise CheckpointError(f"{path}: is damaged: its tensors are not those that were written; {remedy}")
-    return tensors
+    return tensors, metadata
 
 
 def _sync_folder(folder: Path) -> None:
