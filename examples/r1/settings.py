@@ -49,12 +49,12 @@ class Settings:
 
     sft_batch: int = 64
     sft_learning_rate: float = 2e-3
-    cold_start_steps: int = 120
+    cold_start_steps: int = 140
     reward_model_steps: int = 100
-    rejection_sampling_steps: int = 200
+    rejection_sampling_steps: int = 240
 
-    reasoning_rl_steps: int = 80
-    diverse_rl_steps: int = 40
+    reasoning_rl_steps: int = 90
+    diverse_rl_steps: int = 60
     prompts: int = 32  # of an RL step
     group_size: int = 8  # samples per prompt
     updates_per_rollout: int = 2  # optimiser steps on one rollout; from the second on the ratio differs from 1

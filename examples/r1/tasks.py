@@ -120,9 +120,9 @@ class SpellBackward(Task):
     max_items = 6
     prompt_length = len("r>") + max_items
     completion_length = len(("<a>", "</a>", "END")) + max_items
-    cold_examples = 600
+    cold_examples = 800
     wrong_share = 0.15
-    misread_share = 0.4
+    misread_share = 0.25
 
     # reasoning-gym seeds problem i of a dataset with seed + i: these two ranges do not meet.
     _STREAM_SIZE = 2**30
