@@ -2,69 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
+import os
+import shlex
 import sys
-from dataclasses import fields, replace
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from rich.console import Console
 
-from examples.r1.checkpoint import CheckpointMismatch
+from examples.r1.checkpoint import CheckpointError
+from examples.r1.command_line import parse_arguments
 from examples.r1.demo import run
-from examples.r1.settings import MODELS, RECIPES, REPLAYS, TASK_NAMES, Settings
+from examples.r1.interrupt import Interrupted, signals_handled
+from examples.r1.parallel import Ranks
+
+WRONG = 2  # exit code of what the user can put right
 
 
-def parse_arguments(arguments: list[str] | None = None) -> Settings:
-    default = Settings()
-    parser = argparse.ArgumentParser(prog="python -m examples.r1", description=__doc__)
-    add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASK_NAMES, default=default.tasks, help="what to train on (default: both)")
-    add("--seed", type=int, default=default.seed)
-    add("--device", default=default.device, help="cpu or cuda (default: %(default)s)")
-    add("--threads", type=int, default=default.threads, help="of PyTorch, on a CPU (default: %(default)s)")
-    add("--output", type=Path, default=default.output, help="folder for results (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    add("--save-every", type=int, default=default.save_every, help="steps between checkpoints; 0: one a stage")
-    add("--steps", dest="grpo_steps", type=int, help="GRPO steps a task (default: the task's own)")
-    add("--sft-steps", type=int, help="steps of the cold start (default: the task's own)")
-    add("--prompts", type=int, default=default.prompts, help="a GRPO step (default: %(default)s)")
-    add("--group-size", type=int, default=default.group_size, help="samples a prompt (default: %(default)s)")
-    add("--updates-per-rollout", type=int, default=default.updates_per_rollout, help="(default: %(default)s)")
-    add("--learning-rate", dest="grpo_learning_rate", type=float, default=default.grpo_learning_rate, help="of GRPO")
-    add("--clip", type=float, default=default.clip, help="of the ratio (default: %(default)s)")
-    add("--kl-coef", type=float, default=default.kl_coef, help="weight of the KL penalty (default: %(default)s)")
-    add("--temperature", type=float, default=default.temperature, help="of the samples (default: %(default)s)")
-    add("--width", type=int, default=default.width, help="of the model (default: %(default)s)")
-    add("--layers", type=int, default=default.layers, help="of the model (default: %(default)s)")
-    add("--heads", type=int, default=default.heads, help="of the model (default: %(default)s)")
-    add("--mtp", type=int, default=default.mtp, help="tokens drafted at a time; 0: no drafts (default: %(default)s)")
-    add("--model", choices=MODELS, default=default.model, help="(default: %(default)s)")
-    add("--experts", type=int, default=default.experts, help="of a layer of the MoE model (default: %(default)s)")
-    add("--experts-per-token", type=int, default=default.experts_per_token, help="(default: %(default)s)")
-    add("--no-shared-expert", dest="shared_expert", action="store_false", help="the MoE model has none")
-    add("--recipe", choices=RECIPES, default=default.recipe, help="of its experts' products (default: %(default)s)")
-    add("--replay", choices=REPLAYS, default=default.replay, help="whose routes training takes (default: %(default)s)")
-    add("--aux-loss-coef", type=float, default=default.aux_loss_coef, help="in the cold start (default: %(default)s)")
-    add("--bias-update-rate", type=float, default=default.bias_update_rate, help="likewise (default: %(default)s)")
-    add("--evaluate-every", type=int, default=default.evaluate_every, help="steps (default: %(default)s)")
-    add("--shuffle-rewards", action="store_true", help="control: rewards change places in their group")
-    values = vars(parser.parse_args(arguments))
-    values["tasks"] = tuple(values["tasks"])
-    known = {field.name for field in fields(Settings)}
-    try:
-        return replace(default, **{name: value for name, value in values.items() if name in known})
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def main() -> int:
-    console = Console()
-    try:
-        run(parse_arguments(), console)
-    except (CheckpointMismatch, ModuleNotFoundError) as error:
-        console.print(f"examples.r1: {error}", style="red", highlight=False)
-        return 2
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    settings = parse_arguments(given)
+    is_main = os.environ.get("RANK", "0") == "0"
+    with ExitStack() as stack:
+        try:
+            ranks = stack.enter_context(Ranks.from_environment(settings.device))
+        except ValueError as error:
+            return _say(f"examples.r1: {error}", WRONG)
+        try:
+            with signals_handled():
+                run(settings, Console(quiet=not is_main), ranks)
+        except Interrupted as stop:
+            where = f"with a checkpoint in {settings.output / 'checkpoint'}" if stop.saved else "at once"
+            text = f"stopped {where}; to go on from the last one:\n{_resuming(given)}"
+            return _say(text, stop.exit_code, is_main)
+        except (CheckpointError, ModuleNotFoundError) as error:  # the same on all ranks
+            return _say(f"examples.r1: {error}", WRONG, is_main)
     return 0
+
+
+def _resuming(given: Sequence[str]) -> str:
+    """The command line that goes on: a run resumes with the options that it was started with."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc-per-node {ranks}" if ranks else "python"
+    return f"{launcher} -m examples.r1 {shlex.join([*(word for word in given if word != '--resume'), '--resume'])}"
+
+
+def _say(text: str, code: int, loud: bool = True) -> int:
+    if loud:
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    return code
 
 
 if __name__ == "__main__":

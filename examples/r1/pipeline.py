@@ -9,6 +9,7 @@ from rich.console import Console
 
 from examples.r1.checkpoint import CheckpointFolder, Progress
 from examples.r1.grpo import DiverseRL, ReasoningRL
+from examples.r1.interrupt import interrupted, stop_requested
 from examples.r1.model import CharTransformer
 from examples.r1.models import ModelFolder
 from examples.r1.progress_bar import progress_bar
@@ -36,7 +37,7 @@ def _reward_model(run: Run, models: ModelFolder) -> Stage:
 
 
 def _judge(run: Run, models: ModelFolder) -> RewardModel:
-    return RewardModel(models.load("reward_model", run.build_judge()))
+    return RewardModel(models.load("reward_model", run.build_judge()), run.ranks)
 
 
 def _rejection_sampling(run: Run, models: ModelFolder) -> Stage:
@@ -65,8 +66,8 @@ class Pipeline:
         self.run = run
         self.settings = run.settings
         self.console = console
-        self.models = ModelFolder(run.settings)
-        self.checkpoints = CheckpointFolder(run.settings.output / "checkpoint")
+        self.models = ModelFolder(run.settings, run.ranks)
+        self.checkpoints = CheckpointFolder(run.settings.output / "checkpoint", run.ranks)
         self.progress = Progress()
         self.results: list[StageResult] = []
 
@@ -75,6 +76,10 @@ class Pipeline:
         if not self.settings.resume:
             self.checkpoints.clear()
         self.progress = self.checkpoints.load(self.settings) or self.progress
+        if self.settings.resume:
+            found = f"goes on after step {self.progress.steps_done} of {self.progress.stage}"
+            none = f"no checkpoint in {self.checkpoints.folder}: starts from the beginning"
+            self.console.print(found if self.progress.stage else none, highlight=False, soft_wrap=True)
         names = self.settings.stages
         first = names.index(self.progress.stage) if self.progress.stage else 0
         for name in names[first:]:
@@ -103,6 +108,9 @@ class Pipeline:
 
         if not evaluations:
             evaluations.append({"step": 0.0, **stage.evaluate()})
+            save()  # what the stage began with, such as samples that it collected, is not made twice
+            if self._must_stop():
+                raise interrupted()
         with progress_bar(self.console, stage.title, stage.steps) as report:
             report(progress.steps_done, "")
             for index in range(progress.steps_done, stage.steps):
@@ -111,13 +119,22 @@ class Pipeline:
                 last = progress.steps_done == stage.steps
                 if last or progress.steps_done % settings.evaluate_every == 0:
                     evaluations.append({"step": float(progress.steps_done), **stage.evaluate()})
-                if not last and settings.save_every and progress.steps_done % settings.save_every == 0:
+                stop = self._must_stop()
+                if not last and (stop or (settings.save_every and progress.steps_done % settings.save_every == 0)):
                     save()
                 report(progress.steps_done, {**evaluations[-1], **records[-1]})
+                if stop and not last:
+                    raise interrupted()
         if not any(sample["stage"] == stage.name for sample in progress.samples):
             progress.samples += answers(stage)
         self.models.save(stage.name, stage.model)
         save()
+        if self._must_stop():
+            raise interrupted()
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was told to: all of them stop after the same step."""
+        return self.run.ranks.any(stop_requested())
 
     def _result(self, name: str) -> StageResult:
         progress = self.progress
