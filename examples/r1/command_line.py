@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from examples.r1 import settings as names
+from examples.r1 import settings_checks
 from examples.r1.settings import Settings
 
 _CHOICES = {
@@ -121,6 +122,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     values = vars(made.parse_args(arguments))
     values["stages"] = tuple(values["stages"])
     try:
-        return replace(Settings(), **values)
+        settings = replace(Settings(), **values)
+        settings_checks.check_surroundings(settings)
     except ValueError as error:
         made.error(str(error))
+    return settings

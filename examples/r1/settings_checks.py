@@ -1,4 +1,4 @@
-"""What settings must hold for a run to make sense, found before anything is trained."""
+"""What settings must hold for a run to make sense and to find what it needs: told before anything is trained."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ _POSITIVE = (
     "max_grad_norm",
 )
 _SHARES = ("judge_threshold",)
+_STARTS_FROM = {
+    "cold_start": (),
+    "reasoning_rl": ("cold_start",),
+    "reward_model": (),
+    "rejection_sampling": ("reasoning_rl", "reward_model"),
+    "diverse_rl": ("rejection_sampling", "reward_model"),
+}
 MOST_EVALUATION_PROMPTS = 5000  # of the words that there are, most are for training
 
 
@@ -68,14 +75,32 @@ def check(settings: Settings) -> None:
         _demand(value in choices, name, f"one of {', '.join(choices)}", repr(value))
     _check_stages(settings)
     _check_model(settings)
-    _check_device(settings.device)
     changes = {} if settings.clip is None else {"clip_low": settings.clip, "clip_high": settings.clip}
     GRPOLossConfig.preset(settings.preset, kl_coef=settings.kl_coef, **changes)  # says itself what does not go with it
     count = settings.evaluation_prompts
     _demand(count <= MOST_EVALUATION_PROMPTS, "evaluation_prompts", f"at most {MOST_EVALUATION_PROMPTS}", count)
+
+
+def check_surroundings(settings: Settings) -> None:
+    """Raises ValueError if something is not there: the device, a folder, models of stages that are left out."""
+    _check_device(settings.device)
     _demand(not settings.output.is_file(), "output", "a folder", f"the file {settings.output}")
     if settings.report is not None:
         _demand(not settings.report.is_dir(), "report", "a file", f"the folder {settings.report}")
+    for stage in settings.stages:
+        for needed in _STARTS_FROM[stage]:
+            if needed not in settings.stages:
+                _check_start(settings, stage, needed)
+
+
+def _check_start(settings: Settings, stage: str, needed: str) -> None:
+    """Whether another run has the model that a stage starts from."""
+    if settings.start_from is None:
+        raise ValueError(
+            f"{stage} starts from {needed}: run that too, or name the folder of a run that did as start_from"
+        )
+    path = settings.start_from / "models" / f"{needed}.safetensors"
+    _demand(path.is_file(), "start_from", f"the folder of a run with the model of {needed}", f"no file {path}")
 
 
 def _check_stages(settings: Settings) -> None:
