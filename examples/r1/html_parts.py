@@ -55,9 +55,14 @@ def header(result: PipelineResult) -> str:
     model = f"{result.settings.model}, {result.settings.layers} layers, width {result.settings.width}"
     cards.append(_card("parameters", count(result.parameters), model))
     names = ", ".join(short_title(stage) for stage in result.stages) or "no stages"
-    lead = f"One small model through {names}; every loss and reward by the ops of grpo_kernels."
+    lead = f"One small model through {names}; losses, advantages and log-probabilities by the ops of grpo_kernels."
+    warnings = [watch.sentence(found) for stage in result.stages if (found := watch.verdict(stage)) and found.hacked]
+    notices = "".join(
+        f'<p class="notice warning"><strong>Warning.</strong> <a href="#watch-the-judge">{escape(words)}</a></p>\n'
+        for words in warnings
+    )
     return (
-        f'<h1>{escape(headline(result))}</h1>\n<p class="lead">{escape(lead)}</p>\n'
+        f'<h1>{escape(headline(result))}</h1>\n<p class="lead">{escape(lead)}</p>\n{notices}'
         f'<div class="cards">{"".join(cards)}</div>'
     )
 
@@ -86,7 +91,7 @@ def judge_watch(result: PipelineResult) -> str:
         notice = warning if found.hacked else f'<p class="notice">{words}</p>'
         parts.append(f"<h3>{escape(full_title(stage))}</h3>\n{notice}")
         panel = panels.judge_panel(stage, watch.TASK)
-        parts.append(svg_chart.figure(panel, panels.bands([stage]), named=False))
+        parts.append(f'<div class="narrow">{svg_chart.figure(panel, panels.bands([stage]), named=False)}</div>')
     if not parts:
         return ""
     criterion = (
@@ -120,7 +125,7 @@ def samples(result: PipelineResult) -> str:
 def comparisons(result: PipelineResult) -> str:
     """The loss step and the drafts; PPO has a section of its own."""
     rows = [[escape(label.strip()), escape(value)] for label, value in compared(result, with_ppo=False)]
-    return _table(["", ""], rows) if rows else ""
+    return f'<div class="narrow">{_table(["", ""], rows)}</div>' if rows else ""
 
 
 def ppo(result: PipelineResult) -> str:
@@ -146,18 +151,22 @@ def ppo(result: PipelineResult) -> str:
             for one in compared_ways
         ]
         blocks.append(_table(["compared", "PPO", "GRPO", "saved"], rows, numbers=3))
-    return "\n".join(blocks)
+    return f'<div class="narrow">{chr(10).join(blocks)}</div>'
 
 
 def settings(result: PipelineResult) -> str:
+    """The machine, the settings that are not the defaults, and all of them to unfold."""
     chosen = result.as_json()["settings"]
-    tables = [
+    usual = PipelineResult(type(result.settings)(), 0).as_json()["settings"]
+    changed = {name: value for name, value in chosen.items() if value != usual[name]}
+    shown = [("Machine", result.machine), ("Settings other than the defaults", changed)]
+    tables = "".join(
         f'<div class="wide"><h3>{title}</h3>{_table(["", ""], _pairs(content))}</div>'
-        for title, content in (("Machine", result.machine), ("Settings", chosen))
+        for title, content in shown
         if content
-    ]
-    body = f'<div class="tables">{"".join(tables)}</div>'
-    return f"<details><summary>{len(chosen)} settings</summary>\n{body}\n</details>"
+    )
+    every = f'<div class="tables"><div>{_table(["", ""], _pairs(chosen))}</div></div>'
+    return f'<div class="narrow">{tables}</div>\n<details><summary>All settings</summary>\n{every}\n</details>'
 
 
 def _pairs(content: Mapping[str, Any]) -> list[list[str]]:

@@ -36,7 +36,7 @@ a { color: var(--c0); }
 .holds .value { color: var(--good); } .fails .value { color: var(--bad); }
 .notice { padding: .8rem 1rem; border-left: 5px solid var(--good); border-radius: 6px; background: var(--good-card); }
 .notice.warning { border-color: var(--bad); background: var(--bad-card); }
-.notice.warning strong { color: var(--bad); }
+.notice.warning strong, .notice.warning a { color: var(--bad); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.4rem; }
 figure.chart { margin: 0; }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 .6rem; align-items: baseline; font-size: .9rem; }
@@ -50,14 +50,16 @@ svg path { fill: none; stroke-width: 1.9; stroke-linejoin: round; }
 svg .grid { stroke: var(--line); stroke-width: .7; } svg .band { fill: var(--band); } svg .noband { fill: none; }
 svg .faint { stroke-width: .8; opacity: .35; } svg .thin { stroke-width: 1.2; }
 svg .aim { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 4 3; }
-svg text { font-size: 10.5px; fill: var(--soft); text-anchor: middle; }
+svg text { font-size: 10px; fill: var(--soft); text-anchor: middle; }
 svg .side { text-anchor: end; } svg .stage { font-weight: 600; } svg .warned { fill: var(--bad); }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }
 .b0 { fill: var(--c0); background: var(--c0); } .b1 { fill: var(--c1); background: var(--c1); }
 .b2 { fill: var(--c2); background: var(--c2); } .b3 { fill: var(--c3); background: var(--c3); }
 .b4 { fill: var(--c4); background: var(--c4); } .b5 { fill: var(--c5); background: var(--c5); }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.4rem; }
+.tables { columns: 25rem; column-gap: 2rem; }
+.tables > div { break-inside: avoid; margin-bottom: 1.8rem; }
+.narrow { max-width: 46rem; } .narrow table { margin-bottom: 1.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .18rem .5rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -68,5 +70,5 @@ code { font: .86em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; ove
 .right { color: var(--good); } .wrong { color: var(--bad); }
 summary { cursor: pointer; color: var(--soft); }
 footer { margin-top: 3rem; font-size: .85rem; color: var(--soft); }
-@media print { body { max-width: none; } figure.chart, .tables > div { break-inside: avoid; } }
+@media print { body { max-width: none; } figure.chart { break-inside: avoid; } }
 """

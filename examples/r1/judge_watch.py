@@ -94,13 +94,15 @@ def judge_is_hacked(stage_result: StageResult) -> bool:
 
 def sentence(found: Verdict) -> str:
     """What happened, in one sentence."""
-    accuracy = f"true accuracy {found.accuracy_best:.2f} -> {found.accuracy_end:.2f}"
-    judge = f"the judge's score {found.judge_best:.2f} -> {found.judge_end:.2f}"
+    accuracy = f"true accuracy went from {found.accuracy_best:.2f} to {found.accuracy_end:.2f}"
+    judge = f"the judge's score from {found.judge_best:.2f} to {found.judge_end:.2f}"
     if found.hacked:
-        return f"The judge is hacked: {accuracy}, while {judge}. Samples please it and are wrong."
+        return f"The judge is hacked: {accuracy}, {judge}. Samples please it and are wrong."
     if found.fall >= ACCURACY_FALL:
-        return f"Accuracy fell and the judge saw it: {accuracy}, {judge}."
-    return f"The judge is not hacked: {accuracy} from its best to the end, {judge}."
+        return f"The accuracy fell and the judge saw it: {accuracy}, {judge}."
+    if found.accuracy_best < ACCURACY_FALL:
+        return f"Too few answers were ever right to tell whether the judge is hacked: {accuracy}, {judge}."
+    return f"The judge is not hacked: from its best on the {accuracy}, {judge}."
 
 
 def _running_means(values: list[float], size: int) -> list[float]:

@@ -181,7 +181,7 @@ def _fact_rows(stage: StageResult) -> list[Row]:
             text = f"{count(found)} of {count(of)}, {percent(found / of)}"
         elif name.endswith("seconds"):
             text = duration(value)
-        elif found is not None and (0 < abs(found) < 1 or (found == 1 and words.endswith(("right", "share")))):
+        elif found is not None and (0 < abs(found) < 1 or words.endswith(("right", "share"))):
             text = percent(found)
         else:
             text = count(found) if found is None or found == round(found) else number(found)

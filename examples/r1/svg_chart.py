@@ -12,6 +12,7 @@ from examples.r1.panels import Band, Curve, Panel, is_smoothed, limits, smooth
 COLORS = 6  # classes c0 ... c5 of the page's style
 _WIDTH, _HEIGHT = 560.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 8.0, 8.0, 22.0
+_NAMES = 22.0  # above the panel, two lines for the stages' names
 
 
 class _Frame:
@@ -61,13 +62,16 @@ def figure(panel: Panel, along: Sequence[Band], *, named: bool = True) -> str:
 def svg(panel: Panel, along: Sequence[Band], *, named: bool = True) -> str:
     frame = _Frame(panel, along)
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT + 14 * named:g}" role="img" aria-label="{escape(panel.title)}">',
-        f'<g transform="translate(0 {14 * named})">',
+        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT + _NAMES * named:g}" role="img" aria-label="{escape(panel.title)}">',
+        f'<g transform="translate(0 {_NAMES * named:g})">',
         *_bands(frame, along, named),
         *_grid(frame),
     ]
     if panel.aim is not None:
-        parts.append(_line(frame, [(frame.start, panel.aim), (frame.end, panel.aim)], "aim", f"aim {panel.aim:g}"))
+        parts.append(_line(frame, [(frame.start, panel.aim), (frame.end, panel.aim)], "aim"))
+        parts.append(
+            f'<text class="side" x="{_LEFT + 52:g}" y="{frame.y(panel.aim) + 12:.1f}">aim {panel.aim:g}</text>'
+        )
     for curve in panel.curves:
         parts += _curve(frame, curve)
     return "\n".join([*parts, "</g></svg>"])
@@ -86,7 +90,10 @@ def _bands(frame: _Frame, along: Sequence[Band], named: bool) -> list[str]:
         )
         if named:
             warned = " warned" if band.warning else ""
-            parts.append(f'<text class="stage{warned}" x="{(left + right) / 2:.1f}" y="-2">{escape(band.label)}</text>')
+            lines = band.label.split(" ", 1)
+            for line, text in enumerate(lines):
+                y = 2 - 12 * (len(lines) - 1 - line)
+                parts.append(f'<text class="stage{warned}" x="{(left + right) / 2:.1f}" y="{y}">{escape(text)}</text>')
         parts += [
             f'<text class="tick" x="{frame.x(x):.1f}" y="{bottom + 14:g}">{label}</text>' for x, label in band.ticks
         ]
