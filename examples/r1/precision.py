@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,112 +16,79 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import describe
-from examples.r1.checkpoint import comparable_settings
-from examples.r1.pipeline import prepare
 from examples.r1.progress_bar import progress_bar
-from examples.r1.report import save_json
-from examples.r1.seeds import Run, Verdicts, add_options, run_all
-from examples.r1.settings import RECIPES, TASK_NAMES, Settings
-from examples.r1.sft import SFTStage
+from examples.r1.run import Run
+from examples.r1.run_state import comparable_settings
+from examples.r1.seeds import Job, Verdicts, add_options, run_all
+from examples.r1.settings import RECIPES, Settings
+from examples.r1.sft import ColdStart
+from examples.r1.storage import write_atomically
 
 BASELINE = "bf16"
 TOLERANCE = 0.01  # of the baseline's mean over the seeds, in either direction
-FINAL_STEPS = 0.25  # of the stage's steps, over which the final loss is a mean: a single step moves it by 2 %
-
-
-class Losses(NamedTuple):
-    """What one run ends with."""
-
-    late: list[float]  # after each of the last steps
-
-    @property
-    def final(self) -> float:
-        return _mean(self.late)
 
 
 class Comparison(NamedTuple):
-    """The runs of one task and recipe beside those of the baseline, in the order of the seeds."""
+    """The losses at the end with one recipe beside those of the baseline, in the order of the seeds."""
 
-    task: str
     recipe: str
-    losses: list[Losses]
-    baseline: list[Losses]
+    losses: list[float]
+    baseline: list[float]
 
     @property
     def mean(self) -> float:
-        """Of the final losses over the seeds."""
-        return _mean([found.final for found in self.losses])
+        """Over the seeds."""
+        return sum(self.losses) / len(self.losses)
 
     @property
     def ratio(self) -> float:
         """That mean over the baseline's."""
-        return self.mean / _mean([found.final for found in self.baseline])
+        return sum(self.losses) / sum(self.baseline)
 
     @property
-    def step_ratios(self) -> list[float]:
-        """What the ratio would be if the loss after one of the last steps alone were the final one."""
-        own, other = (zip(*(found.late for found in losses), strict=True) for losses in (self.losses, self.baseline))
-        return [sum(mine) / sum(theirs) for mine, theirs in zip(own, other, strict=True)]
+    def seed_ratios(self) -> list[float]:
+        """Of each seed by itself."""
+        return [mine / theirs for mine, theirs in zip(self.losses, self.baseline, strict=True)]
 
     @property
     def holds(self) -> bool:
         return abs(self.ratio - 1.0) <= TOLERANCE
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def cold_start(settings: Settings, console: Console) -> Losses:
-    """Trains the first stage of the settings' one task, without samples and checkpoints."""
-    (name,) = settings.tasks
-    task, held_out, model = prepare(name, settings)
-    stage = SFTStage(model, task, held_out, settings)
-    late = stage.steps - max(1, round(stage.steps * FINAL_STEPS))
-    losses = []
-    with progress_bar(console, f"{name}, {settings.recipe}, seed {settings.seed}", stage.steps) as report:
+def cold_start(settings: Settings, console: Console) -> float:
+    """Trains the first stage, without samples and checkpoints; returns its validation loss."""
+    run = Run.prepare(settings)
+    stage = ColdStart(run.build_policy(), run)
+    with progress_bar(console, f"{settings.recipe}, seed {settings.seed}", stage.steps) as report:
         for index in range(stage.steps):
-            record = stage.step(index)
-            if index >= late:
-                losses.append(stage.validate()["validation_loss"])
-            report(index + 1, f"loss {record['loss']:.3f}")
-    return Losses(losses)
+            report(index + 1, stage.step(index))
+    return stage.validation_loss()
 
 
 def compare(
-    settings: Settings, recipes: Sequence[str], seeds: Sequence[int], jobs: int, console: Console
+    settings: Settings, recipes: Sequence[str], seeds: Sequence[int], at_once: int, console: Console
 ) -> list[Comparison]:
-    """Trains the cold start of every task with every recipe and seed; the baseline is among the recipes."""
-    cases = list(product(settings.tasks, recipes, seeds))
-    runs: list[tuple[Run[Losses], Settings]] = [
-        (cold_start, replace(settings, tasks=(task,), recipe=recipe, seed=seed)) for task, recipe, seed in cases
+    """Trains the cold start with every recipe and seed; the baseline is among the recipes."""
+    jobs = [
+        Job(f"{recipe} {seed}", cold_start, replace(settings, recipe=recipe, seed=seed))
+        for recipe, seed in product(recipes, seeds)
     ]
-    losses = dict(zip(cases, run_all(runs, jobs, console), strict=True))
-
-    def row(task: str, recipe: str) -> list[Losses]:
-        return [losses[task, recipe, seed] for seed in seeds]
-
-    return [
-        Comparison(task, recipe, row(task, recipe), row(task, BASELINE))
-        for task, recipe in product(settings.tasks, recipes)
-    ]
+    found = run_all(jobs, at_once, console)
+    losses = {recipe: [found[f"{recipe} {seed}"] for seed in seeds] for recipe in recipes}
+    return [Comparison(recipe, losses[recipe], losses[BASELINE]) for recipe in recipes]
 
 
 def table(comparisons: Sequence[Comparison], seeds: Sequence[int]) -> Table:
-    """One row a task and recipe."""
-    table = Table(
-        title="Validation loss at the end of the cold start, nats a token",
-        caption=f"means of the last {FINAL_STEPS:.0%} of the steps; ratios to {BASELINE}, and those of single steps",
-    )
-    for name in ("task", "recipe"):
-        table.add_column(name, no_wrap=True)
-    for name in (*(f"seed {seed}" for seed in seeds), "mean", "ratio", "single steps", "last"):
+    """One row a recipe."""
+    table = Table(title="Validation loss at the end of the cold start, nats a token", caption=f"ratios to {BASELINE}")
+    table.add_column("recipe", no_wrap=True)
+    for name in (*(f"seed {seed}" for seed in seeds), "mean", "ratio", "of single seeds"):
         table.add_column(name, justify="right")
     for row in comparisons:
-        ratios = row.step_ratios
-        cells = [f"{found.final:.4f}" for found in row.losses]
-        cells += [f"{row.mean:.4f}", f"{row.ratio:.4f}", f"{min(ratios):.3f} - {max(ratios):.3f}", f"{ratios[-1]:.3f}"]
-        table.add_row(row.task, row.recipe, *cells)
+        ratios = row.seed_ratios
+        cells = [f"{loss:.4f}" for loss in row.losses]
+        cells += [f"{row.mean:.4f}", f"{row.ratio:.4f}", f"{min(ratios):.3f} - {max(ratios):.3f}"]
+        table.add_row(row.recipe, *cells)
     return table
 
 
@@ -129,7 +97,7 @@ def judge(comparisons: Sequence[Comparison]) -> Verdicts:
     verdicts = Verdicts()
     for row in comparisons:
         if row.recipe != BASELINE:
-            condition = f"{row.task}: mean within {TOLERANCE:.0%} of {BASELINE}"
+            condition = f"mean loss within {TOLERANCE:.0%} of {BASELINE}"
             verdicts.add(row.recipe, condition, f"{row.ratio - 1.0:+.3%}", row.holds)
     return verdicts
 
@@ -142,15 +110,13 @@ def as_json(comparisons: Sequence[Comparison], settings: Settings, seeds: Sequen
         "settings": {name: value for name, value in comparable_settings(settings).items() if name not in varied},
         "seeds": list(seeds),
         "tolerance": TOLERANCE,
-        "final_steps": FINAL_STEPS,
         "results": [
             {
-                "task": row.task,
                 "recipe": row.recipe,
-                "losses": [found.late for found in row.losses],
+                "losses": row.losses,
                 "mean": row.mean,
                 f"mean_over_{BASELINE}": row.ratio,
-                f"steps_over_{BASELINE}": row.step_ratios,
+                f"seeds_over_{BASELINE}": row.seed_ratios,
                 "holds": row.holds,
             }
             for row in comparisons
@@ -162,7 +128,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(prog="python -m examples.r1.precision", description=__doc__)
     add_options(parser)
-    parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES, help="(default: both)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[BASELINE, "fp8_block128"])
     parser.add_argument("--threads", type=int, default=default.threads, help="of a run (default: %(default)s)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the losses, the machine and the versions, as JSON")
@@ -175,13 +140,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse_arguments()
     console, start = Console(), perf_counter()
-    settings = Settings(model="moe", tasks=tuple(options.tasks), device=options.device, threads=options.threads)
+    settings = Settings(model="moe", device=options.device, threads=options.threads)
     comparisons = compare(settings, options.recipes, options.seeds, options.jobs, console)
     console.print(table(comparisons, options.seeds))
     verdicts = judge(comparisons)
     verdicts.print(console, "examples.r1.precision")
     if options.save is not None:
-        save_json(options.save, as_json(comparisons, settings, options.seeds))
+        write_atomically(options.save, json.dumps(as_json(comparisons, settings, options.seeds), indent=1))
     console.print(f"{perf_counter() - start:.0f} s", highlight=False)
     return 1 if verdicts.failed else 0
 

@@ -6,8 +6,9 @@ import argparse
 import io
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,16 @@ from rich.table import Table
 from examples.r1.settings import Settings
 
 Result = TypeVar("Result")
-Run = Callable[[Settings, Console], Result]
+
+
+@dataclass(frozen=True)
+class Job(Generic[Result]):
+    """One run. `after` names another one whose folder it reads."""
+
+    name: str
+    function: Callable[[Settings, Console], Result]
+    settings: Settings
+    after: str | None = None
 
 
 class Verdicts:
@@ -31,8 +41,8 @@ class Verdicts:
     def add(self, run_name: str, condition: str, found: str, holds: bool) -> None:
         self._rows.append((run_name, condition, found, holds))
 
-    def extend(self, other: Verdicts) -> None:
-        self._rows += other._rows
+    def as_json(self) -> list[dict[str, Any]]:
+        return [dict(zip(("run", "condition", "found", "holds"), row, strict=True)) for row in self._rows]
 
     def print(self, console: Console, title: str) -> None:
         table = Table("run", "what must hold", "found", "", title=title)
@@ -41,24 +51,50 @@ class Verdicts:
         console.print(table)
 
 
-def _aside(function: Run[Result], settings: Settings) -> tuple[Result, str]:
+def _aside(job: Job[Result]) -> tuple[Result, str]:
     """What the function returns, and what it prints."""
     text = io.StringIO()
-    return function(settings, Console(file=text, width=120)), text.getvalue()
+    return job.function(job.settings, Console(file=text, width=120)), text.getvalue()
 
 
-def run_all(runs: Sequence[tuple[Run[Result], Settings]], jobs: int, console: Console) -> list[Result]:
-    """In order; or `jobs` at a time, each in a process, whose output is shown when it has ended."""
-    if jobs == 1:
-        return [function(settings, console) for function, settings in runs]
-    results = []
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_aside, function, settings) for function, settings in runs]
-        for future in futures:
-            result, text = future.result()
-            console.out(text, highlight=False, end="")
-            results.append(result)
-    return results
+def run_all(
+    jobs: Sequence[Job[Result]], at_once: int, console: Console, keep: Callable[[str, Result], None] | None = None
+) -> dict[str, Result]:
+    """What each job returns, by its name; `keep` is called with both as soon as it has ended.
+
+    One after the other in this order; or `at_once` side by side, each in a process, whose output is shown when it has
+    ended. None starts before the one that it comes after has ended. Raises ValueError if that one does not stand
+    before it.
+    """
+    results: dict[str, Result] = {}
+
+    def ended(name: str, result: Result) -> None:
+        results[name] = result
+        if keep is not None:
+            keep(name, result)
+
+    for index, job in enumerate(jobs):
+        if job.after is not None and job.after not in [other.name for other in jobs[:index]]:
+            raise ValueError(f"{job.name} reads the folder of {job.after}, which must be run before it")
+    if at_once == 1:
+        for job in jobs:
+            ended(job.name, job.function(job.settings, console))
+        return results
+    waiting = list(jobs)
+    running: dict[Future[tuple[Result, str]], str] = {}
+    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            while waiting or running:
+                for job in [job for job in waiting if job.after is None or job.after in results]:
+                    waiting.remove(job)
+                    running[pool.submit(_aside, job)] = job.name
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result, text = future.result()
+                    console.out(text, highlight=False, end="")
+                    ended(running.pop(future), result)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {job.name: results[job.name] for job in jobs}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
