@@ -97,8 +97,10 @@ def run(*, moe: bool = False, drafts: bool = False, hacked: bool = False) -> Pip
             200,
             6.5,
             [{"loss": rising(step, 200, 3.0, 0.2), "seconds": 0.03, "tokens": 600.0} for step in range(200)],
-            [{"step": 0.0, "judge/right": 0.03, "judge/wrong": 0.03, "judge/agreement": 0.51}]
-            + [{"step": 200.0, "judge/right": 0.96, "judge/wrong": 0.21, "judge/agreement": 1.0}],
+            [
+                {"step": 0.0, "judge/right": 0.03, "judge/wrong": 0.03, "judge/agreement": 0.51},
+                {"step": 200.0, "judge/right": 0.96, "judge/wrong": 0.21, "judge/agreement": 1.0},
+            ],
         ),
         sft_stage("rejection_sampling", "3  rejection sampling, SFT from the base", 240, (0.96, 0.95), moe=moe),
         rl_stage("diverse_rl", "4  diverse RL: rule and model rewards", 60, (0.96, 0.98), (0.95, words_end)),
@@ -107,7 +109,7 @@ def run(*, moe: bool = False, drafts: bool = False, hacked: bool = False) -> Pip
     for stage in (stages[1], stages[4]):
         for step, record in enumerate(stage.records):
             if moe:
-                record |= {"expert_load": 1.4 + 0.2 * math.sin(step), "rollout_mismatch": 0.0, "route_mismatch": 0.0105}
+                record |= {"expert_load": 1.4 + 0.2 * math.sin(step), "rollout_mismatch": 0.0, "route_mismatch": 0.011}
             if drafts:
                 record |= {"tokens_per_pass": 1.84, "acceptance_1": rising(step, 100, 0.92, 0.97), "mtp_loss_1": 0.4}
     return PipelineResult(

@@ -46,9 +46,9 @@ class StageResult:
     def from_json(cls, content: Mapping[str, Any]) -> StageResult:
         return cls(
             name=str(content["name"]),
-            title=str(content.get("title") or content["name"]),
+            title=str(content.get("title") or ""),
             steps=int(content.get("steps") or 0),
-            seconds=float(content.get("seconds") or 0.0),
+            seconds=_float(content.get("seconds", 0.0)),
             records=[_record(record) for record in content.get("records") or ()],
             evaluations=[_record(record) for record in content.get("evaluations") or ()],
             facts=_record(content.get("facts") or {}),
@@ -110,7 +110,7 @@ class PipelineResult:
             settings=_settings(content.get("settings") or {}),
             parameters=int(content.get("parameters") or 0),
             stages=[StageResult.from_json(stage) for stage in content["stages"]],
-            seconds=float(content.get("seconds") or 0.0),
+            seconds=_float(content.get("seconds", 0.0)),
             loss_step=content.get("loss_step"),
             draft_speed=content.get("draft_speed"),
             ppo=content.get("ppo"),
@@ -144,7 +144,11 @@ def _plain(value: Any) -> Any:
 
 
 def _record(content: Mapping[str, Any]) -> Record:
-    return {str(name): math.nan if value is None else float(value) for name, value in content.items()}
+    return {str(name): _float(value) for name, value in content.items()}
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _settings(content: Mapping[str, Any]) -> Settings:
