@@ -14,6 +14,7 @@ from torch import Tensor
 from examples.r1 import vocabulary
 from examples.r1.model import CharTransformer, SharedPrefix
 from examples.r1.mtp import layers_of, read_prompts
+from examples.r1.parallel import SINGLE, Ranks
 from examples.r1.ragged_cache import RaggedCache
 from examples.r1.results import Record
 from examples.r1.routes import DraftRecorder
@@ -56,9 +57,9 @@ class Drafted(NamedTuple):
     The tensors are of inference mode: `clone` them outside it before autograd meets them.
     """
 
-    completions: Tensor  # [N * group_size, C] int64, END, then padding
-    log_probs: Tensor  # [N * group_size, C] float32, under the policy; 0 behind END
-    counts: DraftCounts
+    completions: Tensor  # [N * group_size / ranks, C] int64, END, then padding
+    log_probs: Tensor  # [N * group_size / ranks, C] float32, under the policy; 0 behind END
+    counts: DraftCounts  # of all ranks
 
 
 @torch.inference_mode()
@@ -71,10 +72,16 @@ def generate(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     recorder: DraftRecorder | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Drafted:
     """As `rollout.generate`, with drafts. Without a generator: greedy, the same tokens as without drafts."""
-    noise = _Noise(len(prompts) * group_size, temperature, generator, prompts.device)
-    rows = _Rows(model, prompts, completion_length, group_size, noise, recorder)
+    seeds = torch.zeros((len(prompts) * group_size, 2), dtype=torch.int64, device=prompts.device)
+    if generator is not None:
+        seeds.random_(generator=generator)
+    mode = "greedy" if generator is None else "block"
+    noise = _Noise(ranks.own_samples(seeds, group_size), temperature, mode)
+    own = ranks.own_prompts(prompts, group_size)
+    rows = _Rows(model, own, completion_length, ranks.own_group(group_size), noise, recorder, ranks)
     while rows.alive():  # waits for the device: a round too many costs more
         rows.verify(*rows.draft())
     if recorder is not None:
@@ -92,12 +99,10 @@ class _Noise:
     behind the ones that stand gets another draft in the next round.
     """
 
-    def __init__(self, rows: int, temperature: float, generator: torch.Generator | None, device: torch.device) -> None:
-        self.mode = "greedy" if generator is None else "block"
+    def __init__(self, seeds: Tensor, temperature: float, mode: str) -> None:
+        self.mode = mode
         self.temperature = temperature
-        self._seeds = torch.zeros((2, rows), dtype=torch.int64, device=device)
-        if generator is not None:
-            self._seeds.random_(generator=generator)
+        self._seeds = seeds.t().contiguous()
         self._used = [0, 0]
 
     def _offsets(self, stream: int, count: int) -> Tensor:
@@ -141,8 +146,10 @@ class _Rows:
         group_size: int,
         noise: _Noise,
         recorder: DraftRecorder | None,
+        ranks: Ranks,
     ) -> None:
         self.model = model
+        self.ranks = ranks
         self.noise = noise
         self.recorder = recorder
         self.mtp = layers_of(model)
@@ -175,7 +182,8 @@ class _Rows:
         self._take(first, none, None, torch.zeros_like(self.lengths))
 
     def alive(self) -> bool:
-        return bool(self.live.any())
+        """Whether a row anywhere goes on: all ranks make as many passes, since experts may need all of them."""
+        return self.ranks.any(self.live)
 
     def draft(self) -> tuple[Tensor, Tensor]:
         """Drafts [B, D] of the next tokens and their logits [B, D, V].
@@ -236,7 +244,8 @@ class _Rows:
         self.live &= ~(is_end & kept).any(dim=1) & (self.lengths < self.completion_length)
 
     def drafted(self) -> Drafted:
-        looked_at, accepted = self.verdicts.tolist()
-        counts = DraftCounts(int(self.lengths.sum()), int(self.passes), looked_at, accepted)
+        found = torch.cat((torch.stack((self.lengths.sum(), self.passes)), self.verdicts.flatten()))
+        tokens, passes, *verdicts = self.ranks.sum_(found).tolist()
+        counts = DraftCounts(tokens, passes, verdicts[: self.depths], verdicts[self.depths :])
         length = self.completion_length
         return Drafted(self.tokens[:, :length], self.log_probs[:, :length], counts)

@@ -38,7 +38,7 @@ _LOGGED = ("kl", "entropy", "ratio_max", "clip_low_fraction", "clip_high_fractio
 
 
 class LossInputs(NamedTuple):
-    """All that the loss of some rows needs beside the policy's hidden states and its head."""
+    """All that the loss of this rank's rows needs beside the policy's hidden states and its head."""
 
     sequences: Sequences
     old_log_probs: Tensor  # [B, C] float32
@@ -59,7 +59,7 @@ class Samples(NamedTuple):
     """The groups that a step learns from, with their rewards."""
 
     rollout: Rollout
-    rewards: Tensor  # [B, 4] float32, in the order of `rewards.NAMES`
+    rewards: Tensor  # [B, 4] float32, in the order of `rewards.NAMES`: of all ranks
     informative: float  # share of all sampled groups whose rewards differ
     rounds: int  # of sampling
 
@@ -104,7 +104,7 @@ class RLStage(Stage):
         inputs = self.loss_inputs(samples, index)
         record = self.update(inputs, index)
         if inputs.routes is not None:
-            record["rollout_mismatch"] = inputs.routes.metrics(self.settings.experts_per_token)["route_mismatch"]
+            record["rollout_mismatch"] = self._route_metrics(inputs.routes)["route_mismatch"]
         done = perf_counter()
         rollout = samples.rollout
         return {
@@ -113,7 +113,7 @@ class RLStage(Stage):
             **({} if rollout.drafts is None else rollout.drafts.record()),
             "informative": samples.informative,
             "rounds": float(samples.rounds),
-            "tokens": float(rollout.generated_tokens),
+            "tokens": self.run.ranks.total(rollout.sequences.mask.sum()),
             "sample_seconds": sampled - start,
             "train_seconds": done - sampled,
         }
@@ -163,7 +163,7 @@ class RLStage(Stage):
             generator=torch_rng(self.device, self.settings.seed, self.name, index, round_),
             record_routes=self.experts > 0 and self.settings.replay == "rollout",
         )
-        judged = None if self.judge is None else self.judge.score(rollout.sequences)
+        judged = None if self.judge is None else self.judge.score(rollout.sequences, rollout.group_size)
         return rollout, rewards.training_rewards(rollout.rulings, rollout.problem_of_each, judged)
 
     def loss_inputs(self, samples: Samples, index: int) -> LossInputs:
@@ -171,12 +171,7 @@ class RLStage(Stage):
         scores, rollout = samples.rewards, samples.rollout
         if self.settings.shuffle_rewards:
             scores = shuffle_in_groups(scores, self.settings.group_size, index)
-        advantages = group_advantages(
-            scores.to(self.device),
-            group_size=self.settings.group_size,
-            reward_weights=self.reward_weights,
-            aggregation=self.settings.aggregation,
-        ).advantages
+        advantages = self._advantages(scores)
         routes = self._routes(rollout)
         again = None if routes is None else routes.again()
         old = rollout.log_probs
@@ -184,6 +179,22 @@ class RLStage(Stage):
             old = sequence_log_probs(self.model, rollout.sequences, self.temperature, routes)
         ref = sequence_log_probs(self.reference, rollout.sequences, self.temperature, again)
         return LossInputs(rollout.sequences, old, ref, advantages, routes)
+
+    def _advantages(self, scores: Tensor) -> Tensor:
+        """[B / ranks], of this rank's samples, from the rewards [B, 4] of all. Groups straddle the ranks."""
+        ranks, size = self.run.ranks, self.settings.group_size
+        own = ranks.own_samples(scores, size).to(self.device)
+        groups = torch.arange(len(scores) // size, device=self.device).repeat_interleave(ranks.own_group(size))
+        return group_advantages(
+            own,
+            group_ids=groups,
+            reward_weights=self.reward_weights,
+            aggregation=self.settings.aggregation,
+            process_group=ranks.process_group,
+        ).advantages
+
+    def _route_metrics(self, routes: Routes) -> Record:
+        return routes.metrics(self.settings.experts_per_token, self.run.ranks, self.settings.group_size)
 
     def _routes(self, rollout: Rollout) -> Routes | None:
         """Those of the rollout, or objects that the pass of the old log-probs fills; None if every pass routes anew."""
@@ -204,7 +215,7 @@ class RLStage(Stage):
             found = metrics.to_dict()
             record |= {name: found[name] for name in _LOGGED}
             if self.experts:
-                record |= routes.metrics(self.settings.experts_per_token)
+                record |= self._route_metrics(routes)
         return record
 
     def _objective(self, inputs: LossInputs, routes: Routes) -> tuple[Tensor, GRPOMetrics, Record]:
@@ -214,28 +225,47 @@ class RLStage(Stage):
         the model's hidden states, embeddings and head: they imitate whatever was sampled, good or bad, and what
         imitation would do to the policy, the advantages did not ask for.
         """
-        sequences = inputs.sequences
+        sequences, ranks = inputs.sequences, self.run.ranks
         if self.model.mtp is None:
             hidden = self.model.completion_hidden(sequences.prompts, sequences.completions, routes)
             output = self.loss(self.model.head, hidden, inputs)
-            return output.loss, output.metrics, {"loss": float(output.loss.detach())}
+            return output.loss, self._of_all(output.metrics), {"loss": ranks.total(output.loss)}
         policy = PolicyTerms(
-            inputs.old_log_probs, inputs.advantages, self.loss_config, ref_log_probs=inputs.ref_log_probs
+            inputs.old_log_probs,
+            inputs.advantages,
+            self.loss_config,
+            ref_log_probs=inputs.ref_log_probs,
+            num_items=self._num_items(sequences.mask),
         )
+        tokens = ranks.sum_(sequences.mask.sum()).to(self.model.head.weight.dtype)
         depths = self.model.head.mtp_cross_entropy(
             hidden_of_depths(self.model, sequences.prompts, sequences.completions, routes),
             sequences.completions,
             shift=0,
             mask=sequences.mask,
+            num_items=tokens,
             policy=policy,
             detach_head=True,
             temperature=self.temperature,
         )
         if depths.metrics is None:
             raise RuntimeError("the loss of a policy comes with its metrics")
-        return depths.loss, depths.metrics, {"loss": float(depths.depth_losses[0]), **record_of(depths)}
+        record = {"loss": ranks.total(depths.depth_losses[0]), **record_of(depths, tokens, ranks)}
+        return depths.loss, self._of_all(depths.metrics), record
+
+    def _of_all(self, metrics: GRPOMetrics) -> GRPOMetrics:
+        """Those of the samples of all ranks."""
+        group = self.run.ranks.process_group
+        return metrics if group is None else metrics.all_reduce(group)
+
+    def _num_items(self, mask: Tensor) -> Tensor:
+        """What the preset divides the loss by: tokens or sequences, of all ranks."""
+        by_token = self.loss_config.reduction == "token_mean"
+        count = mask.sum() if by_token else torch.tensor(len(mask), device=mask.device)
+        return self.run.ranks.sum_(count).to(self.model.head.weight.dtype)
 
     def loss(self, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> GRPOLossOutput:
+        """The policy's loss on this rank's samples, which the samples of all ranks divide."""
         return head.grpo_loss(
             hidden,
             inputs.sequences.completions,
@@ -244,6 +274,7 @@ class RLStage(Stage):
             inputs.sequences.mask,
             self.loss_config,
             ref_log_probs=inputs.ref_log_probs,
+            num_items=self._num_items(inputs.sequences.mask),
             temperature=self.temperature,
         )
 

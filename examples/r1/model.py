@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from examples.r1 import vocabulary
 from examples.r1.routes import Pass, Routes
-from grpo_kernels import FusedLMHead, MoE, MultiTokenPrediction, RouterReplay
+from grpo_kernels import FusedLMHead, MoE, MultiTokenPrediction, RouterOutput, RouterReplay
 from grpo_kernels.distributed import ExpertParallel
 
 
@@ -203,13 +203,16 @@ class CharTransformer(nn.Module):
         return [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
 
     def forward(
-        self, tokens: Tensor, cache: Cache, replay: RouterReplay | None = None, routes: Routes | None = None
+        self,
+        tokens: Tensor,
+        cache: Cache,
+        replay: RouterReplay | None = None,
+        reports: list[tuple[int, RouterOutput]] | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, width] of tokens [B, T] that continue what the cache holds.
 
-        The MoE model takes or records the routes of this pass in `replay`, and reports to `routes`.
+        The MoE model takes or records the routes of this pass in `replay`, and adds to `reports`.
         """
-        reports = None if routes is None else routes.reports
         routing = Pass(tokens != vocabulary.PAD, replay, reports) if self.config.experts else None
         positions = cache.positions(tokens.shape[1], tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
@@ -233,9 +236,9 @@ class CharTransformer(nn.Module):
         routes = Routes() if routes is None else routes
         group_size = len(completions) // len(prompts)
         prefix = SharedPrefix(group_size)
-        prompt_hidden = self(prompts, prefix, routes.prompts, routes)
+        prompt_hidden = self(prompts, prefix, routes.prompts, routes.prompt_reports)
         first = prompt_hidden[:, -1:].repeat_interleave(group_size, dim=0)
-        rest = self(completions[:, :-1], prefix, routes.completions, routes)
+        rest = self(completions[:, :-1], prefix, routes.completions, routes.completion_reports)
         return prompt_hidden, torch.cat((first, rest), dim=1)
 
 

@@ -5,28 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 
 from examples.r1.model import CharTransformer
+from examples.r1.parallel import SINGLE, Ranks
 from examples.r1.settings import Settings
+from examples.r1.shards import full_state, own_state, shard_names
 from examples.r1.storage import CheckpointError, load_tensors, save_tensors
 
 
 class ModelFolder:
-    """`models/<stage>.safetensors`: what later stages start from; what an earlier run made may stand in for it."""
+    """`models/<stage>.safetensors`: what later stages start from; what an earlier run made may stand in for it.
 
-    def __init__(self, settings: Settings) -> None:
+    All ranks make the same calls; the first one reads and writes, and the files do not depend on their number.
+    """
+
+    def __init__(self, settings: Settings, ranks: Ranks = SINGLE) -> None:
+        self._ranks = ranks
         self._own = settings.output / "models"
         self._other = None if settings.start_from is None else settings.start_from / "models"
         self._stages = settings.stages
 
     def save(self, stage: str, model: CharTransformer) -> None:
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_tensors(self._own / f"{stage}.safetensors", tensors, {"stage": stage})
+        tensors = full_state(self._ranks, model.state_dict(), shard_names(model))
+        self._ranks.from_main(lambda: save_tensors(self._own / f"{stage}.safetensors", tensors, {"stage": stage}))
 
     def load(self, stage: str, into: CharTransformer) -> CharTransformer:
         """Puts the parameters after a stage into a model. Raises CheckpointError where there are none that fit."""
         path = self._path(stage)
-        tensors, _ = load_tensors(path, "run the stage again")
+        tensors, _ = self._ranks.from_main(lambda: load_tensors(path, "run the stage again"))
         try:
-            into.load_state_dict(tensors)
+            into.load_state_dict(own_state(self._ranks, tensors, shard_names(into)))
         except RuntimeError as error:
             raise CheckpointError(f"{path} holds a model of other sizes: {error}") from None
         return into

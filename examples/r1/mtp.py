@@ -7,9 +7,11 @@ before it are read once for a group. Those of them whose token of a deeper depth
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from examples.r1.model import CharTransformer, SharedPrefix
+from examples.r1.parallel import Ranks
 from examples.r1.results import Record
 from examples.r1.routes import Routes
 from grpo_kernels import MTPLossOutput, MultiTokenPrediction
@@ -42,10 +44,16 @@ def hidden_of_depths(
     return (hidden, *deeper)
 
 
-def record_of(output: MTPLossOutput) -> Record:
-    """Losses of the depths behind the first, and how often their most likely token was the sample's."""
+def record_of(output: MTPLossOutput, num_items: Tensor, ranks: Ranks) -> Record:
+    """Losses of the depths behind the first, and how often their most likely token was the sample's.
+
+    Means over the rows of all ranks that predict a token, where the loss was divided by `num_items`.
+    """
+    counts = output.valid_counts.double()
+    sums = torch.stack((output.depth_losses * num_items, output.acceptance * counts, counts))
+    losses, hits, rows = ranks.sum_(sums).tolist()
     record: Record = {}
-    for depth in range(1, len(output.depth_losses)):
-        record[f"mtp_loss_{depth}"] = float(output.depth_losses[depth])
-        record[f"mtp_accuracy_{depth}"] = float(output.acceptance[depth])
+    for depth in range(1, len(rows)):
+        record[f"mtp_loss_{depth}"] = losses[depth] / max(rows[depth], 1.0)
+        record[f"mtp_accuracy_{depth}"] = hits[depth] / max(rows[depth], 1.0)
     return record

@@ -102,6 +102,10 @@ class Ranks:
             dist.all_reduce(values, group=self.process_group)
         return values
 
+    def total(self, value: Tensor | float) -> float:
+        """The sum over the ranks of one number."""
+        return float(self.sum_(torch.as_tensor(value).detach().clone()))
+
     def any(self, flag: bool | Tensor) -> bool:
         """Whether it holds anywhere on any rank: for loops that must end together."""
         found = torch.as_tensor(flag).any()
@@ -164,6 +168,10 @@ class Ranks:
         """Waits until all ranks are here."""
         if self.process_group is not None:
             dist.barrier(group=self.process_group)
+
+
+SINGLE = Ranks.single()
+"""For what can be called without ranks."""
 
 
 def _own_device(device: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Stage 3: samples of the reasoning policy are judged, the good ones become the data that the base model starts anew on."""
+"""Stage 3: samples of the reasoning policy are judged, and the base model starts anew on the good ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from examples.r1.results import Record
 from examples.r1.reward_model import RewardModel
 from examples.r1.rollout import Rollout, roll_out
 from examples.r1.run import Run
-from examples.r1.sequences import Sequences
+from examples.r1.sequences import Sequences, make_sequences
 from examples.r1.sft import SFTStage, solutions
 from examples.r1.tasks import GENERAL, REASONING
 from grpo_kernels import best_of_group
@@ -57,7 +57,7 @@ class RejectionSampling(SFTStage):
                     generator=torch_rng(self.device, self.settings.seed, self.name, task, start),
                 )
                 selected = self._select(rollout, task)
-                parts.append(_chosen(rollout, selected))
+                parts.append(self._chosen(rollout, selected))
                 samples += len(rollout.texts)
                 right += float(rollout.rulings[selected.cpu(), 0].sum())
             found = [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -76,9 +76,16 @@ class RejectionSampling(SFTStage):
             scores = rewards.totals(rewards.training_rewards(rollout.rulings, rollout.problem_of_each))
             valid = (rollout.rulings >= 1.0).all(dim=1)
         else:
-            scores = self.judge.score(rollout.sequences).cpu()
+            scores = self.judge.score(rollout.sequences, rollout.group_size).cpu()
             valid = scores >= self.settings.judge_threshold
         return best_of_group(scores, 1, group_size=rollout.group_size, valid=valid).selected
+
+    def _chosen(self, rollout: Rollout, selected: Tensor) -> Sequences:
+        """The selected samples of all ranks, each with its own prompt."""
+        completions = self.run.ranks.gather_samples(rollout.sequences.completions, rollout.group_size)
+        prompts = self.run.encode_prompts(rollout.problem_of_each)
+        rows = selected.to(completions.device)
+        return make_sequences(prompts[rows], completions[rows])
 
     def facts(self) -> Record:
         return dict(self._facts)
@@ -88,11 +95,3 @@ class RejectionSampling(SFTStage):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         self.data = Sequences(*(tensors[f"data/{name}"].to(self.device) for name in Sequences._fields))
-
-
-def _chosen(rollout: Rollout, selected: Tensor) -> Sequences:
-    """The selected samples, each with its own prompt."""
-    sequences = rollout.sequences
-    rows = selected.to(sequences.completions.device)
-    prompts = sequences.prompts.repeat_interleave(rollout.group_size, dim=0)
-    return Sequences(prompts[rows], sequences.completions[rows], sequences.mask[rows])

@@ -1,4 +1,4 @@
-"""The generative reward model: a second small language model whose probability of a response is the response's score."""
+"""The generative reward model: a second small language model; how likely it finds a response is its score."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer
+from examples.r1.parallel import SINGLE, Ranks
 from examples.r1.randomness import python_rng
 from examples.r1.results import Record
 from examples.r1.run import Run
@@ -23,13 +24,18 @@ EXAMPLES = 4000  # good answers that it learns from
 class RewardModel:
     """Scores responses by how likely a model that knows good answers finds them."""
 
-    def __init__(self, model: CharTransformer) -> None:
+    def __init__(self, model: CharTransformer, ranks: Ranks = SINGLE) -> None:
         self.model = model
+        self.ranks = ranks
 
-    def score(self, sequences: Sequences) -> Tensor:
-        """exp(mean log-prob of the response's tokens), END among them: [N * G] float32, in [0, 1]."""
+    def score(self, sequences: Sequences, group_size: int = 1) -> Tensor:
+        """exp(mean log-prob of the response's tokens), END among them: [N * G] float32, in [0, 1].
+
+        Each rank gives its own sequences, of groups of `group_size` in all, and gets the scores of all.
+        """
         log_probs = sequence_log_probs(self.model, sequences, temperature=1.0)
-        return torch.exp(log_probs.sum(dim=1) / sequences.mask.sum(dim=1).clamp(min=1))
+        scores = torch.exp(log_probs.sum(dim=1) / sequences.mask.sum(dim=1).clamp(min=1))
+        return self.ranks.gather_samples(scores, group_size)
 
 
 class RewardModelStage(SFTStage):
@@ -52,8 +58,9 @@ class RewardModelStage(SFTStage):
 
     def evaluate(self) -> Record:
         """Mean scores of right answers and of wrong ones, and how often the right one of a pair scores higher."""
-        judge = RewardModel(self.model)
-        right, wrong = judge.score(self.validation_data), judge.score(self._wrong)
+        judge = RewardModel(self.model, self.run.ranks)
+        part = self.run.ranks.part("evaluation_prompts", len(self._wrong.prompts))
+        right, wrong = (judge.score(data.groups(part.start, part.stop)) for data in (self.validation_data, self._wrong))
         return {
             "validation_loss": self.validation_loss(),
             "judge/right": float(right.mean()),

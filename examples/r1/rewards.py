@@ -71,7 +71,7 @@ def training_rewards(rulings: Tensor, problems: Sequence[Problem], judged: Tenso
         problems: B of them.
         judged: [B] float32. The reward model's scores, if it was asked.
     """
-    table = torch.full((len(rulings), len(NAMES)), NOT_SCORED)
+    table = torch.full((len(rulings), len(NAMES)), NOT_SCORED, dtype=torch.float32)
     table[:, : LANGUAGE + 1] = rulings.cpu()
     general = of_task(problems, GENERAL)
     table[general, ACCURACY] = NOT_SCORED

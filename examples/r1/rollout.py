@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from examples.r1 import draft, rewards, vocabulary
 from examples.r1.draft import DraftCounts
 from examples.r1.model import CharTransformer, KVCache
+from examples.r1.parallel import SINGLE, Ranks
 from examples.r1.routes import DraftRecorder, Recorder, Routes
 from examples.r1.run import Run
 from examples.r1.sequences import Sequences, make_sequences, rows_of_groups
@@ -27,74 +28,83 @@ def generate(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     recorder: Recorder | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Tensor:
-    """Completions [N * group_size, C], END and then padding. Without a generator: greedy.
+    """Completions [N * group_size / ranks, C], END and then padding: this rank's. Without a generator: greedy.
 
-    Every prompt is read once, whatever the group size. A recorder sees the routes of an MoE model.
+    Every prompt is read once, whatever the group size. A recorder sees the routes of an MoE model. All ranks make as
+    many passes, since experts may need all of them.
     """
 
     def read(tokens: Tensor, cache: KVCache) -> Tensor:
         hidden: Tensor = model(tokens, cache, None if recorder is None else recorder.next_pass())
         return hidden[:, -1]
 
-    batch = len(prompts) * group_size
-    cache = KVCache.empty(model.config, len(prompts), model.head.weight)
-    hidden = read(prompts, cache).repeat_interleave(group_size, dim=0)
-    cache = cache.repeat(group_size)
+    def draw() -> Tensor | None:
+        """A number in [0, 1) for each row; all ranks draw those of all rows."""
+        if generator is None:
+            return None
+        numbers = torch.rand(len(prompts) * group_size, 1, generator=generator, device=prompts.device)
+        return ranks.own_samples(numbers, group_size)
+
+    own, times = ranks.own_prompts(prompts, group_size), ranks.own_group(group_size)
+    batch = len(own) * times
+    cache = KVCache.empty(model.config, len(own), model.head.weight)
+    hidden = read(own, cache).repeat_interleave(times, dim=0)
+    cache = cache.repeat(times)
     completions = torch.full((batch, completion_length), vocabulary.PAD, device=prompts.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
     for column in range(completion_length):
-        chosen = _choose(model.head(hidden), temperature, generator).masked_fill_(ended, vocabulary.PAD)
+        chosen = _choose(model.head(hidden), temperature, draw()).masked_fill_(ended, vocabulary.PAD)
         completions[:, column] = chosen
         ended |= chosen == vocabulary.END
-        if column + 1 == completion_length or (prompts.device.type == "cpu" and bool(ended.all())):
+        if column + 1 == completion_length or (prompts.device.type == "cpu" and not ranks.any(~ended)):
             break
         hidden = read(chosen[:, None], cache)
     return completions
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
+def _choose(logits: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
+    if draw is None:
         return logits.argmax(dim=-1)
     cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    draw = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, draw, right=True).squeeze(1).clamp_max_(logits.shape[1] - 1)
+    found = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+    return found.squeeze(1).clamp_max_(logits.shape[1] - 1)
 
 
 class Rollout(NamedTuple):
-    """Samples of a batch of problems, and what the rules say of them. Row i belongs to problem i // group_size."""
+    """Samples of a batch of problems, and what the rules say of them. Row i belongs to problem i // group_size.
+
+    Every rank knows the texts of all, and keeps of its own what training reads.
+    """
 
     problems: list[Problem]
-    sequences: Sequences
-    texts: list[str]
+    sequences: Sequences  # this rank's
+    texts: list[str]  # B of them
     rulings: Tensor  # [B, 3] float32, on the CPU: right, format, language
-    routes: Routes | None = None  # of an MoE model, if they were recorded
-    log_probs: Tensor | None = None  # [B, C] float32 under the policy, and
-    drafts: DraftCounts | None = None  # what drafts were worth: of a model that drafts
+    routes: Routes | None = None  # of an MoE model, if they were recorded: this rank's
+    log_probs: Tensor | None = None  # [B / ranks, C] float32 under the policy, and
+    drafts: DraftCounts | None = None  # what drafts were worth, on all ranks: of a model that drafts
 
     @property
     def group_size(self) -> int:
-        return self.sequences.group_size
+        return len(self.texts) // max(len(self.problems), 1)
 
     @property
     def problem_of_each(self) -> list[Problem]:
         """The problem of every sample."""
         return [problem for problem in self.problems for _ in range(self.group_size)]
 
-    @property
-    def generated_tokens(self) -> int:
-        return int(self.sequences.mask.sum())
-
     def select(self, groups: Tensor) -> Rollout:
         """The groups of these indices, in this order."""
-        rows = rows_of_groups(groups, self.group_size)
+        rows, own = rows_of_groups(groups, self.group_size), rows_of_groups(groups, self.sequences.group_size)
         return Rollout(
             [self.problems[index] for index in groups.tolist()],
             self.sequences.select(groups.to(self.sequences.prompts.device)),
             [self.texts[index] for index in rows.tolist()],
             self.rulings[rows],
             None if self.routes is None else self.routes.select(groups, len(self.problems)),
-            None if self.log_probs is None else self.log_probs[rows.to(self.log_probs.device)],
+            None if self.log_probs is None else self.log_probs[own.to(self.log_probs.device)],
             self.drafts,
         )
 
@@ -131,13 +141,18 @@ def roll_out(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     record_routes: bool = False,
+    ranks: Ranks | None = None,
 ) -> Rollout:
     """Samples `group_size` completions a problem (greedy without a generator) and asks the rules about them.
 
-    A model with layers of multi-token prediction drafts. The samples are others than without, their law is the same.
+    The ranks, those of the run unless others are named, share the samples of every group, and groups of one among
+    them. A model with layers of multi-token prediction drafts. The samples are others than without, their law is the
+    same.
     """
+    ranks = run.ranks if ranks is None else ranks
     prompts = run.encode_prompts(problems)
-    options = {"group_size": group_size, "temperature": temperature, "generator": generator}
+    options: dict[str, Any] = {"group_size": group_size, "temperature": temperature, "generator": generator}
+    options["ranks"] = ranks
     length = run.completion_length
     recorder: Recorder | None = None
     log_probs, counts = None, None
@@ -147,13 +162,14 @@ def roll_out(
     else:
         recorder = DraftRecorder(model.config.experts) if record_routes else None
         completions, log_probs, counts = draft.generate(model, prompts, length, recorder=recorder, **options)
-    rows = completions.tolist()
+    completions = completions.clone()  # no tensor of inference mode
+    rows = ranks.gather_samples(completions, group_size).tolist()
     texts = [vocabulary.decode(row) for row in rows]
     finished = [vocabulary.END in row for row in rows]
     repeated = [problem for problem in problems for _ in range(group_size)]
     return Rollout(
         list(problems),
-        make_sequences(prompts, completions.clone()),
+        make_sequences(ranks.own_prompts(prompts, group_size), completions),
         texts,
         rewards.rule_all(run.tasks, repeated, texts, finished),
         None if recorder is None else recorder.routes(len(completions), length),

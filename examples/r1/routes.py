@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from examples.r1.parallel import SINGLE, Ranks
 from grpo_kernels import MoE, MoEOutput, RouterOutput, RouterReplay
 
 Record = dict[str, float]
@@ -33,7 +34,13 @@ class Routes:
     def __init__(self, prompts: RouterReplay | None = None, completions: RouterReplay | None = None) -> None:
         self.prompts = prompts
         self.completions = completions
-        self.reports: list[tuple[int, RouterOutput]] = []
+        self.prompt_reports: list[tuple[int, RouterOutput]] = []  # by layer, of all passes since the last `metrics`
+        self.completion_reports: list[tuple[int, RouterOutput]] = []
+
+    @property
+    def reports(self) -> list[tuple[int, RouterOutput]]:
+        """Of prompts, then of completions."""
+        return self.prompt_reports + self.completion_reports
 
     def again(self) -> Routes:
         """The same routes for another pass, with reports of its own."""
@@ -79,22 +86,31 @@ class Routes:
 
     def loads(self) -> Tensor:
         """[layers, E] int64. Tokens of each expert in all passes since the last `metrics`."""
-        layers = sorted({layer for layer, _ in self.reports})
-        counts = [[router.tokens_per_expert for layer, router in self.reports if layer == wanted] for wanted in layers]
-        return torch.stack([torch.stack(rows).long().sum(dim=0) for rows in counts])
+        return _loads(self.reports)
 
-    def metrics(self, top_k: int) -> Record:
+    def metrics(self, top_k: int, ranks: Ranks = SINGLE, group_size: int = 1) -> Record:
         """How even the loads were and how often live routing would have gone elsewhere; forgets the passes.
 
         expert_load: the busiest expert's tokens over the mean, in the layer where that is largest; 1 is even.
         route_mismatch: share of tokens and layers whose live experts are not those that were replayed.
+
+        Of all ranks together. Where they share groups, of `group_size` in all, each reads every prompt, which counts
+        once.
         """
-        loads = self.loads().double()
-        mismatches = torch.stack([router.replay_mismatch for _, router in self.reports]).sum()
-        self.reports = []
+        reports = self.reports if group_size == 1 or ranks.is_main else self.completion_reports
+        loads = ranks.sum_(_loads(reports).double())
+        mismatches = ranks.sum_(torch.stack([router.replay_mismatch for _, router in reports]).sum())
+        self.prompt_reports, self.completion_reports = [], []
         busiest = (loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1.0)).max()
         routed = (loads.sum() / top_k).clamp(min=1.0)
         return {"expert_load": float(busiest), "route_mismatch": float(mismatches / routed)}
+
+
+def _loads(reports: list[tuple[int, RouterOutput]]) -> Tensor:
+    """[layers, E] int64. Tokens of each expert."""
+    layers = sorted({layer for layer, _ in reports})
+    counts = [[router.tokens_per_expert for layer, router in reports if layer == wanted] for wanted in layers]
+    return torch.stack([torch.stack(rows).long().sum(dim=0) for rows in counts])
 
 
 class Recorder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from examples.r1.parallel import SINGLE
 from examples.r1.rollout import roll_out
 from examples.r1.stage import Stage
 
@@ -15,7 +16,7 @@ def answers(stage: Stage) -> list[dict[str, Any]]:
     if not stage.trains_policy:
         return []
     problems = [problem for held_out in stage.run.held_out.values() for problem in held_out[:SHOWN]]
-    rollout = roll_out(stage.model, stage.run, problems)
+    rollout = roll_out(stage.model, stage.run, problems, ranks=SINGLE)  # too few to share: every rank samples all
     return [
         {
             "stage": stage.name,

@@ -37,48 +37,53 @@ class SFTStage(Stage):
         start = perf_counter()
         rng = python_rng(self.settings.seed, self.name, index)
         rows = torch.tensor(rng.choices(range(len(self.data.prompts)), k=self.settings.sft_batch), device=self.device)
-        batch = self.data.select(rows)
+        ranks = self.run.ranks
+        batch = self.data.select(rows[ranks.part("sft_batch", len(rows))])
         routes = Routes() if self.model.moe_layers else None
         loss, record = self._objective(batch, routes)
         if routes is None:
             record["grad_norm"] = self.descend(loss, index)
         else:
             record |= self._descend_in_balance(loss, routes, index)
-        return record | {"tokens": float(batch.mask.sum()), "seconds": perf_counter() - start}
-
-    def learning_rate_at(self, index: int) -> float:
-        """It falls again over the last half of the stage, to a tenth."""
-        left = (self.steps - index) / max(self.steps, 1)
-        return super().learning_rate_at(index) * min(1.0, 0.1 + 1.8 * left)
+        return record | {"tokens": ranks.total(batch.mask.sum()), "seconds": perf_counter() - start}
 
     def _descend_in_balance(self, loss: Tensor, routes: Routes, index: int) -> Record:
         """A step of the MoE model, which also learns to use its experts evenly."""
-        balance_loss = routes.balance_loss()
+        ranks, rate = self.run.ranks, self.settings.bias_update_rate
+        balance_loss = routes.balance_loss() / ranks.world  # a mean over sequences, of which each has as many
         norm = self.descend(loss + balance_loss, index)
         for layer, loads in zip(self.model.moe_layers, routes.loads(), strict=True):
             if layer.e_score_correction_bias is not None:
-                update_expert_bias(layer.e_score_correction_bias, loads, self.settings.bias_update_rate)
-        load = routes.metrics(self.settings.experts_per_token)["expert_load"]
-        return {"balance_loss": float(balance_loss.detach()), "grad_norm": norm, "expert_load": load}
+                update_expert_bias(layer.e_score_correction_bias, loads, rate, ranks.process_group)
+        load = routes.metrics(self.settings.experts_per_token, ranks)["expert_load"]
+        return {"balance_loss": ranks.total(balance_loss), "grad_norm": norm, "expert_load": load}
 
     def _objective(self, batch: Sequences, routes: Routes | None = None) -> tuple[Tensor, Record]:
         """What a step minimises: the loss, and with it those of the deeper depths if the model has any."""
+        ranks = self.run.ranks
         if self.model.mtp is None:
             loss = self.loss(batch, routes)
-            return loss, {"loss": float(loss.detach())}
+            return loss, {"loss": ranks.total(loss)}
         hiddens = hidden_of_depths(self.model, batch.prompts, batch.completions, routes)
-        output = self.model.head.mtp_cross_entropy(hiddens, batch.completions, shift=0, mask=batch.mask)
-        return output.loss, {"loss": float(output.depth_losses[0]), **record_of(output)}
+        tokens = ranks.sum_(batch.mask.sum())
+        output = self.model.head.mtp_cross_entropy(
+            hiddens, batch.completions, shift=0, mask=batch.mask, num_items=tokens.to(hiddens[0].dtype)
+        )
+        return output.loss, {"loss": ranks.total(output.depth_losses[0]), **record_of(output, tokens, ranks)}
 
     def loss(self, batch: Sequences, routes: Routes | None = None) -> Tensor:
-        """Cross-entropy, the mean over the completions' tokens."""
+        """Cross-entropy, the mean over the completions' tokens; of several ranks each gives its part of the mean."""
         hidden = self.model.completion_hidden(batch.prompts, batch.completions, routes)
-        return self.model.head.cross_entropy(hidden, batch.completions.masked_fill(~batch.mask, IGNORED))
+        targets = batch.completions.masked_fill(~batch.mask, IGNORED)
+        total = self.model.head.cross_entropy(hidden, targets, reduction="sum")
+        return total / self.run.ranks.sum_(batch.mask.sum()).clamp(min=1)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
         """The loss on completions of held-out problems, nats a token. The balance loss is not in it."""
-        return float(self.loss(self.validation_data))
+        data, ranks = self.validation_data, self.run.ranks
+        own = ranks.part("evaluation_prompts", len(data.prompts))
+        return ranks.total(self.loss(data.groups(own.start, own.stop)))
 
     def evaluate(self) -> Record:
         return super().evaluate() | {"validation_loss": self.validation_loss()}

@@ -12,6 +12,7 @@ from examples.r1.evaluation import evaluate
 from examples.r1.model import CharTransformer
 from examples.r1.results import Record
 from examples.r1.run import Run
+from examples.r1.shards import clip_grad_norm_, sum_gradients
 
 
 class Stage(ABC):
@@ -64,17 +65,20 @@ class Stage(ABC):
         """Takes `tensors` back."""
 
     def learning_rate_at(self, index: int) -> float:
-        """Of step `index`: it rises over the first steps."""
-        return self.learning_rate * min(1.0, (index + 1) / self.warm_up)
+        """Of step `index`: it rises over the first steps, and falls over the last half of the stage, to a tenth."""
+        left = (self.steps - index) / max(self.steps, 1)
+        return self.learning_rate * min(1.0, (index + 1) / self.warm_up, 0.1 + 1.8 * left)
 
     def descend(self, loss: Tensor, index: int) -> float:
-        """One optimiser step; returns the norm of the policy's gradient before clipping."""
+        """One optimiser step on the sum of the ranks' losses; the norm of the policy's gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(index)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self._policy_parameters, self.settings.max_grad_norm)
+        ranks, most = self.run.ranks, self.settings.max_grad_norm
+        sum_gradients(ranks, self.model)
+        norm = clip_grad_norm_(ranks, self.model, self._policy_parameters, most)
         if self.model.mtp is not None:  # by themselves, so that drafts never make the policy's steps smaller
-            torch.nn.utils.clip_grad_norm_(self.model.mtp.parameters(), self.settings.max_grad_norm)
+            clip_grad_norm_(ranks, self.model, self.model.mtp.parameters(), most)
         self.optimizer.step()
         return float(norm)
