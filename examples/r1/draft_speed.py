@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,29 +12,34 @@ import torch
 from torch import Tensor
 
 from examples.r1 import draft, rollout
-from examples.r1.grpo import GRPOStage
-from examples.r1.rollout import encode_prompts, make_sequences, python_rng, torch_rng
+from examples.r1.grpo import RLStage
+from examples.r1.parallel import Ranks
+from examples.r1.randomness import torch_rng
+from examples.r1.sequences import make_sequences
 
 
 class DraftSpeed(NamedTuple):
-    """Tokens a second of sampling, medians."""
+    """Tokens a second of sampling, of all ranks, medians."""
 
     tokens_per_second: float
     tokens_per_second_without: float
 
 
-def compare(stage: GRPOStage, index: int, repeats: int = 5) -> DraftSpeed:
-    """Samples the prompts of a step with drafts and without; the two take turns."""
-    source = (stage.settings.seed, stage.task.name, "draft speed", index)
-    problems = islice(stage.task.training(python_rng(*source), stage.excluded_prompts), stage.settings.prompts)
-    prompts = encode_prompts(stage.task, list(problems), stage.device)
-    inputs = (stage.model, prompts, stage.task.completion_length)
-    options = {"group_size": stage.settings.group_size, "temperature": stage.settings.temperature}
+def compare(stage: RLStage, index: int, repeats: int = 5) -> DraftSpeed:
+    """Samples the prompts of a step with drafts and without; the two take turns. Every rank takes part."""
+    run = stage.run
+    prompts = run.encode_prompts(stage.problems(index, 0))
+    inputs = (stage.model, prompts, run.completion_length)
+    options: dict[str, Any] = {
+        "group_size": run.settings.group_size,
+        "temperature": stage.temperature,
+        "ranks": run.ranks,
+    }
     rates: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats):
         for generate, found in zip((_with_drafts, rollout.generate), rates, strict=True):
-            generator = torch_rng(stage.device, *source, repeat)
-            found.append(_rate(prompts, partial(generate, *inputs, generator=generator, **options)))
+            generator = torch_rng(stage.device, run.settings.seed, stage.name, "draft speed", index, repeat)
+            found.append(_rate(prompts, run.ranks, partial(generate, *inputs, generator=generator, **options)))
     return DraftSpeed(*map(median, rates))
 
 
@@ -43,7 +47,7 @@ def _with_drafts(*arguments: Any, **options: Any) -> Tensor:
     return draft.generate(*arguments, **options).completions
 
 
-def _rate(prompts: Tensor, sample: Callable[[], Tensor]) -> float:
+def _rate(prompts: Tensor, ranks: Ranks, sample: Callable[[], Tensor]) -> float:
     """Tokens a second, up to and with END."""
     if prompts.is_cuda:
         torch.cuda.synchronize()
@@ -52,4 +56,4 @@ def _rate(prompts: Tensor, sample: Callable[[], Tensor]) -> float:
     if prompts.is_cuda:
         torch.cuda.synchronize()
     seconds = perf_counter() - start
-    return int(make_sequences(prompts, completions.clone()).mask.sum()) / seconds
+    return ranks.total(make_sequences(prompts, completions.clone()).mask.sum()) / seconds

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -17,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
-from examples.r1.grpo import GRPOStage, LossInputs
+import grpo_kernels
+from examples.r1.allocations import peak_bytes
+from examples.r1.grpo import LossInputs, RLStage
 from grpo_kernels import FusedLMHead
+
+EAGER_PRESET = "grpo"  # whose loss `eager_step` writes out
 
 
 class LossStepResult(NamedTuple):
@@ -31,45 +29,60 @@ class LossStepResult(NamedTuple):
     grad_weight: Tensor
 
 
-LossStep = Callable[[GRPOStage, FusedLMHead, Tensor, LossInputs], LossStepResult]
+LossStep = Callable[[RLStage, FusedLMHead, Tensor, LossInputs], LossStepResult]
 """Settings, head, hidden states [B, C, width] that require a gradient, and the rest."""
 
 
 class LossStepComparison(NamedTuple):
-    """Measurements of one loss step. Memory is what the step needs beyond its inputs at its peak."""
+    """Measurements of one loss step. Memory is what the step needs beyond its inputs at its peak.
+
+    Without an eager step for the preset, its figures are None and the note says so.
+    """
 
     rows: int
     columns: int
     width: int
     vocabulary: int
     seconds: float
-    eager_seconds: float
+    eager_seconds: float | None
     peak_bytes: int
-    eager_peak_bytes: int
+    eager_peak_bytes: int | None
+    note: str = ""
 
 
-def fused_step(stage: GRPOStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> LossStepResult:
+def fused_step(stage: RLStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> LossStepResult:
     """The loss step as training does it."""
     return _with_gradients(stage.loss(head, hidden, inputs).loss, head, hidden)
 
 
-def eager_step(stage: GRPOStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> LossStepResult:
-    """The same in plain PyTorch, in the dtype of the head: what a trainer writes that does not use this package."""
-    settings, mask = stage.settings, inputs.sequences.mask
-    all_log_probs = torch.log_softmax(F.linear(hidden, head.weight) / settings.temperature, dim=-1)
+def eager_step(stage: RLStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> LossStepResult:
+    """The same in plain PyTorch, in the dtype of the head: what a trainer writes that does not use this package.
+
+    It knows the loss of the preset "grpo" and no other.
+    """
+    config, mask = stage.loss_config, inputs.sequences.mask
+    all_log_probs = torch.log_softmax(F.linear(hidden, head.weight) / stage.temperature, dim=-1)
     log_probs = all_log_probs.gather(-1, inputs.sequences.completions.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():  # a metric that trainers log
         entropy = -(all_log_probs.exp() * all_log_probs).sum(dim=-1)
         _ = (entropy * mask).sum() / mask.sum()
     ratio = torch.exp(log_probs - inputs.old_log_probs)
-    clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
+    clipped = ratio.clamp(1 - config.clip_low, 1 + (config.clip_low if config.clip_high is None else config.clip_high))
     advantages = inputs.advantages.to(hidden.dtype).unsqueeze(1)
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages)
     gap = inputs.ref_log_probs - log_probs
     kl = torch.exp(gap) - gap - 1
-    per_token = (policy_loss + settings.kl_coef * kl) * mask
-    loss = (per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    per_token = (policy_loss + config.kl_coef * kl) * mask
+    of_all_ranks = len(mask) * stage.run.ranks.world
+    loss = (per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / of_all_ranks
     return _with_gradients(loss, head, hidden)
+
+
+def reference_step(stage: RLStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> LossStepResult:
+    """The definition of the loss, in the dtype of the head."""
+    torch.manual_seed(0)  # clip_cov draws tokens
+    with grpo_kernels.backend("reference"):
+        return fused_step(stage, head, hidden, inputs)
 
 
 def _with_gradients(loss: Tensor, head: FusedLMHead, hidden: Tensor) -> LossStepResult:
@@ -83,13 +96,23 @@ def in_float64(head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> tuple[F
     return copy.deepcopy(head).double(), _leaf(hidden.double()), double
 
 
-def assert_same(stage: GRPOStage, hidden: Tensor, inputs: LossInputs) -> None:
-    """Raises unless loss and gradients equal those of eager PyTorch in float64; see `assert_close`."""
+def assert_same(stage: RLStage, hidden: Tensor, inputs: LossInputs) -> None:
+    """Raises unless loss and gradients equal those of the definition in float64; see `assert_close`.
+
+    The yardstick is eager PyTorch in float32; for a preset that it does not know, the definition in float32.
+    """
     head = stage.model.head
-    expected = eager_step(stage, *in_float64(head, hidden, inputs))
-    eager = eager_step(stage, head, _leaf(hidden), inputs)
+    expected = reference_step(stage, *in_float64(head, hidden, inputs))
+    plain = eager_step if has_eager(stage) else reference_step
+    eager = plain(stage, head, _leaf(hidden), inputs)
+    torch.manual_seed(0)
     actual = fused_step(stage, head, _leaf(hidden), inputs)
     assert_close(actual, expected, eager)
+
+
+def has_eager(stage: RLStage) -> bool:
+    """Whether `eager_step` is the loss of this stage."""
+    return stage.settings.preset == EAGER_PRESET
 
 
 def assert_close(actual: LossStepResult, expected: LossStepResult, eager: LossStepResult) -> None:
@@ -111,20 +134,28 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected))
 
 
-def compare(stage: GRPOStage, index: int, repeats: int = 20) -> LossStepComparison:
-    """Checks, then measures, the loss step on the samples of step `index`. The two take turns."""
+def compare(stage: RLStage, index: int, repeats: int = 20) -> LossStepComparison:
+    """Checks, then measures, the loss step on the samples of step `index`. This package and eager PyTorch take turns.
+
+    Where `eager_step` does not know the preset's loss, the step is checked and measured all the same, by itself.
+    """
     inputs = stage.loss_inputs(stage.sample(index), index)
+    if not bool(inputs.advantages.any()):  # all samples earned the same: gradients of nothing are nothing to compare
+        inputs = inputs._replace(advantages=torch.randn_like(inputs.advantages))
     with torch.no_grad():
         hidden = stage.model.completion_hidden(inputs.sequences.prompts, inputs.sequences.completions, inputs.routes)
     assert_same(stage, hidden, inputs)
-    steps = (fused_step, eager_step)
-    peaks = [_peak_bytes(step, stage, hidden, inputs) for step in steps]
-    times: tuple[list[float], list[float]] = ([], [])
+    steps = (fused_step, eager_step) if has_eager(stage) else (fused_step,)
+    leaf, head = _leaf(hidden), stage.model.head
+    peaks = [peak_bytes(partial(step, stage, head, leaf, inputs), hidden.device) for step in steps]
+    times: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats):
         for step, seconds in zip(steps, times, strict=True):
             seconds.append(_seconds(step, stage, hidden, inputs))
-    sizes = (*hidden.shape, stage.model.head.out_features)
-    return LossStepComparison(*sizes, *map(median, times), *peaks)
+    own, eager = [*zip(map(median, times), peaks, strict=True), (None, None)][:2]
+    note = "" if has_eager(stage) else f"no eager step for the preset {stage.settings.preset!r}"
+    sizes = (*hidden.shape, head.out_features)
+    return LossStepComparison(*sizes, own[0], eager[0], own[1], eager[1], note)
 
 
 def _leaf(hidden: Tensor) -> Tensor:
@@ -132,7 +163,7 @@ def _leaf(hidden: Tensor) -> Tensor:
     return hidden.clone().requires_grad_()
 
 
-def _seconds(step: LossStep, stage: GRPOStage, hidden: Tensor, inputs: LossInputs) -> float:
+def _seconds(step: LossStep, stage: RLStage, hidden: Tensor, inputs: LossInputs) -> float:
     leaf = _leaf(hidden)
     if hidden.is_cuda:
         torch.cuda.synchronize()
@@ -141,39 +172,3 @@ def _seconds(step: LossStep, stage: GRPOStage, hidden: Tensor, inputs: LossInput
     if hidden.is_cuda:
         torch.cuda.synchronize()
     return perf_counter() - start
-
-
-def _peak_bytes(step: LossStep, stage: GRPOStage, hidden: Tensor, inputs: LossInputs) -> int:
-    leaf, head = _leaf(hidden), stage.model.head
-    if hidden.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(stage, head, leaf, inputs)
-        return torch.cuda.max_memory_allocated() - before
-    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(stage, head, leaf, inputs)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-    level = peak = 0
-    for event in memory:
-        level += event["args"]["Bytes"]
-        peak = max(peak, level)
-    return peak
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Some builds of the profiler announce themselves on the process's standard error."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
