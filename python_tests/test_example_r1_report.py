@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -228,6 +229,15 @@ def test_publish_writes_the_files(tmp_path: Path) -> None:
     # A run without curves leaves none of an earlier one.
     report.publish(replace(bare(), settings=replace(settings, report=None)), Console(quiet=True))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["results.json"]
+
+
+def test_figures_and_page_do_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(output=tmp_path, report=tmp_path / "out.html")
+    text = io.StringIO()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.publish(replace(RUNS["single"](), settings=settings), Console(file=text, width=1000))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "results.json"]
+    assert "no curves.png" in text.getvalue()
 
 
 def titles(result: PipelineResult) -> list[str]:

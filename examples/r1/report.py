@@ -22,18 +22,33 @@ from examples.r1.storage import write_atomically
 
 
 def publish(result: PipelineResult, console: Console) -> None:
-    """Writes the files of a run into its folder, the page where it was asked for, and prints the tables."""
+    """Writes the files of a run into its folder, the page where it was asked for, and prints the tables.
+
+    What took minutes to find out comes first: figures and tables, before anything that may fail.
+    """
     settings = result.settings
     result.machine = {**describe(settings.device), **result.machine}
     save_json(settings.output / "results.json", result.as_json())
-    if not curves.save_curves(settings.output / "curves.png", result.stages):
-        (settings.output / "curves.png").unlink(missing_ok=True)  # of an earlier run
+    show(result, console)
+    picture = _save_curves(result)
     if settings.report is not None:
         html_report.save(settings.report, result)
-    show(result, console)
-    files = [str(settings.output), *([] if settings.report is None else [str(settings.report)])]
-    words = "figures, curves, models and checkpoints are in" if len(files) == 1 else "figures and the page are in"
-    console.print(f"{words} {' and '.join(files)}", highlight=False, markup=False, soft_wrap=True)
+    words = [f"figures, models and checkpoints are in {settings.output}", picture]
+    if settings.report is not None:
+        words.append(f"the page is {settings.report}")
+    console.print("; ".join(word for word in words if word), highlight=False, markup=False, soft_wrap=True)
+
+
+def _save_curves(result: PipelineResult) -> str:
+    """Draws curves.png and says so, or why not."""
+    path = result.settings.output / "curves.png"
+    try:
+        if curves.save_curves(path, result.stages):
+            return "curves are in curves.png"
+    except ModuleNotFoundError as error:
+        return f"no curves.png: {error}"
+    path.unlink(missing_ok=True)  # of an earlier run
+    return ""
 
 
 def show(result: PipelineResult, console: Console) -> None:
