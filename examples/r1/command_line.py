@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from examples.r1 import settings as names
 from examples.r1 import settings_checks
+from examples.r1.quick import QUICK
 from examples.r1.settings import Settings
 
 _CHOICES = {
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
         description="Takes a small model through all stages of R1.",
         allow_abbrev=False,
     )
+    made.add_argument("--quick", action="store_true", help="fewer and smaller steps, for a look in less than a minute")
     hints, defaults = get_type_hints(Settings), {item.name: item.default for item in fields(Settings)}
     for title, texts in _HELP.items():
         group = made.add_argument_group(title)
@@ -119,7 +121,10 @@ def _add(group: Any, name: str, kind: Any, default: Any, text: str) -> None:
 def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
     """The settings; what is wrong with them goes to standard error, and the program ends with code 2."""
     made = parser()
+    if made.parse_args(arguments).quick:
+        made.set_defaults(**QUICK)  # what is given by itself still counts
     values = vars(made.parse_args(arguments))
+    del values["quick"]
     values["stages"] = tuple(values["stages"])
     try:
         settings = replace(Settings(), **values)
