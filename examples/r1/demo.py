@@ -6,7 +6,8 @@ from time import perf_counter
 
 from rich.console import Console
 
-from examples.r1 import report
+from examples.r1 import draft_speed, loss_step, ppo_memory, report
+from examples.r1.grpo import RLStage
 from examples.r1.model import count_parameters
 from examples.r1.parallel import Ranks
 from examples.r1.pipeline import Pipeline
@@ -21,11 +22,16 @@ def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> Pip
     prepared = Run.prepare(settings, ranks)
     pipeline = Pipeline(prepared, console)
     stage = pipeline.train()
+    policy = stage if isinstance(stage, RLStage) else None  # what the measurements need
+    drafts = policy is not None and policy.model.mtp is not None
     result = PipelineResult(
         settings,
         parameters=count_parameters(stage.model),
         stages=pipeline.results,
         model=stage.model,
+        loss_step=loss_step.compare(policy, policy.steps) if policy else None,
+        draft_speed=draft_speed.compare(policy, policy.steps) if policy and drafts else None,
+        ppo=ppo_memory.compare(prepared) if settings.compare_ppo and prepared.ranks.is_main else None,
         samples=pipeline.progress.samples,
         seconds=perf_counter() - start,
         machine={"processes": prepared.ranks.world},
