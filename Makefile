@@ -20,7 +20,7 @@ JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo demo-moe demo-mtp demo-trl demo-check test test-slow gates bench lint format wheel gpu-check clean
+.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench lint format wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,21 +44,30 @@ $(STAMP)/trl: $(STAMP)/packages requirements-trl.txt
 	$(PY) -m pip install -q -r requirements-trl.txt
 	@touch $@
 
-demo: $(STAMP)/build  ## train a small language model with GRPO, end to end, on this machine
-	$(PY) -m examples.r1 --output outputs/r1
+demo: $(STAMP)/build  ## train a small language model through the stages of R1, on this machine; five minutes
+	$(PY) -m examples.r1 --output outputs/r1 --report outputs/r1/report.html
 
-demo-moe: $(STAMP)/build  ## the same with a mixture of experts, its routes replayed
-	$(PY) -m examples.r1 --model moe --output outputs/r1-moe
+demo-quick: $(STAMP)/build  ## the same in less than a minute, with fewer and smaller steps
+	$(PY) -m examples.r1 --quick --output outputs/r1-quick --report outputs/r1-quick/report.html
 
-demo-mtp: $(STAMP)/build  ## the same, sampling with drafts of the model's own multi-token prediction
-	$(PY) -m examples.r1 --mtp 1 --output outputs/r1-mtp
+demo-moe: $(STAMP)/build  ## with a mixture of experts, its routes replayed
+	$(PY) -m examples.r1 --model moe --output outputs/r1-moe --report outputs/r1-moe/report.html
+
+demo-mtp: $(STAMP)/build  ## sampling with drafts of the model's own multi-token prediction
+	$(PY) -m examples.r1 --mtp 1 --output outputs/r1-mtp --report outputs/r1-mtp/report.html
+
+demo-ddp: $(STAMP)/build  ## the quick run on two processes, which share each group of samples
+	$(BIN)/torchrun --nproc-per-node 2 -m examples.r1 --quick --threads 1 --output outputs/r1-ddp --report outputs/r1-ddp/report.html
 
 demo-trl: $(STAMP)/build $(STAMP)/trl  ## TRL's own GRPOTrainer, as it is, patched and fused: time, memory, the same losses
 	$(PY) -m examples.trl
 
-demo-check: $(STAMP)/build  ## the demo with three seeds, a control with shuffled rewards, experts in FP8 against bfloat16
+demo-check: $(STAMP)/build  ## three seeds, MoE, drafts, FP8, and three controls, against their thresholds; experts in FP8 against bfloat16
 	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS)
-	$(PY) -m examples.r1.precision --tasks digit_sorting --threads 1 --jobs $(JOBS) --save outputs/r1-check/precision.json
+	$(PY) -m examples.r1.precision --threads 1 --jobs $(JOBS) --save outputs/r1-check/precision.json
+
+demo-check-ci: $(STAMP)/build  ## one seed and the three controls
+	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS) --seeds 0 --only seed-0 sft-alone shuffled-rewards weak-judge
 
 test: $(STAMP)/build  ## every test that needs no GPU and no long training
 	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests
@@ -68,7 +77,7 @@ test-slow: $(STAMP)/build $(STAMP)/trl $(STAMP)/triton-$(OLD_TRITON)  ## learnin
 	$(PYTEST) -m slow python_tests
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) GK_EXPECTED_TRITON=$(OLD_TRITON) $(PYTEST) python_tests/test_gates.py
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m bench.gates --compiler triton --sample 4 --json build/gates.json
-	$(MAKE) demo-check
+	$(MAKE) demo-check-ci
 
 gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100 (FP8 products for sm_89 too), against its limits
 	$(PY) -m bench.gates --beside $(VENV)/triton-$(OLD_TRITON)
