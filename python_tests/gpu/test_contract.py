@@ -152,9 +152,10 @@ def test_work_goes_to_the_current_stream(call: Call, device: str) -> None:
     assert_identical(late_inputs(device, inputs, lambda: run(call, inputs)), expected)
 
 
-@ON_DEVICES
+@pytest.mark.parametrize("device", CUDA)
 @pytest.mark.parametrize("call", CALLS)
 def test_compiles_without_a_graph_break(call: Call, device: str) -> None:
+    """On a CPU, its kernels and the reference: python_tests/contract."""
     torch._dynamo.reset()
     compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager", dynamic=True)
     wrapped = Call(call.name, compiled, call.make, call.differentiable)
