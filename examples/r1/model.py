@@ -243,7 +243,13 @@ class CharTransformer(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """With the experts of all ranks."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, MoE) and module.expert_parallel is not None:
+            others = module.expert_parallel.world_size - 1
+            count += others * sum(parameter.numel() for parameter in module.experts.parameters())
+    return count
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:

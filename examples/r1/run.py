@@ -16,9 +16,9 @@ from examples.r1.model import CharTransformer, ModelConfig
 from examples.r1.parallel import Ranks
 from examples.r1.randomness import python_rng, stream_seed
 from examples.r1.settings import Settings
+from examples.r1.settings_checks import check_shares
 from examples.r1.shards import own_state, shard_names
 from examples.r1.tasks import TASKS, Problem, Task
-from grpo_kernels import GRPOLossConfig
 from grpo_kernels.distributed import ExpertParallel
 
 
@@ -35,7 +35,7 @@ class Run:
     @classmethod
     def prepare(cls, settings: Settings, ranks: Ranks | None = None) -> Run:
         ranks = Ranks.single(settings.device) if ranks is None else ranks
-        _check_shares(settings, ranks)
+        check_shares(settings, ranks)
         device = ranks.device
         if device.type == "cpu":
             torch.set_num_threads(settings.threads)
@@ -108,22 +108,3 @@ class Run:
             whole, model = model, CharTransformer(config, ExpertParallel(config.experts, self.ranks.process_group))
             model.load_state_dict(own_state(self.ranks, whole.state_dict(), shard_names(model)))
         return model.to(self.device)
-
-
-def _check_shares(settings: Settings, ranks: Ranks) -> None:
-    """Raises ValueError that names the first setting of which the ranks cannot have equal shares."""
-    if ranks.process_group is None:
-        if settings.expert_parallel:
-            raise ValueError(
-                "expert_parallel shares out experts among processes, and there is one: "
-                "torchrun --nproc-per-node 2 -m examples.r1 starts two"
-            )
-        return
-    for name in ("sft_batch", "group_size", "rejection_group_size", "evaluation_prompts"):
-        ranks.share(name, getattr(settings, name))
-    if settings.expert_parallel:
-        ranks.share("experts", settings.experts)
-    if GRPOLossConfig.preset(settings.preset).selects_tokens:
-        raise ValueError(
-            f"preset {settings.preset!r} chooses among the tokens of a whole batch, which several processes do not see"
-        )

@@ -17,7 +17,17 @@ FORMAT = 2
 REMEDY = "run without --resume to start anew"
 
 # A resumed run may change these; of the stages, those that come after the checkpoint's.
-_FREE_SETTINGS = {"output", "resume", "save_every", "device", "threads", "stages", "report", "compare_ppo"}
+_FREE_SETTINGS = {
+    "output",
+    "resume",
+    "save_every",
+    "device",
+    "threads",
+    "stages",
+    "report",
+    "compare_ppo",
+    "expert_parallel",
+}
 
 
 class CheckpointMismatch(CheckpointError):

@@ -11,6 +11,7 @@ from examples.r1 import settings as options
 from grpo_kernels import GRPOLossConfig
 
 if TYPE_CHECKING:
+    from examples.r1.parallel import Ranks
     from examples.r1.settings import Settings
 
 _AT_LEAST = {
@@ -91,6 +92,25 @@ def check_surroundings(settings: Settings) -> None:
         for needed in _STARTS_FROM[stage]:
             if needed not in settings.stages:
                 _check_start(settings, stage, needed)
+
+
+def check_shares(settings: Settings, ranks: Ranks) -> None:
+    """Raises ValueError that names the first setting of which the ranks cannot have equal shares."""
+    if ranks.process_group is None:
+        if settings.expert_parallel:
+            raise ValueError(
+                "expert_parallel shares out experts among processes, and there is one: "
+                "torchrun --nproc-per-node 2 -m examples.r1 starts two"
+            )
+        return
+    for name in ("sft_batch", "group_size", "rejection_group_size", "evaluation_prompts"):
+        ranks.share(name, getattr(settings, name))
+    if settings.expert_parallel:
+        ranks.share("experts", settings.experts)
+    if GRPOLossConfig.preset(settings.preset).selects_tokens:
+        raise ValueError(
+            f"preset {settings.preset!r} chooses among the tokens of a whole batch, which several processes do not see"
+        )
 
 
 def _check_start(settings: Settings, stage: str, needed: str) -> None:
