@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -232,7 +232,9 @@ def _gather(tensor: Tensor, process_group: torch.distributed.ProcessGroup) -> Te
     """Every rank's tensor, one after the other along the first axis."""
     world = torch.distributed.get_world_size(process_group)
     gathered = tensor.new_empty((world * tensor.shape[0], *tensor.shape[1:]))
-    torch.distributed.all_gather_into_tensor(gathered, tensor.contiguous(), group=process_group)
+    distributed: Any = torch.distributed
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its older name
+    gather(gathered, tensor.contiguous(), group=process_group)
     return gathered
 
 
