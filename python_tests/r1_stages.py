@@ -49,14 +49,14 @@ def tiny_run(**changes: Any) -> Run:
     return replace(_prepared(), settings=replace(TINY, **changes))
 
 
-def beginner(run: Run, steps: int, tasks: Sequence[str] = (DIGITS, WORDS)) -> CharTransformer:
-    """The run's policy after some steps of the cold start, on all demonstrations of these tasks."""
+def beginner(run: Run, tasks: Sequence[str] = (DIGITS, WORDS)) -> CharTransformer:
+    """The run's policy after the cold start, on the demonstrations of these tasks."""
     stage = ColdStart(run.build_policy(), run)
     counts = [task.cold_examples for task in run.tasks.values()]
     ends = dict(zip(run.tasks, torch.tensor(counts).cumsum(0).tolist(), strict=True))
     rows = [torch.arange(ends[name] - run.tasks[name].cold_examples, ends[name]) for name in tasks]
     stage.data = stage.data.select(torch.cat(rows))
-    for index in range(steps):
+    for index in range(stage.steps):
         stage.step(index)
     return stage.model
 

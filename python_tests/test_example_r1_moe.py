@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from examples.r1 import demo, vocabulary
-from examples.r1.__main__ import parse_arguments
-from examples.r1.grpo import GRPOStage
+from examples.r1 import vocabulary
+from examples.r1.grpo import DiverseRL, ReasoningRL
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer, ModelConfig
-from examples.r1.pipeline import build_model, run_task
-from examples.r1.rollout import Rollout, Sequences, generate, roll_out, torch_rng
+from examples.r1.randomness import torch_rng
+from examples.r1.reward_model import RewardModel
+from examples.r1.rollout import generate
 from examples.r1.routes import Recorder, Routes
+from examples.r1.run import Run
+from examples.r1.sequences import make_sequences
 from examples.r1.settings import Settings
-from examples.r1.sft import SFTStage
-from examples.r1.tasks import TASKS
+from examples.r1.sft import ColdStart
 from grpo_kernels import RouterReplay
+from python_tests.r1_stages import CPU, DIGITS, beginner, one_thread, tiny_run
 
-CPU = torch.device("cpu")
+__all__ = ["one_thread"]
+
 EXPERTS, K, LAYERS = 4, 2, 2
 PROMPT, COMPLETION = 8, 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are too small to share out; other tests get their threads back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _model() -> CharTransformer:
     torch.manual_seed(0)
-    config = ModelConfig(max_length=20, width=16, layers=LAYERS, heads=2, experts=EXPERTS, aux_loss_coef=0.01)
+    config = ModelConfig(max_length=20, width=16, layers=LAYERS, heads=2, experts=EXPERTS, balance_coef=0.01)
     return CharTransformer(config).double()
 
 
@@ -136,71 +126,86 @@ def test_loads_and_losses_of_the_passes() -> None:
     completions, _ = _sampled(model)
     routes = Routes()
     model.completion_hidden(_prompts(), completions, routes)
-    losses = [router.aux_loss for _, router in routes.reports]
-    assert len(losses) == 2 * LAYERS
-    torch.testing.assert_close(routes.aux_loss(), sum(losses[1:], losses[0]) / 2)
-    assert all(0.005 < loss.item() < 0.04 for loss in losses)  # 0.01 if all is even
+    assert len(routes.reports) == 2 * LAYERS
     loads = routes.loads().double()
+    losses = [router.seq_aux_loss for _, router in routes.reports]
+    torch.testing.assert_close(routes.balance_loss(), sum(losses[1:], losses[0]) / 2)
+    assert all(0.005 < loss.item() < 0.04 for loss in losses)  # 0.01 if all is even
     expected = max(float(row.max() / row.mean()) for row in loads)
     assert routes.metrics(K) == {"expert_load": pytest.approx(expected), "route_mismatch": 0.0}
     assert routes.reports == []
 
 
+def test_the_balance_loss_is_a_mean_over_sequences() -> None:
+    """Prompts and completions are sequences of their own: each row's experts are balanced by themselves."""
+    model = _model()
+    completions, _ = _sampled(model)
+    whole = Routes()
+    model.completion_hidden(_prompts(), completions, whole)
+    alone = []
+    for row in range(6):
+        routes = Routes()
+        model.completion_hidden(_prompts()[row // 2, None], completions[row, None], routes)
+        alone.append(routes.balance_loss())
+    torch.testing.assert_close(whole.balance_loss(), torch.stack(alone).mean())
+
+
 # stages ----------------------------------------------------------------------------------------------------------
 
 
-def _settings(output: Path = Path("unused"), **changes: object) -> Settings:
-    tiny = Settings(
-        output=output, tasks=("digit_sorting",), threads=1, width=16, heads=2, sft_steps=4, sft_batch=8, grpo_steps=4,
-        prompts=4, group_size=4, evaluate_every=2, evaluation_prompts=8, save_every=2, model="moe", experts=EXPERTS,
-    )  # fmt: skip
-    return replace(tiny, **changes)  # type: ignore[arg-type]
+def _run(**changes: Any) -> Run:
+    return tiny_run(**{"model": "moe", "experts": EXPERTS, **changes})
 
 
 def _biases(model: CharTransformer) -> list[Tensor]:
     return [layer.e_score_correction_bias.clone() for layer in model.moe_layers]  # type: ignore[union-attr]
 
 
-def test_biases_move_in_the_cold_start_and_then_stay() -> None:
-    task, settings = TASKS["digit_sorting"](), _settings()
-    model = build_model(task, settings)
+def _reverse(model: CharTransformer) -> None:
+    """From now on live routing goes elsewhere."""
+    with torch.no_grad():
+        for layer in model.moe_layers:
+            layer.gate.weight.neg_()
+
+
+def test_biases_move_where_demonstrations_are_imitated_and_then_stay() -> None:
+    run = _run()
+    model = run.build_policy()
     assert not any(bias.any() for bias in _biases(model))
-    sft = SFTStage(model, task, task.held_out(4), settings)
-    record = sft.step(0)
-    assert {"loss", "aux_loss", "expert_load", "grad_norm"} == record.keys()
+    record = ColdStart(model, run).step(0)
+    assert record.keys() == {"loss", "balance_loss", "expert_load", "grad_norm", "tokens", "seconds"}
     for bias in _biases(model):
         assert bias.any()
         assert torch.equal(bias, 1e-3 * bias.sign())
     before = _biases(model)
-    grpo = GRPOStage(model, task, task.held_out(4), settings)
-    grpo.step(0)
+    stage = DiverseRL(model, run, RewardModel(run.build_judge()))
+    stage.step(0)
     assert all(torch.equal(bias, old) for bias, old in zip(_biases(model), before, strict=True))
-    assert all(torch.equal(bias, old) for bias, old in zip(_biases(grpo.reference), before, strict=True))
+    assert all(torch.equal(bias, old) for bias, old in zip(_biases(stage.reference), before, strict=True))
 
 
 def test_the_balance_loss_and_the_biases_even_out_the_loads() -> None:
-    task = TASKS["digit_sorting"]()
-
     def late_load(**changes: float) -> float:
-        settings = _settings(sft_steps=40, sft_batch=16, **changes)
-        stage = SFTStage(build_model(task, settings), task, task.held_out(4), settings)
+        run = _run(seed=1, cold_start_steps=40, sft_batch=16, **changes)
+        stage = ColdStart(run.build_policy(), run)
         return sum([stage.step(index)["expert_load"] for index in range(stage.steps)][-10:]) / 10
 
-    skewed = late_load(aux_loss_coef=0.0, bias_update_rate=0.0)
-    assert late_load(aux_loss_coef=0.1, bias_update_rate=0.0) < skewed - 0.1
-    assert late_load(aux_loss_coef=0.0, bias_update_rate=1e-2) < skewed - 0.1
+    skewed = late_load(balance_coef=0.0, bias_update_rate=0.0)
+    assert late_load(balance_coef=1.0, bias_update_rate=0.0) < skewed - 0.1
+    assert late_load(balance_coef=0.0, bias_update_rate=1e-2) < skewed - 0.1
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("source", ["rollout", "old", "off"])
-def test_whose_routes_are_replayed(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, settings = TASKS["digit_sorting"](), _settings(replay=source)
-    model = build_model(task, settings)
-    stage = GRPOStage(model, task, task.held_out(4), settings)
-    with torch.no_grad():
-        for layer in stage.reference.moe_layers:
-            layer.gate.weight.neg_()
-    rollout = stage.sample(0)
-    assert (rollout.routes is not None) == (source == "rollout")
+def test_whose_routes_are_replayed(source: str, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an untrained policy writes is right: two rounds give as many groups to choose among, and do."""
+    run = _run(replay=source, dynamic_sampling=rounds)
+    model = run.build_policy()
+    stage = ReasoningRL(model, run)
+    _reverse(stage.reference)
+    samples = stage.sample(0)
+    assert samples.rounds == rounds
+    assert (samples.rollout.routes is not None) == (source == "rollout")
     seen: list[list[Tensor]] = []
     passes = CharTransformer.completion_hidden
 
@@ -211,11 +216,9 @@ def test_whose_routes_are_replayed(source: str, monkeypatch: pytest.MonkeyPatch)
         return hidden
 
     monkeypatch.setattr(CharTransformer, "completion_hidden", watched)
-    inputs = stage.loss_inputs(rollout, 0)
+    inputs = stage.loss_inputs(samples, 0)
     assert (inputs.routes is not None) == (source != "off")
-    with torch.no_grad():
-        for layer in model.moe_layers:
-            layer.gate.weight.neg_()
+    _reverse(model)
     stage.update(inputs, 0)
     old, ref, first, second = seen
     for index, wanted in enumerate(old):
@@ -226,9 +229,8 @@ def test_whose_routes_are_replayed(source: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_replay_makes_the_ratio_of_the_first_update_one() -> None:
     """Old log-probs along the routes of the rollout equal the training pass's, although live routes have changed."""
-    task, settings = TASKS["digit_sorting"](), _settings(updates_per_rollout=1)
-    model = build_model(task, settings)
-    stage = GRPOStage(model, task, task.held_out(4), settings)
+    run = _run(updates_per_rollout=1)
+    stage = ReasoningRL(run.build_policy(), run)
     record = stage.update(stage.loss_inputs(stage.sample(0), 0), 0)
     assert record["ratio_max"] == pytest.approx(1.0, abs=1e-5)
     assert record["route_mismatch"] < 0.02  # sampling and training differ by rounding
@@ -238,7 +240,7 @@ def test_log_probs_of_other_routes_are_other_log_probs() -> None:
     """What replay is for: the same tokens and weights, but other experts."""
     model = _model()
     completions, routes = _sampled(model)
-    sequences = Sequences(_prompts(), completions, torch.ones_like(completions, dtype=torch.bool))
+    sequences = make_sequences(_prompts(), completions)
     same = sequence_log_probs(model, sequences, 1.0, routes)
     torch.testing.assert_close(sequence_log_probs(model, sequences, 1.0), same, rtol=0, atol=1e-6)
     assert routes.completions is not None
@@ -248,68 +250,46 @@ def test_log_probs_of_other_routes_are_other_log_probs() -> None:
     assert float((sequence_log_probs(model, sequences, 1.0, other) - same).abs().max()) > 1e-2
 
 
-# runs ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(record=True, width=120, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    (whole,) = demo.run(_settings(tmp_path / "whole"), console)
-    text = console.export_text()
-    for row in ("busiest expert / mean", "routes changed, old log-probs", "routes changed, second update"):
-        assert row in text
-    step = GRPOStage.step
-
-    def interrupted(stage: GRPOStage, index: int) -> dict[str, float]:
-        if index == 3:
-            raise KeyboardInterrupt
-        return step(stage, index)
-
-    settings = _settings(tmp_path / "resumed")
-    with monkeypatch.context() as patch:
-        patch.setattr(GRPOStage, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            demo.run(settings, console)
-    (resumed,) = demo.run(replace(settings, resume=True), console)
-    assert resumed.progress.evaluations == whole.progress.evaluations
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value), name
-    last = whole.progress.records["grpo"][-1]
-    assert {"expert_load", "route_mismatch", "rollout_mismatch"} <= last.keys()
-    assert any("e_score_correction_bias" in name for name in whole.model.state_dict())
-
-
 def test_a_dense_model_has_no_routes() -> None:
-    task = TASKS["digit_sorting"]()
-    settings = _settings(model="dense")
-    model = build_model(task, settings)
+    run = _run(model="dense")
+    model = run.build_policy()
     assert model.moe_layers == []
-    stage = GRPOStage(model, task, task.held_out(4), settings)
-    rollout: Rollout = stage.sample(0)
-    assert rollout.routes is None
-    assert roll_out(model, task, task.held_out(2)).routes is None
-    assert stage.loss_inputs(rollout, 0).routes is None
-    assert "expert_load" not in stage.step(0)
+    stage = ReasoningRL(model, run)
+    samples = stage.sample(0)
+    assert samples.rollout.routes is None
+    assert stage.loss_inputs(samples, 0).routes is None
+    assert not {"expert_load", "route_mismatch", "rollout_mismatch"} & stage.step(0).keys()
 
 
-def test_the_command_line_reaches_the_settings() -> None:
-    settings = parse_arguments(
-        ["--model", "moe", "--experts", "16", "--experts-per-token", "4", "--no-shared-expert", "--replay", "old"]
-    )
-    assert (settings.model, settings.experts, settings.experts_per_token) == ("moe", 16, 4)
-    assert (settings.shared_expert, settings.replay) == (False, "old")
-    assert parse_arguments([]).model == "dense"
+@pytest.mark.parametrize("replay", ["rollout", "off"])
+def test_a_step_says_how_routes_differ(replay: str) -> None:
+    run = _run(replay=replay)
+    record = ReasoningRL(run.build_policy(), run).step(0)
+    assert record["expert_load"] >= 1.0
+    assert 0.0 <= record["route_mismatch"] <= 1.0
+    assert ("rollout_mismatch" in record) == (replay == "rollout")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_moe_model_learns(tmp_path: Path) -> None:
-    """Digit sorting with the settings of the demonstration. Three seeds ended between 0.93 and 0.95."""
-    result = run_task("digit_sorting", Settings(output=tmp_path, model="moe"), Console(quiet=True))
-    evaluations = result.progress.evaluations["grpo"]
-    assert evaluations[-1]["accuracy"] >= 0.85
-    assert evaluations[-1]["accuracy"] >= evaluations[0]["accuracy"] + 0.15
-    assert evaluations[-1]["sampled_accuracy"] >= evaluations[0]["sampled_accuracy"] + 0.2
-    records = result.progress.records["grpo"]
+def test_the_moe_model_learns() -> None:
+    """Digit sorting alone, with the settings of the demonstration but for the number of steps."""
+    settings = Settings(
+        threads=1, model="moe", evaluation_prompts=128, cold_start_steps=100, reasoning_rl_steps=80, prompts=16
+    )
+    run = Run.prepare(settings)
+    stage = ReasoningRL(beginner(run, (DIGITS,)), run)
+    before = stage.evaluate()
+    records = [stage.step(index) for index in range(60)]
+    after = stage.evaluate()
+    print(before, after)
+    assert after[f"{DIGITS}/accuracy"] >= before[f"{DIGITS}/accuracy"] + 0.15
+    assert after[f"{DIGITS}/sampled_accuracy"] >= before[f"{DIGITS}/sampled_accuracy"] + 0.2
+    print(
+        max(record["expert_load"] for record in records),
+        max(record["rollout_mismatch"] for record in records),
+        max(record["route_mismatch"] for record in records),
+    )
     assert max(record["expert_load"] for record in records) < 4.0  # E / K: all tokens at the same two experts
     assert max(record["rollout_mismatch"] for record in records) < 0.01  # rounding
     assert max(record["route_mismatch"] for record in records) > 0.001  # what replay keeps out of the ratios
