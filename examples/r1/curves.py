@@ -101,7 +101,16 @@ def _draw_panel(axes: Axes, panel: Panel, along: Sequence[Band]) -> None:
     for curve in panel.curves:
         _draw_curve(axes, curve)
     if panel.aim is not None:
-        axes.axhline(panel.aim, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)), label=f"aim {panel.aim:g}")
+        axes.axhline(panel.aim, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"aim {panel.aim:g}",
+            (along[0].start, panel.aim),
+            xytext=(4, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=7.5,
+            color="#666666",
+        )
     axes.set_title(panel.title, loc="left", fontsize=10, weight="bold")
     axes.set_ylabel(panel.unit)
     if panel.log:
