@@ -54,7 +54,7 @@ def _table(head: list[str], cells: list[list[str]]) -> str:
 _MODEL_HEAD = [
     "model",
     "parameters",
-    "time",
+    "processor time",
     "1 cold start",
     "2 reasoning RL",
     "3 rejection sampling, SFT",
@@ -66,7 +66,7 @@ def _model_row(name: str, row: Mapping[str, Any]) -> list[str]:
     """Greedy accuracies of both tasks after each stage."""
     stages = row["stages"]
     cells = [_accuracies(stages[stage]["after"]) if stage in stages else "" for stage in _POLICY_STAGES]
-    return [_code(name), f"{row['parameters']:,}", duration(row["seconds"]), *cells]
+    return [_code(name), f"{row['parameters']:,}", duration(row["processor_seconds"]), *cells]
 
 
 def _accuracies(look: Mapping[str, float]) -> str:
@@ -75,7 +75,7 @@ def _accuracies(look: Mapping[str, float]) -> str:
 
 _LOSS_HEAD = [
     "reasoning RL of the dense model with",
-    "time",
+    "processor time",
     "greedy",
     "sampled",
     "KL, nats",
@@ -93,7 +93,7 @@ def _loss_row(name: str, row: Mapping[str, Any]) -> list[str]:
     ]
     end = stage["end"]
     figures = [number(end.get("kl")), number(end.get("ratio_max"), 2), _share(end.get("clip_fraction"))]
-    return [_code(name), duration(row["seconds"]), *cells, *figures]
+    return [_code(name), duration(row["processor_seconds"]), *cells, *figures]
 
 
 def _share(value: float | None) -> str:
