@@ -282,14 +282,8 @@ def test_the_moe_model_learns() -> None:
     before = stage.evaluate()
     records = [stage.step(index) for index in range(60)]
     after = stage.evaluate()
-    print(before, after)
     assert after[f"{DIGITS}/accuracy"] >= before[f"{DIGITS}/accuracy"] + 0.15
     assert after[f"{DIGITS}/sampled_accuracy"] >= before[f"{DIGITS}/sampled_accuracy"] + 0.2
-    print(
-        max(record["expert_load"] for record in records),
-        max(record["rollout_mismatch"] for record in records),
-        max(record["route_mismatch"] for record in records),
-    )
     assert max(record["expert_load"] for record in records) < 4.0  # E / K: all tokens at the same two experts
     assert max(record["rollout_mismatch"] for record in records) < 0.01  # rounding
     assert max(record["route_mismatch"] for record in records) > 0.001  # what replay keeps out of the ratios
