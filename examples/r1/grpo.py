@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from examples.r1 import rewards
+from examples.r1.evaluation import evaluate
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer
 from examples.r1.mtp import hidden_of_depths, record_of
@@ -89,6 +90,9 @@ class RLStage(Stage):
             model.mtp.detach = "trunk"
         self.experts = model.config.experts
         self.reward_weights = torch.tensor(rewards.WEIGHTS, device=self.device)
+
+    def evaluate(self) -> Record:
+        return evaluate(self.model, self.run, self.judge)
 
     def frozen_models(self) -> dict[str, CharTransformer]:
         return {"reference": self.reference}
