@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,8 +20,8 @@ def live_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result
 
     On CUDA they are counted in the blocks that PyTorch hands out: 512 bytes, of large ones more.
     """
-    gc.collect()  # what was dropped before shall not be freed, and counted, now
     if device.type == "cuda":
+        gc.collect()  # what was dropped before shall not be freed, and counted, now
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         result = work()
@@ -50,15 +47,22 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_changes(work: Callable[[], Result]) -> tuple[Result, list[int]]:
-    """What `work` returns, and the bytes of every allocation (positive) and release (negative), in their order."""
+    """What `work` returns, and the bytes of every allocation (positive) and its release (negative), in their order.
+
+    What was allocated before has no size when it is released now.
+    """
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-    return result, [event["args"]["Bytes"] for event in memory]
+    trace = profiler.profiler
+    if trace is None:
+        raise RuntimeError("the profiler has recorded nothing")
+    memory = sorted((event for event in trace.kineto_results.events() if event.name() == "[memory]"), key=_start)
+    return result, [event.nbytes() for event in memory]
+
+
+def _start(event: Any) -> int:
+    nanoseconds: int = event.start_ns()
+    return nanoseconds
 
 
 @contextmanager

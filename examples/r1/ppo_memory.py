@@ -188,18 +188,22 @@ def _counted_on_device(parts: Parts, device: torch.device) -> int:
 
 
 def describe_model(settings: Settings) -> str:
-    words = [settings.model, f"width {settings.width}", f"{settings.layers} layers"]
+    words = [settings.model, f"width {settings.width}", _layers(settings.layers)]
     if settings.model == "moe":
         words.append(f"{settings.experts} experts")
     if settings.mtp:
-        words.append(f"{settings.mtp} layers of drafts")
+        words.append(f"{_layers(settings.mtp)} of drafts")
     return ", ".join(words)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def table(states: ModelStates) -> Table:
     """A row a model, and what GRPO saves under each of the comparisons, for both precisions."""
     table = Table(
-        title=f"Model state as allocated: {states.model}",
+        title=f"Model state as allocated\n{states.model}",
         caption="bytes each: weights + gradients + master weights + moments",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),

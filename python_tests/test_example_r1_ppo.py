@@ -1,0 +1,394 @@
+"""PPO beside GRPO in the training example: what is counted is what is alive, and the step that is taken is PPO's."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional as F
+
+from examples.r1 import ppo, ppo_memory, ppo_step
+from examples.r1.allocations import live_bytes, peak_bytes
+from examples.r1.model import ModelConfig
+from examples.r1.parallel import Ranks
+from examples.r1.ppo_memory import PRECISIONS, ModelStates, Row
+from examples.r1.ppo_step import METHODS, Parts
+from examples.r1.run import Run
+from examples.r1.sequences import Sequences
+from grpo_kernels.testing import assert_as_accurate
+from python_tests.r1_stages import CPU, one_thread, tiny_run
+
+__all__ = ["one_thread"]
+
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"layers": 1},
+    "moe": {"layers": 1, "model": "moe", "mtp": 1, "recipe": "bf16", "preset": "dapo"},
+}
+TRAINED = {"float32": (4, 4, 0, 8), "mixed precision": (2, 2, 4, 8)}  # bytes a parameter, of each kind
+FROZEN = {"float32": (4, 0, 0, 0), "mixed precision": (2, 0, 0, 0)}
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[str, ModelStates]:
+    return {name: ppo_memory.compare(tiny_run(**options)) for name, options in MODELS.items()}
+
+
+# counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_parameter_costs_what_its_precision_says(
+    states: dict[str, ModelStates], model: str, precision: str
+) -> None:
+    run = tiny_run(**MODELS[model])
+    policy = run.build_policy()
+    plain = copy.deepcopy(policy)
+    plain.mtp = None
+    head, value = policy.head.weight.numel(), policy.config.width
+    sizes = {
+        "policy": _size(policy),
+        "critic": _size(plain) - head + value,
+        "reference": _size(plain),
+        "reward model": _size(run.build_judge()),
+    }
+    for method, parts in (("ppo", sizes.keys()), ("grpo", sizes.keys() - {"critic"})):
+        rows = states[model].of(precision, method)
+        assert rows.keys() == parts
+        for name, row in rows.items():
+            trained = name in ("policy", "critic")
+            kinds = (TRAINED if trained else FROZEN)[precision]
+            found = (row.weights, row.gradients, row.master_weights, row.moments)
+            assert row.parameters == sizes[name]
+            assert found == tuple(row.parameters * kind for kind in kinds)
+    # Adam's counter for each parameter, and in each MoE layer of the policy a float32 bias for each expert.
+    biases = 4 * run.settings.experts * len(policy.moe_layers)
+    assert states[model].of(precision, "ppo")["policy"].rest == 4 * len(list(policy.parameters())) + biases
+    assert states[model].of(precision, "grpo")["reference"].rest == biases
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_allocator_has_handed_out_what_was_counted(states: dict[str, ModelStates], model: str) -> None:
+    found = states[model].allocations
+    assert [(one.precision, one.method) for one in found] == [(p, m) for p in PRECISIONS for m in METHODS]
+    for one in found:
+        rows = states[model].of(one.precision, one.method).values()
+        assert one.allocated == one.counted == sum(row.total for row in rows) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_allocator_of_a_gpu_has_handed_out_what_was_counted_in_blocks_of_512_bytes(method: str, model: str) -> None:
+    device = torch.device("cuda")
+    run = replace(tiny_run(**MODELS[model]), device=device, ranks=Ranks.single(device))
+    METHODS[method](run, True)  # what libraries keep from their first use on
+    parts, allocated = live_bytes(partial(METHODS[method], run, True), device)
+    tensors = [tensor for part in parts.values() for kind in ppo_memory.states(part).values() for tensor in kind]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.is_cuda}
+    assert allocated == sum(-(-storage.nbytes() // 512) * 512 for storage in storages.values()) > 0
+
+
+@pytest.mark.parametrize(("method", "mixed"), [("ppo", True), ("grpo", False)])
+def test_a_census_of_live_storages_finds_what_was_counted(method: str, mixed: bool) -> None:
+    """The copies of weights in FP8 that a pass keeps are gone after the optimiser's step."""
+    run = tiny_run(**{**MODELS["moe"], "recipe": "fp8_block128"})
+    METHODS[method](run, mixed)  # what libraries keep from their first use on
+    before = _alive()
+    parts = METHODS[method](run, mixed)
+    after = _alive()
+    born = {pointer: size for pointer, size in after.items() if pointer not in before}
+    seen = set[int]()
+    counted = sum(ppo_memory.count(kind, seen) for part in parts.values() for kind in ppo_memory.states(part).values())
+    assert born.keys() == seen
+    assert sum(born.values()) == counted > 0
+
+
+def _alive() -> dict[int, int]:
+    """Bytes of every storage that a tensor of this process refers to."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    tensors += [found.grad for found in tensors if found.is_leaf and found.grad is not None]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes() > 0}
+
+
+def test_a_storage_counts_once_and_whole() -> None:
+    whole, seen = torch.zeros(1000), set[int]()
+    assert ppo_memory.count((whole[:10], whole.view(10, 100), whole), seen) == 4000
+    assert ppo_memory.count((whole,), seen) == 0
+    assert ppo_memory.count((torch.zeros(0), torch.zeros(3, dtype=torch.bfloat16)), seen) == 6
+
+
+def test_allocations_are_those_that_stay_and_those_of_the_peak() -> None:
+    dropped = [torch.zeros(500)]
+
+    def work() -> Tensor:
+        _ = torch.zeros(3000) + 1.0
+        dropped.clear()
+        return torch.zeros(1000)
+
+    kept, live = live_bytes(work, CPU)
+    assert (len(kept), live) == (1000, 4000)  # the release of what was there before is not counted
+    assert peak_bytes(lambda: torch.zeros(3000).exp(), CPU) == 2 * 12000
+
+
+def test_savings_are_sums_of_the_rows_that_each_method_holds() -> None:
+    def row(precision: str, method: str, part: str, weights: int) -> Row:
+        return Row(precision, method, part, 1, weights, 0, 0, 0, 0)
+
+    # The arithmetic of large models, bytes a parameter: 36 against 20 and 18 in mixed precision.
+    rows = tuple(
+        row(precision, method, part, size)
+        for precision, sizes in zip(PRECISIONS, ((16, 16, 4, 4), (16, 16, 2, 2)), strict=True)
+        for method in METHODS
+        for part, size in zip(("policy", "critic", "reference", "reward model"), sizes, strict=True)
+        if (method, part) != ("grpo", "critic")
+    )
+    found = [(saving.ppo, saving.grpo) for saving in ModelStates("", "cpu", rows, ()).savings()]
+    assert found == [(36, 20), (40, 24), (40, 20), (34, 18), (36, 20), (36, 18)]
+    assert ModelStates("", "cpu", rows, ()).savings()[-1].share == 0.5
+
+
+# the step of PPO -------------------------------------------------------------------------------------------------
+
+
+def _plain_advantages(rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, lam: float) -> Tensor:
+    """The sum that defines GAE, term by term."""
+    found = torch.zeros_like(values)
+    for row, length in enumerate(lengths):
+        r, v = rewards[row, :length].tolist(), [*values[row, :length].tolist(), 0.0]
+        deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            found[row, t] = sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, length))
+    return found
+
+
+def _mask(lengths: list[int], columns: int) -> Tensor:
+    return torch.arange(columns) < torch.tensor(lengths).unsqueeze(1)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
+def test_advantages_are_the_sum_that_defines_them(gamma: float, lam: float) -> None:
+    lengths = [6, 1, 0, 4]
+    mask = _mask(lengths, 6)
+    rewards, values = torch.randn(2, 4, 6, dtype=torch.float64)
+    expected = _plain_advantages(rewards, values, lengths, gamma, lam)
+    poison = torch.full_like(values, float("nan"))
+    found = ppo.generalised_advantages(
+        torch.where(mask, rewards, poison), torch.where(mask, values, -poison), mask, gamma, lam
+    )
+    torch.testing.assert_close(found.advantages, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.returns, expected + values * mask, rtol=1e-12, atol=1e-14)
+    if lam == 1.0 and gamma == 1.0:  # without a critic's say: what is still to come
+        later = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+        torch.testing.assert_close(found.returns, later, rtol=1e-12, atol=1e-14)
+
+
+def test_rewards_of_tokens_are_the_penalty_and_at_the_end_the_score() -> None:
+    mask = _mask([3, 0, 1], 3)
+    old, ref = torch.randn(2, 3, 3, dtype=torch.float64)
+    scores = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    found = ppo.token_rewards(scores, old.masked_fill(~mask, float("inf")), ref, mask, 0.1)
+    expected = -0.1 * (old - ref) * mask
+    expected[0, 2] += 1.0
+    expected[2, 0] += 3.0
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0.0)
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1() -> None:
+    mask = _mask([5, 2, 0], 5)
+    advantages = (3.0 + 2.0 * torch.randn(3, 5, dtype=torch.float64)).masked_fill(~mask, float("nan"))
+    white = ppo.whiten(advantages, mask)
+    assert white[~mask].eq(0.0).all()
+    assert float(white[mask].mean()) == pytest.approx(0.0, abs=1e-14)
+    assert float(white[mask].square().mean()) == pytest.approx(1.0, abs=1e-7)
+    nothing = ppo.whiten(advantages, torch.zeros_like(mask))
+    assert nothing.eq(0.0).all()
+
+
+def test_the_loss_of_values_and_its_gradient() -> None:
+    mask = _mask([4, 0, 2], 4)
+    values, returns = torch.randn(2, 3, 4, dtype=torch.float64)
+    values = values.masked_fill(~mask, float("nan")).requires_grad_()
+    loss = ppo.value_loss(values, returns.masked_fill(~mask, float("inf")), mask)
+    difference = (values.detach() - returns)[mask]
+    assert float(loss.detach()) == pytest.approx(0.5 * float(difference.square().mean()), rel=1e-14)
+    (gradient,) = torch.autograd.grad(loss, values)
+    torch.testing.assert_close(gradient[mask], difference / 6, rtol=1e-14, atol=0.0)
+    assert gradient[~mask].eq(0.0).all()
+    empty = torch.zeros(0, 4, requires_grad=True)
+    assert float(ppo.value_loss(empty, empty.detach(), empty.detach().bool()).detach()) == 0.0
+
+
+class Recorded:
+    """A step of PPO in float32, with the batch it was made of and the models before it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sample = ppo_step._sample
+        self.before: dict[str, Any] = {}
+
+        def recording(run: Any, parts: Parts) -> Any:
+            self.before = {name: copy.deepcopy(part.model) for name, part in parts.items()}
+            self.batch = sample(run, parts)
+            return self.batch
+
+        monkeypatch.setattr(ppo_step, "_sample", recording)
+        self.run = tiny_run()
+        self.parts = ppo_step.train_ppo(self.run, mixed=False)
+
+    def plain_losses(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any, Any]:
+        """Losses of policy and critic as the papers write them, and the two models, in this dtype."""
+        policy, critic = (copy.deepcopy(self.before[name]).to(dtype) for name in ("policy", "critic"))
+        prompts, completions, mask = self.batch.sequences
+        lengths = mask.sum(dim=1).tolist()
+        old, ref, scores = (value.to(dtype) for value in self.batch[1:])
+        values = critic.value(critic.transformer.completion_hidden(prompts, completions)).squeeze(-1)
+        rewards = -self.run.settings.kl_coef * (old - ref) * mask
+        for row, length in enumerate(lengths):
+            rewards[row, length - 1] += scores[row]
+        advantages = _plain_advantages(rewards, values.detach(), lengths, 1.0, 0.95)
+        returns = (advantages + values.detach())[mask]
+        value_loss = 0.5 * (values[mask] - returns).square().mean()
+        chosen = advantages[mask]
+        white = (chosen - chosen.mean()) / (chosen.var(unbiased=False) + 1e-8).sqrt()
+        logits = policy.head(policy.completion_hidden(prompts, completions))
+        log_probs = -F.cross_entropy(logits.flatten(0, 1), completions.flatten(), reduction="none").view_as(mask)
+        ratio = torch.exp(log_probs - old)[mask]
+        policy_loss = -torch.minimum(ratio * white, ratio.clamp(0.8, 1.2) * white).mean()
+        return policy_loss, value_loss, policy, critic
+
+
+def test_gradients_of_policy_and_critic_are_those_of_plain_ppo(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    assert len(set(recorded.batch.scores.tolist())) > 1
+    assert int(recorded.batch.sequences.mask.sum()) > 8
+    exact, eager = recorded.plain_losses(torch.float64), recorded.plain_losses(torch.float32)
+    for index, name in enumerate(("policy", "critic")):
+        expected, plain = (
+            torch.autograd.grad(losses[index], list(losses[index + 2].parameters())) for losses in (exact, eager)
+        )
+        found = [parameter.grad for parameter in recorded.parts[name].model.parameters()]
+        flat = [torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (found, expected, plain)]
+        assert float(flat[1].abs().max()) > 1e-3
+        assert_as_accurate(*flat, name=name)
+        with pytest.raises(AssertionError, match=f"{name}: error"):
+            assert_as_accurate(flat[0] * (1 + 1e-4), *flat[1:], name=name)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_moves_what_is_trained_and_nothing_else(
+    method: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: dict[str, Any] = {}
+    descend = ppo_step.Part.descend
+
+    def recording(part: ppo_step.Part, loss: Tensor) -> None:
+        recorded[str(len(recorded))] = [value.clone() for value in part.model.state_dict().values()]
+        descend(part, loss)
+
+    monkeypatch.setattr(ppo_step.Part, "descend", recording)
+    parts = METHODS[method](tiny_run(mtp=1), mixed)
+    assert len(recorded) == len(parts) - 2
+    for before, name in zip(recorded.values(), ("policy", "critic"), strict=False):
+        part = parts[name]
+        now = list(part.model.state_dict().values())
+        assert sum(not torch.equal(old, new) for old, new in zip(before, now, strict=True)) > len(now) / 2
+        dtype = torch.bfloat16 if mixed else torch.float32
+        for index, parameter in enumerate(part.model.parameters()):
+            assert parameter.dtype == dtype
+            assert parameter.grad is not None
+            assert parameter.grad.dtype == dtype
+            if mixed:
+                assert torch.equal(parameter.detach(), part.masters[index].bfloat16())
+                assert part.masters[index].grad is None
+    for name in ("reference", "reward model"):
+        assert not any(parameter.requires_grad for parameter in parts[name].model.parameters())
+        with pytest.raises(RuntimeError, match="frozen"):
+            parts[name].descend(torch.zeros((), requires_grad=True))
+
+
+def test_values_of_a_token_are_seen_before_it() -> None:
+    critic = ppo.Critic(ModelConfig(max_length=12, width=16, layers=2, heads=2, mtp=2)).double()
+    prompts, completions = torch.randint(2, 20, (2, 6)), torch.randint(2, 20, (4, 5))
+    mask = torch.ones_like(completions, dtype=torch.bool)
+    values = critic(Sequences(prompts, completions, mask))
+    assert values.shape == (4, 5)
+    changed = completions.clone()
+    changed[:, 3] = 1
+    others = critic(Sequences(prompts, changed, mask))
+    torch.testing.assert_close(others[:, :4], values[:, :4], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(others[:, 4], values[:, 4])
+
+
+# what it shows ---------------------------------------------------------------------------------------------------
+
+
+def test_figures_come_back_from_json(states: dict[str, ModelStates]) -> None:
+    content = json.loads(json.dumps(states["moe"].as_json()))
+    assert ModelStates.from_json(content) == states["moe"]
+    ppo_rows = states["moe"].of("float32", "ppo")
+    assert content["ppo"] == {name: row.total for name, row in ppo_rows.items()}
+    assert content["grpo"].keys() == content["ppo"].keys() - {"critic"}
+    assert [saving["share"] for saving in content["savings"]] == [one.share for one in states["moe"].savings()]
+
+
+def test_the_table_and_the_facts_say_what_was_measured(states: dict[str, ModelStates]) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    ppo_memory.show(states["moe"], console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "moe, width 16, 1 layer, 4 experts, 1 layer of drafts" in text
+    assert "…" not in text
+    assert "2+2+4+8" in text
+    assert "The allocator (cpu) has handed out the same bytes." in text
+    savings = states["moe"].savings()
+    assert all(f"{saving.share:.1%}" in text for saving in savings)
+    words = " ".join(text.split())
+    assert f"Measured here: {savings[0].share:.1%} as the example trains" in words
+    assert f"{savings[-1].share:.1%} in mixed precision if PPO holds a reward model" in words
+    assert '"about 50 %"' in words
+    assert "No published paper gives a figure" in words
+
+
+def test_it_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "ppo.json"
+    options = ["--width", "16", "--heads", "2", "--layers", "1", "--mtp", "1", "--threads", "1", "--save", str(saved)]
+    monkeypatch.setattr(sys, "argv", ["ppo_memory", *options])
+    monkeypatch.setattr(Run, "prepare", lambda settings: replace(tiny_run(), settings=settings))
+    assert ppo_memory.main() == 0
+    assert "dense, width 16, 1 layer, 1 layer of drafts" in capsys.readouterr().out
+    content = json.loads(saved.read_text(encoding="utf-8"))
+    assert content["machine"]["torch"] == torch.__version__
+    assert ModelStates.from_json(content).model == "dense, width 16, 1 layer, 1 layer of drafts"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width", "30", "--heads", "4"], "width"),
+        (["--recipe", "fp8_block128"], "recipe"),
+        (["--model", "sparse"], "invalid choice: 'sparse'"),
+    ],
+)
+def test_wrong_options_are_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        ppo_memory.parse_arguments(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
