@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 QUICK: dict[str, Any] = {
-    "cold_start_steps": 100,
+    "cold_start_steps": 120,
     "reward_model_steps": 60,
     "rejection_sampling_steps": 140,
-    "reasoning_rl_steps": 40,
+    "reasoning_rl_steps": 50,
     "diverse_rl_steps": 20,
     "prompts": 16,
     "dynamic_sampling": 1,
