@@ -10,9 +10,9 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from examples.r1.checkpoint import CheckpointError
 from examples.r1.command_line import parse_arguments
 from examples.r1.demo import run
+from examples.r1.errors import RunError
 from examples.r1.interrupt import Interrupted, signals_handled
 from examples.r1.parallel import Ranks
 from examples.r1.settings_checks import check_shares
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = f"with a checkpoint in {settings.output / 'checkpoint'}" if stop.saved else "at once"
             text = f"stopped {where}; to go on from the last one:\n{_resuming(given)}"
             return _say(text, stop.exit_code, is_main)
-        except (CheckpointError, ModuleNotFoundError) as error:  # the same on all ranks
+        except (RunError, ModuleNotFoundError) as error:  # the same on all ranks
             return _say(f"examples.r1: {error}", WRONG, is_main)
     return 0
 

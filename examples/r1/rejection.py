@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from examples.r1 import rewards
+from examples.r1.errors import RunError
 from examples.r1.model import CharTransformer
 from examples.r1.randomness import torch_rng
 from examples.r1.results import Record
@@ -68,7 +69,9 @@ class RejectionSampling(SFTStage):
             self._facts[f"{task}/kept_right"] = right / max(count, 1)
         self.data = Sequences(*(torch.cat(column) for column in zip(*kept, strict=True)))
         if len(self.data.prompts) == 0:
-            raise ValueError("rejection sampling: no sample was good enough; the policy has learnt too little")
+            raise RunError(
+                "rejection sampling: no sample was good enough: train the policy for longer, or lower judge_threshold"
+            )
 
     def _select(self, rollout: Rollout, task: str) -> Tensor:
         """[B] bool: the best sample of each group that has a good one."""

@@ -15,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from examples.r1.errors import RunError
+
 _TEMPORARY = ".tmp"
 _DIGEST = "sha256"  # its name among the metadata
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RunError):
     """A file of a run cannot be written or read. The message names the file and says what to do."""
 
 
