@@ -234,7 +234,7 @@ def facts(states: ModelStates) -> str:
         f"example trains, in float32 with rewards by rules; {mixed:.1%} in mixed precision if PPO holds a reward model "
         "and GRPO does not. No published paper gives a figure; DeepSeekMath says no more than that GRPO saves training "
         "resources. These bytes are model state: parameters, gradients, optimiser state. Activations, logits and the "
-        "key-value cache are not among them, and with long sequences and large vocabularies those need the most."
+        "key-value cache are not among them; with long sequences and large vocabularies those can be the larger part."
     )
 
 
