@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.r1 import curves, html_report, judge_watch, panels, report, stage_figures
+from examples.r1 import curves, html_report, judge_watch, panels, report, stage_figures, svg_chart
 from examples.r1.figures import duration, ends, mean, number, percent, rate, size, times, worded
 from examples.r1.judge_watch import judge_is_hacked
 from examples.r1.loss_step import LossStepComparison
@@ -304,6 +304,13 @@ def test_ticks_are_round_steps(length: int, labels: list[str]) -> None:
     assert [x for x, _ in band.ticks] == pytest.approx([int(label) / length for label in labels])
 
 
+@pytest.mark.parametrize(("last", "labels"), [(0.5, ["0.5", "1", "2"]), (0.0005, ["0.001", "0.01", "0.1", "1"])])
+def test_a_logarithmic_axis_has_few_numbers(last: float, labels: list[str]) -> None:
+    stages = [StageResult("cold_start", "", 2, records=[{"loss": 3.0}, {"loss": last}])]
+    (panel,) = panels.panels(stages)
+    assert re.findall(r'side" x="40" y="[^"]*">([^<]*)<', svg_chart.svg(panel, panels.bands(stages))) == labels
+
+
 def test_running_means_keep_lines_and_ends() -> None:
     line = [(float(x), 2.0 * x) for x in range(30)]
     assert [x for x, _ in panels.smooth(line)] == [x for x, _ in line]
@@ -462,7 +469,7 @@ def test_numbers(value: object, text: str) -> None:
 
 
 def test_units() -> None:
-    assert [percent(value) for value in (0.1234, 0.0, 1e-4, NAN)] == ["12.3%", "0.0%", "0.010%", "–"]
+    assert [percent(value) for value in (0.1234, 0.0, 1e-4, 1e-6, NAN)] == ["12.3%", "0.0%", "0.01%", "1e-06", "–"]
     found = [duration(value) for value in (0.0, 0.0054, 0.5, 9.96, 61.0, 119.7, 181.2, 3599.9, 3 * 3600 + 125, NAN)]
     assert found == [
         "0.0 s",

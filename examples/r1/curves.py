@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.r1.panels import SMOOTH, Band, Curve, Panel, bands, is_smoothed, limits, panels, smooth
+from examples.r1.panels import SMOOTH, Band, Curve, Panel, bands, is_smoothed, limits, log_ticks, panels, smooth
 from examples.r1.results import StageResult
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _draw_panel(axes: Axes, panel: Panel, along: Sequence[Band]) -> None:
     axes.set_ylabel(panel.unit)
     if panel.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=log_ticks(panel)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(*limits(panel))

@@ -73,7 +73,9 @@ def percent(value: Any) -> str:
     found = finite(value)
     if found is None:
         return NOTHING
-    return f"{found:.1%}" if abs(found) >= 0.0005 or found == 0 else f"{found:.3%}"
+    if 0 < abs(found) < 0.0005:
+        return f"{found:.2%}" if abs(found) >= 0.00005 else f"{found:.0e}"
+    return f"{found:.1%}"
 
 
 def count(value: Any) -> str:

@@ -113,6 +113,12 @@ def is_smoothed(curve: Curve) -> bool:
     return not curve.points and max((len(piece) for piece in curve.pieces), default=0) >= _SHORTEST
 
 
+def log_ticks(panel: Panel) -> tuple[int, ...]:
+    """Which multiples of a power of ten are named: over many powers, themselves alone."""
+    low, high = limits(panel)
+    return (1, 2, 5) if high / low <= 300 else (1,)
+
+
 def limits(panel: Panel) -> tuple[float, float]:
     """Lowest and highest value of the axis."""
     values = [value for curve in panel.curves for value in curve.values]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from examples.r1.figures import number
-from examples.r1.panels import Band, Curve, Panel, is_smoothed, limits, smooth
+from examples.r1.panels import Band, Curve, Panel, is_smoothed, limits, log_ticks, smooth
 
 COLORS = 6  # classes c0 ... c5 of the page's style
 _WIDTH, _HEIGHT = 560.0, 190.0
@@ -20,6 +20,7 @@ class _Frame:
 
     def __init__(self, panel: Panel, along: Sequence[Band]) -> None:
         self.log = panel.log
+        self.multiples = log_ticks(panel) if panel.log else ()
         self.low, self.high = limits(panel)
         self.start, self.end = along[0].start, along[-1].end
 
@@ -36,7 +37,7 @@ class _Frame:
         """Round values, three to six of them."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            found = [base * 10.0**decade for decade in decades for base in (1, 2, 5)]
+            found = [base * 10.0**decade for decade in decades for base in self.multiples]
         else:
             scale = 10.0 ** math.floor(math.log10(self.high - self.low))
             step = next(size * scale for size in (0.2, 0.5, 1.0, 2.0) if (self.high - self.low) / (size * scale) <= 6)
