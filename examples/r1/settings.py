@@ -54,7 +54,7 @@ class Settings:
     rejection_sampling_steps: int = 240
 
     reasoning_rl_steps: int = 90
-    diverse_rl_steps: int = 60
+    diverse_rl_steps: int = 80
     prompts: int = 32  # of an RL step
     group_size: int = 8  # samples per prompt
     updates_per_rollout: int = 2  # optimiser steps on one rollout; from the second on the ratio differs from 1
@@ -69,7 +69,7 @@ class Settings:
     dynamic_sampling: int = 2  # most rounds of sampling a step, for groups that can teach something; 1: no second one
     max_grad_norm: float = 1.0
 
-    rejection_prompts: int = 600  # of each task
+    rejection_prompts: int = 800  # of each task
     rejection_group_size: int = 8
     judge_threshold: float = 0.5  # score that a general sample needs to be kept
 
