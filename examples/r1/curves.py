@@ -91,8 +91,8 @@ def _shade(axes: Axes, along: Sequence[Band], named: bool) -> None:
                 color=_WARNING if band.warning else "#333333",
                 weight="bold",
             )
-    places, labels = zip(*(tick for band in along for tick in band.ticks), strict=True)
-    axes.set_xticks(places, labels)
+    ticks = [tick for band in along for tick in band.ticks]  # stages of a single step have none
+    axes.set_xticks([place for place, _ in ticks], [label for _, label in ticks])
 
 
 def _draw_panel(axes: Axes, panel: Panel, along: Sequence[Band]) -> None:
