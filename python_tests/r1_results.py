@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 
 from examples.r1.results import PipelineResult, Record, StageResult
 from examples.r1.settings import Settings
 
 DIGITS, WORDS = "digit_sorting", "spell_backward"
+NAN = math.nan
 
 
 def rising(step: int, steps: int, start: float, end: float) -> float:
@@ -138,3 +140,38 @@ def run(*, moe: bool = False, drafts: bool = False, hacked: bool = False) -> Pip
         ],
         machine={"device": "x86-64 2 cores AVX2", "threads": 2, "torch": "2.13.0"},
     )
+
+
+def full() -> PipelineResult:
+    result = run(moe=True, drafts=True)
+    result.ppo = {
+        "ppo": {"policy": 4 * 2**20, "critic": 2 * 2**20},
+        "grpo": {"policy": 4 * 2**20},
+        "savings": [{"precision": "float32", "comparison": "by rules", "ppo": 6 * 2**20, "grpo": 4 * 2**20}],
+    }
+    return result
+
+
+def bare() -> PipelineResult:
+    """A run that was stopped before it did anything."""
+    return PipelineResult(Settings(), 0, [StageResult("cold_start", "")])
+
+
+def broken() -> PipelineResult:
+    """Figures that are no numbers, and hardly any others."""
+    evaluations = [{"step": 0.0, f"{WORDS}/accuracy": NAN}, {"step": NAN, f"{DIGITS}/accuracy": math.inf}]
+    records: list[Record] = [{"reward": NAN}, {}, {"reward": -math.inf, "judge": 0.5, "tokens": 5.0}]
+    stage = StageResult("diverse_rl", "4  diverse", 3, NAN, records, evaluations, {"kept": NAN})
+    sample = {"stage": "diverse_rl", "prompt": "s1>"}
+    return PipelineResult(Settings(), 7, [stage], loss_step={"seconds": 0.0}, ppo={"ppo": None}, samples=[sample])
+
+
+RUNS = {
+    "full": full,
+    "dense": run,
+    "hacked": lambda: run(hacked=True),
+    "single": lambda: replace(run(), stages=run().stages[1:2]),
+    "none": lambda: PipelineResult(Settings(), 0),
+    "bare": bare,
+    "broken": broken,
+}

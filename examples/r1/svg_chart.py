@@ -47,17 +47,19 @@ class _Frame:
 
 def figure(panel: Panel, along: Sequence[Band], *, named: bool = True) -> str:
     """The panel with its title and legend."""
-    legend = "".join(
-        f'<li><span class="swatch {"dot " if curve.points else ""}b{curve.color % COLORS}"></span>{escape(curve.label)}'
-        for curve in panel.curves
-        if len(panel.curves) > 1
-    )
+    legend = "".join(_entry(curve) for curve in panel.curves if len(panel.curves) > 1)
     unit = f' <span class="unit">{escape(panel.unit)}</span>' if panel.unit else ""
     caption = f"<strong>{escape(panel.title)}</strong>{unit}"
     return (
         f'<figure class="chart"><figcaption>{caption}{f"<ul>{legend}</ul>" if legend else ""}</figcaption>\n'
         f"{svg(panel, along, named=named)}\n</figure>"
     )
+
+
+def _entry(curve: Curve) -> str:
+    """The curve in the legend."""
+    shape = "swatch dot" if curve.points else "swatch"
+    return f'<li><span class="{shape} b{curve.color % COLORS}"></span>{escape(curve.label)}</li>'
 
 
 def svg(panel: Panel, along: Sequence[Band], *, named: bool = True) -> str:
