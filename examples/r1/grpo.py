@@ -14,7 +14,7 @@ from examples.r1.evaluation import evaluate
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer
 from examples.r1.mtp import hidden_of_depths, record_of
-from examples.r1.randomness import torch_rng
+from examples.r1.randomness import stream_seed, torch_rng
 from examples.r1.results import Record
 from examples.r1.reward_model import RewardModel
 from examples.r1.rollout import Rollout, roll_out
@@ -211,6 +211,7 @@ class RLStage(Stage):
         prompts = len(inputs.sequences.prompts)
         size = -(-prompts // self.settings.updates_per_rollout)
         record: Record = {}
+        torch.manual_seed(stream_seed(self.settings.seed, self.name, index, "loss"))  # clip_cov draws tokens
         for start in range(0, prompts, size):
             part = inputs.groups(start, start + size)
             routes = part.routes or Routes()
