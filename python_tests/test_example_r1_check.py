@@ -17,7 +17,7 @@ from examples.r1 import check
 from examples.r1.check import Results
 from examples.r1.results import PipelineResult, StageResult
 from examples.r1.seeds import Job, Verdicts, run_all
-from examples.r1.settings import Settings
+from examples.r1.settings import STAGES, Settings
 from python_tests.r1_results import DIGITS, WORDS, run
 
 STARTING = {"seed-0", "seed-1", "seed-2", "moe", "mtp", "fp8", "sft-alone"}
@@ -160,6 +160,29 @@ def test_the_command_trains_judges_and_writes(
     assert ("FAILED" in capsys.readouterr().out) is not weak
 
 
+@pytest.mark.slow
+def test_controls_go_on_from_the_first_run(tmp_path: Path) -> None:
+    steps = dict.fromkeys([f"{stage}_steps" for stage in STAGES], 1)
+    tiny = Settings(
+        output=tmp_path, threads=1, width=16, heads=2, sft_batch=8, prompts=4, group_size=4, rejection_prompts=4,
+        rejection_group_size=2, judge_threshold=0.0, evaluation_prompts=8, save_every=0, **steps,
+    )  # fmt: skip
+    checks = [
+        replace(item, settings=replace(item.settings, reasoning_rl_steps=1, cold_start_steps=1))
+        for item in check.all_checks(tiny, [0])
+        if item.name in ("seed-0", "shuffled-rewards", "sft-alone", "weak-judge")
+    ]
+    found = check.run_checks(checks, 1, Console(quiet=True)).as_json()
+    assert [row["run"] for row in found] == ["seed-0"] * 3 + [item.name for item in checks[1:]]
+    for item in checks:
+        results = PipelineResult.from_json(json.loads((item.settings.output / "results.json").read_text()))
+        assert tuple(stage.name for stage in results.stages) == item.settings.stages
+        assert "<html" in (tmp_path / item.name / "report.html").read_text()
+    shuffled, weak = (item.settings.output / "models" for item in (checks[1], checks[3]))
+    assert sorted(path.name for path in shuffled.iterdir()) == ["reasoning_rl.safetensors"]
+    assert sorted(path.name for path in weak.iterdir()) == ["diverse_rl.safetensors", "reward_model.safetensors"]
+
+
 # side by side ----------------------------------------------------------------------------------------------------
 
 
@@ -194,13 +217,12 @@ def _fail(settings: Settings, console: Console) -> int:
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_job_that_fails_is_told(at_once: int, tmp_path: Path) -> None:
+def test_a_job_that_fails_is_told(at_once: int) -> None:
     jobs = [Job("first", _fail, Settings()), Job("second", _read_the_first, Settings(), after="first")]
     with pytest.raises(ValueError, match="this one fails"):
         run_all(jobs, at_once, Console(quiet=True))
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_the_order_is_checked(at_once: int, tmp_path: Path) -> None:
+def test_the_order_is_checked() -> None:
     with pytest.raises(ValueError, match="second reads the folder of first, which must be run before it"):
-        run_all([Job("second", _write, Settings(), after="first")], at_once, Console(quiet=True))
+        run_all([Job("second", _write, Settings(), after="first")], 1, Console(quiet=True))

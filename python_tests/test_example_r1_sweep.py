@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from examples.r1 import combinations_page, sweep
+from examples.r1.command_line import parse_arguments
 from examples.r1.results import PipelineResult
 from examples.r1.settings import PRESETS, Settings
 from python_tests.r1_results import run
@@ -54,6 +56,14 @@ def test_every_model_and_every_loss_is_there(tmp_path: Path) -> None:
     assert found["--preset gspo"].settings.preset == "gspo"
     assert found["--dynamic-sampling 1"].settings.dynamic_sampling == 1
     assert found["--aggregation sum_then_normalize"].settings.aggregation == "sum_then_normalize"
+
+
+@pytest.mark.parametrize("name", sweep.NAMES)
+def test_a_name_is_what_the_command_line_takes(name: str, tmp_path: Path) -> None:
+    settings = {item.name: item.settings for item in sweep.combinations(Settings(output=tmp_path))}[name]
+    parsed = parse_arguments([] if name == sweep.BASE else name.split())
+    placed = {"stages": settings.stages, "start_from": settings.start_from, "save_every": 0}
+    assert replace(parsed, output=settings.output, **placed) == settings
 
 
 def test_what_is_known_is_not_run_again(tmp_path: Path, trained: list[str]) -> None:
