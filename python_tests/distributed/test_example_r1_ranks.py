@@ -28,9 +28,8 @@ SPREAD = EXPERTS | {"expert_parallel": True}
 STOP = ("reasoning_rl", 1)  # the stage, and its steps
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {"shuffle_rewards": True, "aggregation": "sum_then_normalize"},
-    "drafts": {"mtp": 2, "preset": "gspo", "updates_per_rollout": 1},
-    "experts": {"model": "moe"},
-    "experts with routes of training": {"model": "moe", "replay": "old"},
+    "drafts": {"mtp": 2, "preset": "gspo", "updates_per_rollout": 4},
+    "experts, with routes of training": {"model": "moe", "replay": "old"},
     "experts spread, with live routes": {"model": "moe", "replay": "off", "expert_parallel": True},
 }
 WRONG: dict[str, dict[str, Any]] = {
