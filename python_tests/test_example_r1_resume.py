@@ -22,6 +22,7 @@ import pytest
 from rich.console import Console
 
 from examples.r1 import __main__
+from examples.r1.command_line import parse_arguments
 from examples.r1.grpo import DiverseRL, ReasoningRL
 from examples.r1.models import ModelFolder
 from examples.r1.pipeline import Pipeline
@@ -247,6 +248,10 @@ def test_interrupted_in_reasoning_rl(tmp_path: Path, start: Callable[..., BasePr
     words = shlex.split(text.splitlines()[-1])
     assert words[:3] == ["python", "-m", "examples.r1"]
     assert words[-1] == "--resume"
-    assert _exit_code(start(_call, words[3:], log)) == 0
+    short = ["--resume", "--output", str(output)]  # the other options are in the checkpoint
+    assert (
+        parse_arguments(short) == parse_arguments(words[3:]) == replace(TINY, output=output, save_every=0, resume=True)
+    )
+    assert _exit_code(start(_call, short, log)) == 0
     assert f"goes on after step {progress['steps_done']} of reasoning_rl" in log.read_text()
     assert _found(output) == whole

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from examples.r1.parallel import Ranks
-from examples.r1.run_state import REMEDY, CheckpointMismatch, Progress, RunState, comparable_settings
+from examples.r1.run_state import REMEDY, STATE_FILE, CheckpointMismatch, Progress, RunState
 from examples.r1.settings import Settings
 from examples.r1.shards import full_state, own_state, shard_names
 from examples.r1.stage import Stage
@@ -24,16 +24,7 @@ from examples.r1.storage import (
     write_atomically,
 )
 
-__all__ = [
-    "CheckpointError",
-    "CheckpointFolder",
-    "CheckpointMismatch",
-    "Progress",
-    "comparable_settings",
-    "load_tensors",
-    "save_tensors",
-    "write_atomically",
-]
+__all__ = ["CheckpointError", "CheckpointFolder", "CheckpointMismatch", "Progress"]
 
 
 class CheckpointFolder:
@@ -47,7 +38,7 @@ class CheckpointFolder:
     def __init__(self, folder: Path, ranks: Ranks | None = None) -> None:
         self.folder = folder
         self.ranks = Ranks.single() if ranks is None else ranks
-        self._state_file = folder / "state.json"
+        self._state_file = folder / STATE_FILE
 
     def save(self, stage: Stage, progress: Progress, settings: Settings) -> None:
         """Replaces the last checkpoint. If that fails or is cut off, the last one is still there."""

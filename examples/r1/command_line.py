@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from examples.r1 import settings as names
 from examples.r1 import settings_checks
 from examples.r1.quick import QUICK
+from examples.r1.run_state import saved_settings
 from examples.r1.settings import Settings
 
 _CHOICES = {
@@ -31,7 +32,7 @@ _HELP = {
         "seed": "of everything random",
         "device": "cpu or cuda",
         "threads": "of PyTorch, on a CPU",
-        "resume": "go on from the last checkpoint in the output folder; without one, start from the beginning",
+        "resume": "go on from the last checkpoint in the output folder, with its options; without one, begin anew",
         "save_every": "steps between checkpoints; 0: only where a stage begins and ends",
         "evaluate_every": "steps between looks at held-out problems",
         "evaluation_prompts": "held-out problems of each task",
@@ -119,14 +120,20 @@ def _add(group: Any, name: str, kind: Any, default: Any, text: str) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Settings:
-    """The settings; what is wrong with them goes to standard error, and the program ends with code 2."""
+    """The settings; what is wrong with them goes to standard error, and the program ends with code 2.
+
+    What is not given has its default; with `--resume`, what the checkpoint was made with.
+    """
     made = parser()
-    if made.parse_args(arguments).quick:
-        made.set_defaults(**QUICK)  # what is given by itself still counts
-    values = vars(made.parse_args(arguments))
-    del values["quick"]
-    values["stages"] = tuple(values["stages"])
+    first = made.parse_args(arguments)
     try:
+        if first.resume:
+            made.set_defaults(**saved_settings(first.output / "checkpoint"))
+        if first.quick:
+            made.set_defaults(**QUICK)
+        values = vars(made.parse_args(arguments))
+        del values["quick"]
+        values["stages"] = tuple(values["stages"])
         settings = replace(Settings(), **values)
         settings_checks.check_surroundings(settings)
     except ValueError as error:

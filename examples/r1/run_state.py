@@ -14,6 +14,7 @@ from examples.r1.settings import Settings
 from examples.r1.storage import CheckpointError
 
 FORMAT = 2
+STATE_FILE = "state.json"
 REMEDY = "run without --resume to start anew"
 
 # A resumed run may change these; of the stages, those that come after the checkpoint's.
@@ -53,13 +54,12 @@ class RunState:
 
     tensors: str  # name of the tensor file
     sha256: str  # of its content
-    stages: list[str]  # of the run
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # as JSON has them
     progress: Progress
 
     @classmethod
     def of(cls, tensors: str, sha256: str, settings: Settings, progress: Progress) -> RunState:
-        return cls(tensors, sha256, list(settings.stages), comparable_settings(settings), progress)
+        return cls(tensors, sha256, _plain(settings), progress)
 
     def to_json(self) -> str:
         """NaN and infinities are kept: `json` reads back what it wrote, to the bit."""
@@ -80,20 +80,23 @@ class RunState:
             raise CheckpointError(f"{path}: is damaged: it lacks {', '.join(faults)}; {REMEDY}")
         progress = Progress(**{item.name: content["progress"][item.name] for item in fields(Progress)})
         records = progress.records.get(progress.stage)
-        if progress.stage not in content["stages"] or records is None or len(records) != progress.steps_done:
+        stages = content["settings"].get("stages", ())
+        if progress.stage not in stages or records is None or len(records) != progress.steps_done:
             raise CheckpointError(f"{path}: is damaged: records of the last stage's steps are missing; {REMEDY}")
-        return cls(content["tensors"], content["sha256"], content["stages"], content["settings"], progress)
+        return cls(content["tensors"], content["sha256"], content["settings"], progress)
 
     def check_settings(self, settings: Settings, folder: Path) -> None:
         """Raises CheckpointMismatch, which names what differs, if a run with these settings cannot go on from here."""
-        wanted, found = comparable_settings(settings), self.settings
+        wanted = comparable_settings(settings)
+        found = {name: value for name, value in self.settings.items() if name not in _FREE_SETTINGS}
         changes = [
             f"{name} = {found.get(name, 'unknown')} (now {wanted.get(name, 'unknown')})"
             for name in sorted(wanted.keys() | found.keys())
             if name not in wanted or name not in found or wanted[name] != found[name]
         ]
-        until = self.stages.index(self.progress.stage) + 1
-        done, now = self.stages[:until], list(settings.stages[:until])
+        stages = self.settings["stages"]
+        until = stages.index(self.progress.stage) + 1
+        done, now = stages[:until], list(settings.stages[:until])
         if done != now:
             changes.append(f"stages {' '.join(done)} (now {' '.join(now)})")
         if changes:
@@ -105,8 +108,25 @@ class RunState:
 
 def comparable_settings(settings: Settings) -> dict[str, Any]:
     """What must be equal for a run to go on from a checkpoint, as JSON gives it back."""
-    values = {name: value for name, value in asdict(settings).items() if name not in _FREE_SETTINGS}
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return {name: value for name, value in _plain(settings).items() if name not in _FREE_SETTINGS}
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings that the checkpoint in a folder was made with, for options that a resumed run does not name.
+
+    Empty if there is no checkpoint. Raises CheckpointError if it is damaged.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return {}
+    found = RunState.read(path).settings
+    known = {item.name for item in fields(Settings)} - {"output", "resume"}
+    return {name: value for name, value in found.items() if name in known}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """As JSON gives them back."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
     return plain
 
 
