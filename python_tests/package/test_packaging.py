@@ -10,7 +10,9 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -46,6 +48,16 @@ def command(*arguments: object, cwd: Path, check: bool = True, **environment: st
     )
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The builds here are of the same sources: what the compiler would make again of the same text, it makes once."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    launcher = [sys.executable, Path(__file__).with_name("compile_once.py"), folder / "objects"]
+    with mock.patch.dict(os.environ, CMAKE_CXX_COMPILER_LAUNCHER=";".join(map(str, launcher))):
+        yield
 
 
 @pytest.fixture
