@@ -103,7 +103,9 @@ def all_checks(settings: Settings, seeds: Sequence[int]) -> list[Check]:
     shuffled = replace(
         base, stages=("reasoning_rl",), reasoning_rl_steps=CONTROL_STEPS, shuffle_rewards=True, save_every=0
     )
-    imitation = replace(base, stages=("cold_start",), cold_start_steps=base.cold_start_steps + FURTHER_STEPS)
+    imitation = replace(
+        base, stages=("cold_start",), cold_start_steps=base.cold_start_steps + FURTHER_STEPS, evaluate_every=110
+    )
     weak = replace(base, stages=("reward_model", "diverse_rl"), weak_judge=True)
     found = [
         *(Check(f"seed-{seed}", replace(settings, seed=seed), learns) for seed in seeds),
