@@ -37,7 +37,10 @@ class Rounds:
         monkeypatch.setattr(rewards, "training_rewards", self.training_rewards)
 
     def roll_out(self, *arguments: Any, **options: Any) -> Rollout:
-        self.rollouts.append(self._roll_out(*arguments, **options))
+        found = self._roll_out(*arguments, **options)
+        self.rollouts.append(
+            found._replace(rulings=torch.rand(found.rulings.shape))
+        )  # of an untrained policy all are 0
         return self.rollouts[-1]
 
     def training_rewards(self, rulings: Tensor, *_: object) -> Tensor:
@@ -88,6 +91,7 @@ def test_informative_groups_come_first_and_keep_their_order(
     watched = Rounds(monkeypatch, informative)
     samples = stage.sample(5)
     assert samples.rounds == rounds == len(watched.rollouts)
+    assert len({tuple(problem.prompt for problem in rollout.problems) for rollout in watched.rollouts}) == rounds
     assert _chosen(samples) == chosen
     assert samples.informative == sum(map(len, informative[:rounds])) / (WANTED * rounds)
     assert [problem.prompt for problem in samples.rollout.problems] == [

@@ -120,6 +120,10 @@ def test_the_first_update_is_on_policy_and_the_second_is_not(name: str) -> None:
         else:
             assert record["ratio_max"] > 1.01
             assert record["kl"] > 1e-5
+            later = stage.loss_inputs(stage.sample(1), 1)
+            expected = sequence_log_probs(run.build_policy(), later.sequences, stage.temperature)
+            assert torch.equal(later.ref_log_probs, expected)
+            assert float((later.old_log_probs - expected).abs().max()) > 1e-3
         for (key, value), own in zip(
             stage.reference.state_dict().items(), run.build_policy().state_dict().values(), strict=True
         ):
