@@ -15,7 +15,7 @@ from examples.r1.tasks import DigitSorting, SpellBackward
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "r1"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
-FOREIGN_OPTIONS = {"--nproc-per-node", "--only", "--jobs", "--write"}  # of torchrun, examples.r1.check and examples.r1.sweep
+FOREIGN_OPTIONS = {"--nproc-per-node", "--only", "--jobs", "--write"}  # of torchrun, check.py and sweep.py
 
 _default = Settings()
 FIGURES = (
