@@ -196,6 +196,7 @@ def _train_for(settings: Settings, seconds: float) -> None:
     _train(settings)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, start: Callable[..., BaseProcess], whole: dict[str, Any]) -> None:
     rng = Random(0)
     settings = replace(TINY, output=tmp_path, resume=True)
