@@ -13,8 +13,8 @@ REPLAYS = ("rollout", "old", "off")
 RECIPES = ("fp32", "bf16", "fp8_block128", "fp8_block128_wgrad")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 PRESETS = (
-    "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "gspo_token", "gmpo", "gpg", "dppo_tv",
-    "dppo_kl", "dro", "clip_cov", "kl_cov", "reinforce",
+    "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "gspo_token", "gmpo", "gpg",
+    "dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov", "reinforce",
 )  # fmt: skip
 
 

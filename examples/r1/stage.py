@@ -42,7 +42,7 @@ class Stage(ABC):
     def step(self, index: int) -> Record:
         """Does one step and says how it went."""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 - most stages have nothing to do
         """What comes before the first step, and is not repeated by a run that goes on from a later one."""
 
     def evaluate(self) -> Record:
@@ -61,7 +61,7 @@ class Stage(ABC):
         """What else a checkpoint must hold."""
         return {}
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most stages keep nothing
         """Takes `tensors` back."""
 
     def learning_rate_at(self, index: int) -> float:
