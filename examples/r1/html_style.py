@@ -26,7 +26,7 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; padding-bottom: .3rem; border-bo
 h3 { font-size: 1rem; margin: 0 0 .5rem; }
 p { max-width: 75ch; }
 .lead { font-size: 1.05rem; color: var(--soft); margin: 0 0 1.2rem; }
-nav { font-size: .9rem; margin: .8rem 0; } nav a { margin-right: 1.1rem; }
+nav { font-size: .9rem; margin: .8rem 0; } nav a { display: inline-block; margin-right: 1.1rem; }
 a { color: var(--c0); }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; }
 .card { flex: 1 1 11rem; padding: .8rem 1rem; border-radius: 10px; background: var(--card); }
@@ -67,6 +67,7 @@ thead th { color: var(--soft); font-weight: 500; } tbody th { font-weight: 400; 
 tr.section th { padding-top: .7rem; font-weight: 600; }
 .number { text-align: right; white-space: nowrap; }
 code { font: .86em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+td code { white-space: pre; overflow-wrap: normal; }
 .right { color: var(--good); } .wrong { color: var(--bad); }
 summary { cursor: pointer; color: var(--soft); }
 footer { margin-top: 3rem; font-size: .85rem; color: var(--soft); }
