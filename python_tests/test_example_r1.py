@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import grpo_kernels
 from examples.r1 import vocabulary
+from examples.r1.errors import RunError
 from examples.r1.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage
 from examples.r1.log_probs import sequence_log_probs
 from examples.r1.model import CharTransformer, ModelConfig
@@ -309,3 +311,29 @@ def test_rollouts_say_what_was_written_and_what_the_rules_say_of_it(run: Run, be
     assert means.keys() == {f"{DIGITS}/{name}" for name in ("accuracy", "format", "language")} | {
         f"spell_backward/{name}" for name in ("accuracy", "format")
     }
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, None])
+def test_padding_inside_a_completion_breaks_its_form(
+    place: int | None, run: Run, begun: CharTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing keeps a policy from sampling the token, and the text does not show it."""
+    problem = run.held_out[DIGITS][0]
+    ids = [*vocabulary.encode(run.tasks[DIGITS].solve(problem)), vocabulary.END]
+    if place is not None:
+        ids.insert(place, vocabulary.PAD)
+    monkeypatch.setattr("examples.r1.rollout.generate", lambda *_, **__: torch.tensor([ids]))
+    found = roll_out(begun, run, [problem])
+    assert found.rulings[0].tolist() == ([1.0, 1.0, 1.0] if place is None else [0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("part", ["head.weight", "mtp.layers.0.eh_proj.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverges_says_so_and_keeps_its_parameters(part: str, value: float) -> None:
+    stage = ColdStart((run := tiny_run(mtp=1)).build_policy(), run)
+    stage.step(0)
+    before = {name: parameter.clone() for name, parameter in stage.model.named_parameters()}
+    parameter = stage.model.get_parameter(part)
+    with pytest.raises(RunError, match="cold_start, step 2: a gradient is NaN or infinite"):
+        stage.descend(parameter.sum() * value, 1)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in stage.model.named_parameters())

@@ -35,7 +35,7 @@ class Ruling(NamedTuple):
 
 
 def rule(task: Task, problem: Problem, completion: str, finished: bool) -> Ruling:
-    """Judges one completion. One that ran out of room has no form: what cannot be parsed is not checked."""
+    """Judges one completion. One that ran out of room, or has padding in it, has no form and is not parsed."""
     thinks = isinstance(task, DigitSorting)
     match = task.form.fullmatch(completion) if finished else None
     if match is None:

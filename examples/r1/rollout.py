@@ -165,7 +165,7 @@ def roll_out(
     completions = completions.clone()  # no tensor of inference mode
     rows = ranks.gather_samples(completions, group_size).tolist()
     texts = [vocabulary.decode(row) for row in rows]
-    finished = [vocabulary.END in row for row in rows]
+    finished = [vocabulary.is_whole(row) for row in rows]
     repeated = [problem for problem in problems for _ in range(group_size)]
     return Rollout(
         list(problems),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from examples.r1.errors import RunError
 from examples.r1.evaluation import evaluate
 from examples.r1.model import CharTransformer
 from examples.r1.results import Record
@@ -70,15 +72,25 @@ class Stage(ABC):
         return self.learning_rate * min(1.0, (index + 1) / self.warm_up, 0.1 + 1.8 * left)
 
     def descend(self, loss: Tensor, index: int) -> float:
-        """One optimiser step on the sum of the ranks' losses; the norm of the policy's gradient before clipping."""
+        """One optimiser step on the sum of the ranks' losses; the norm of the policy's gradient before clipping.
+
+        Raises RunError, and leaves the parameters as they are, if a gradient is NaN or infinite.
+        """
+        learning_rate = self.learning_rate_at(index)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate_at(index)
+            group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         ranks, most = self.run.ranks, self.settings.max_grad_norm
         sum_gradients(ranks, self.model)
-        norm = clip_grad_norm_(ranks, self.model, self._policy_parameters, most)
+        norm = float(clip_grad_norm_(ranks, self.model, self._policy_parameters, most))
+        drafts = 0.0
         if self.model.mtp is not None:  # by themselves, so that drafts never make the policy's steps smaller
-            clip_grad_norm_(ranks, self.model, self.model.mtp.parameters(), most)
+            drafts = float(clip_grad_norm_(ranks, self.model, self.model.mtp.parameters(), most))
+        if not math.isfinite(norm + drafts):  # the same on all ranks
+            raise RunError(
+                f"{self.name}, step {index + 1}: a gradient is NaN or infinite: training has diverged. "
+                f"The learning rate of the step is {learning_rate:.3g}: try a lower one"
+            )
         self.optimizer.step()
-        return float(norm)
+        return norm

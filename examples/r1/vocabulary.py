@@ -37,6 +37,11 @@ def decode(ids: Iterable[int]) -> str:
     return "".join(symbols)
 
 
+def is_whole(ids: Sequence[int]) -> bool:
+    """Whether the ids come to an END without padding on the way, which `decode` would not show."""
+    return END in ids and PAD not in ids[: ids.index(END)]
+
+
 def pad_left(ids: Sequence[int], length: int) -> list[int]:
     """Prompts end at the same column, so that a batch decodes in step."""
     if len(ids) > length:
