@@ -82,6 +82,7 @@ def rl_record(step: int, steps: int, accuracy: float) -> Record:
         "informative": 0.8 - 0.4 * accuracy,
         "rounds": 2.0,
         "tokens": 6000.0,
+        "sampled_tokens": 6000.0,
         "sample_seconds": 0.15,
         "train_seconds": 0.2,
     }

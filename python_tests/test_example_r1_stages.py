@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import grpo_kernels
 from examples.r1 import settings as options
@@ -155,7 +156,8 @@ def test_updates_share_the_prompts(
 
 RL_KEYS = {
     "reward", "format", "loss", "kl", "entropy", "ratio_max", "clip_low_fraction", "clip_high_fraction",
-    "clip_fraction", "grad_norm", "informative", "rounds", "tokens", "sample_seconds", "train_seconds",
+    "clip_fraction", "grad_norm", "informative", "rounds", "tokens", "sampled_tokens",
+    "sample_seconds", "train_seconds",
 }  # fmt: skip
 
 
@@ -169,12 +171,36 @@ def test_records_of_a_step_have_the_figures_of_its_samples() -> None:
     samples = stage.sample(0)
     record = stage.step(0)
     assert record.keys() == RL_KEYS | {"language", "judge"} | digits | words
-    assert record["tokens"] == float(samples.rollout.sequences.mask.sum())
+    assert record["tokens"] == record["sampled_tokens"] == float(samples.rollout.sequences.mask.sum())
     assert record["judge"] == pytest.approx(float(samples.rewards[:, 3].nanmean()))
     assert record["reward"] == pytest.approx(
         float((samples.rewards * torch.tensor((1.0, 0.1, 0.2, 1.0))).nansum() / 16)
     )
     assert record["rounds"] == 1.0
+
+
+def test_figures_of_a_step_are_of_all_groups_that_were_sampled() -> None:
+    """Those that were chosen differ in what they earned; their means are not the policy's."""
+    run = tiny_run(dynamic_sampling=3)
+    stage = ReasoningRL(run.build_policy(), run)
+    rounds: list[Tensor] = []
+    tokens: list[float] = []
+    sample_round = stage._sample_round
+
+    def watched(index: int, round_: int) -> Any:
+        rollout, table = sample_round(index, round_)
+        rounds.append(table)
+        tokens.append(float(rollout.sequences.mask.sum()))
+        return rollout, table
+
+    stage._sample_round = watched  # type: ignore[method-assign]
+    record = stage.step(0)
+    everything = torch.cat(rounds)
+    assert len(rounds) == record["rounds"] == 3.0
+    weighted = (everything * torch.tensor((1.0, 0.1, 0.2, 1.0))).nansum() / len(everything)
+    assert record["reward"] == pytest.approx(float(weighted))
+    assert record["format"] == pytest.approx(float(everything[:, 1].mean()))
+    assert record["sampled_tokens"] == sum(tokens) > record["tokens"]
 
 
 def test_learning_rates_rise_stay_and_fall() -> None:

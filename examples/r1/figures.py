@@ -43,10 +43,13 @@ def total(records: Iterable[Record], name: str) -> float:
 
 
 def rate(records: Sequence[Record], *seconds: str) -> float | None:
-    """Tokens a second of these times together; None where none were measured."""
+    """Tokens a second of these times together; None where none were measured.
+
+    Sampling alone counts all tokens that were sampled; anything else those that were trained on.
+    """
     timed = [record for record in records if all(name in record for name in seconds)]
     spent = sum(total(timed, name) for name in seconds)
-    tokens = total(timed, "tokens")
+    tokens = total(timed, "sampled_tokens" if seconds == ("sample_seconds",) else "tokens")
     return tokens / spent if spent > 0 and tokens > 0 else None
 
 

@@ -63,6 +63,7 @@ class Samples(NamedTuple):
     rewards: Tensor  # [B, 4] float32, in the order of `rewards.NAMES`: of all ranks
     informative: float  # share of all sampled groups whose rewards differ
     rounds: int  # of sampling
+    seen: Record  # figures of all groups that were sampled, those that were not chosen among them
 
 
 def loss_config(settings: Settings) -> GRPOLossConfig:
@@ -110,26 +111,25 @@ class RLStage(Stage):
         if inputs.routes is not None:
             record["rollout_mismatch"] = self._route_metrics(inputs.routes)["route_mismatch"]
         done = perf_counter()
-        rollout = samples.rollout
         return {
-            **self._reward_record(samples),
+            **samples.seen,
             **record,
-            **({} if rollout.drafts is None else rollout.drafts.record()),
             "informative": samples.informative,
             "rounds": float(samples.rounds),
-            "tokens": self.run.ranks.total(rollout.sequences.mask.sum()),
+            "tokens": self.run.ranks.total(samples.rollout.sequences.mask.sum()),
             "sample_seconds": sampled - start,
             "train_seconds": done - sampled,
         }
 
-    def _reward_record(self, samples: Samples) -> Record:
-        """Means over the samples, of what scored them."""
-        record = {"reward": float(rewards.totals(samples.rewards).mean()), **samples.rollout.means()}
+    def _figures(self, rollout: Rollout, table: Tensor) -> Record:
+        """Means of what scored all groups that were sampled. Those of the chosen ones are not the policy's own."""
+        record = {"reward": float(rewards.totals(table).mean()), **rollout.means()}
         for column in (rewards.FORMAT, rewards.LANGUAGE, rewards.JUDGE):
-            values = samples.rewards[:, column]
+            values = table[:, column]
             if not bool(values.isnan().all()):
                 record[rewards.NAMES[column]] = float(values.nanmean())
-        return record
+        drafts = {} if rollout.drafts is None else rollout.drafts.record()
+        return record | drafts | {"sampled_tokens": self.run.ranks.total(rollout.sequences.mask.sum())}
 
     def sample(self, index: int) -> Samples:
         """The scored samples of step `index`, from the policy as it is now.
@@ -149,7 +149,8 @@ class RLStage(Stage):
         order = torch.sort(useful.logical_not(), stable=True).indices[:wanted].sort().values
         rows = (order.unsqueeze(1) * rollout.group_size + torch.arange(rollout.group_size)).flatten()
         chosen = rollout if len(order) == len(useful) else rollout.select(order)
-        return Samples(chosen, table[rows], float(useful.float().mean()), rounds)
+        informative = float(useful.float().mean())
+        return Samples(chosen, table[rows], informative, rounds, self._figures(rollout, table))
 
     def _informative(self, table: Tensor) -> Tensor:
         """[N] bool: the groups whose samples differ in what they are asked for: accuracy, or the judge's score."""
