@@ -26,7 +26,7 @@ def sft_stage(name: str, title: str, steps: int, ends: tuple[float, float], *, m
         if step > 0:
             records.append({"loss": loss, "grad_norm": loss / 2, "seconds": 0.05, "tokens": 1200.0})
             if moe:
-                records[-1] |= {"aux_loss": 0.021, "expert_load": rising(step, steps, 3.1, 1.2)}
+                records[-1] |= {"balance_loss": 0.021, "expert_load": rising(step, steps, 3.1, 1.2)}
         if step % 25 == 0 or step == steps:
             evaluations.append(evaluation(step, *(rising(step, steps, 0.0, end) for end in ends)))
             evaluations[-1]["validation_loss"] = rising(step, steps, 3.2, 0.36)

@@ -1,4 +1,4 @@
-"""A small character-level transformer trained the way of DeepSeek-R1: a cold start, then GRPO with rules."""
+"""A small character-level transformer goes through all stages of DeepSeek-R1."""
 
 import os
 

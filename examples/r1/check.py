@@ -1,7 +1,7 @@
 """`python -m examples.r1.check`: does training work, for several seeds and models, and for the right reason?
 
 Runs that must learn: a few seeds of the dense model; with the first of them the mixture of experts, drafts, and experts
-in FP8. Controls that must not: rewards without meaning, imitation alone, and a judge that knows too little.
+in FP8. Controls that must fall short: rewards without meaning, imitation alone, and a judge that knows too little.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small decoder-only transformer with a key-value cache, in plain PyTorch."""
+"""A small decoder-only transformer with a key-value cache; its head, experts and MTP layers are this package's."""
 
 from __future__ import annotations
 

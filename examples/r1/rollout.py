@@ -1,4 +1,4 @@
-"""Batched sampling with a key-value cache, and the batch that training reads."""
+"""Batched sampling with a key-value cache, and what the rules say of the samples."""
 
 from __future__ import annotations
 

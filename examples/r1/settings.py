@@ -29,7 +29,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 2
     resume: bool = False
-    save_every: int = 25  # steps; 0 = only at the end of a stage
+    save_every: int = 25  # steps; 0 = only where a stage begins and ends
     report: Path | None = None
     compare_ppo: bool = False
 
