@@ -108,6 +108,11 @@ def test_tables_show_what_was_measured() -> None:
     assert cells(text, "right answer of a pair preferred") == [["0.510", "1.000"]]
 
 
+def test_the_table_of_model_state_has_what_was_compared() -> None:
+    assert cells(shown(full()), "float32, by rules")[0] == ["6.00", "MiB", "4.00", "MiB", "33.3%"]
+    assert "Model state" not in shown(bare())
+
+
 def test_the_summary_names_aims_and_comparisons() -> None:
     lines = {line.label: line for line in stage_figures.summary(full())}
     assert lines["digit sorting"].holds is True
@@ -116,7 +121,12 @@ def test_the_summary_names_aims_and_comparisons() -> None:
     assert lines["judge, diverse RL"].holds is True
     assert lines["loss step, hidden states 256 x 24 x 64"].value == "5.40 ms; eager PyTorch 6.20 ms (1.15x)"
     assert lines["sampling with drafts"].value == "21,000 tokens/s; without 44,000 (0.48x as fast)"
-    assert lines["model state against PPO, float32, by rules"].value == "4.00 MiB against 6.00 MiB, 33.3% saved"
+    assert not any("PPO" in label for label in lines)
+    other = full()
+    other.loss_step = {**(other.loss_step or {}), "eager_seconds": None, "eager_peak_bytes": None, "note": "none <b>"}
+    lines = {line.label: line for line in stage_figures.summary(other)}
+    assert lines["loss step, hidden states 256 x 24 x 64"].value == "5.40 ms"
+    assert lines["  beside eager PyTorch"].value == "none <b>"
     hacked = {line.label: line for line in stage_figures.summary(r1_results.run(hacked=True))}
     assert hacked["spelling backward"].holds is False
     assert hacked["judge, diverse RL"].holds is False

@@ -14,6 +14,7 @@ from examples.r1.pipeline import Pipeline
 from examples.r1.results import PipelineResult
 from examples.r1.run import Run
 from examples.r1.settings import Settings
+from examples.r1.stage import Stage
 
 
 def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> PipelineResult:
@@ -22,20 +23,29 @@ def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> Pip
     prepared = Run.prepare(settings, ranks)
     pipeline = Pipeline(prepared, console)
     stage = pipeline.train()
-    policy = stage if isinstance(stage, RLStage) else None  # what the measurements need
-    drafts = policy is not None and policy.model.mtp is not None
     result = PipelineResult(
         settings,
         parameters=count_parameters(stage.model),
         stages=pipeline.results,
         model=stage.model,
-        loss_step=loss_step.compare(policy, policy.steps) if policy else None,
-        draft_speed=draft_speed.compare(policy, policy.steps) if policy and drafts else None,
-        ppo=ppo_memory.compare(prepared) if settings.compare_ppo and prepared.ranks.is_main else None,
         samples=pipeline.progress.samples,
         seconds=perf_counter() - start,
         machine={"processes": prepared.ranks.world},
     )
     if prepared.ranks.is_main:
+        report.save(result)  # training is safe, whatever becomes of the measurements
+    _measure(result, stage, prepared)
+    result.seconds = perf_counter() - start
+    if prepared.ranks.is_main:
         report.publish(result, console)
     return result
+
+
+def _measure(result: PipelineResult, stage: Stage, run: Run) -> None:
+    """The last policy's loss step and drafts; model state, if that was asked for."""
+    if isinstance(stage, RLStage):
+        result.loss_step = loss_step.compare(stage, stage.steps)._asdict()
+        if stage.model.mtp is not None:
+            result.draft_speed = draft_speed.compare(stage, stage.steps)._asdict()
+    if run.settings.compare_ppo and run.ranks.is_main:
+        result.ppo = ppo_memory.compare(run).as_json()

@@ -124,7 +124,7 @@ def samples(result: PipelineResult) -> str:
 
 def comparisons(result: PipelineResult) -> str:
     """The loss step and the drafts; PPO has a section of its own."""
-    rows = [[escape(label.strip()), escape(value)] for label, value in compared(result, with_ppo=False)]
+    rows = [[escape(label.strip()), escape(value)] for label, value in compared(result)]
     return f'<div class="narrow">{_table(["", ""], rows)}</div>' if rows else ""
 
 

@@ -30,7 +30,7 @@ class ModelFolder:
     def load(self, stage: str, into: CharTransformer) -> CharTransformer:
         """Puts the parameters after a stage into a model. Raises CheckpointError where there are none that fit."""
         path = self._path(stage)
-        tensors, _ = self._ranks.from_main(lambda: load_tensors(path, "run the stage again"))
+        tensors, _ = self._ranks.from_main(lambda: load_tensors(path, "run that stage again, without --resume"))
         try:
             into.load_state_dict(own_state(self._ranks, tensors, shard_names(into)))
         except RuntimeError as error:

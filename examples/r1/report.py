@@ -16,8 +16,9 @@ from rich.text import Text
 
 from bench.machine import describe
 from examples.r1 import curves, html_report
+from examples.r1.figures import percent, size
 from examples.r1.results import PipelineResult, StageResult
-from examples.r1.stage_figures import full_title, sections, summary
+from examples.r1.stage_figures import full_title, savings, sections, summary
 from examples.r1.storage import write_atomically
 
 
@@ -27,8 +28,7 @@ def publish(result: PipelineResult, console: Console) -> None:
     What took minutes to find out comes first: figures and tables, before anything that may fail.
     """
     settings = result.settings
-    result.machine = {**describe(settings.device), **result.machine}
-    save_json(settings.output / "results.json", result.as_json())
+    save(result)
     show(result, console)
     picture = _save_curves(result)
     if settings.report is not None:
@@ -37,6 +37,12 @@ def publish(result: PipelineResult, console: Console) -> None:
     if settings.report is not None:
         words.append(f"the page is {settings.report}")
     console.print("; ".join(word for word in words if word), highlight=False, markup=False, soft_wrap=True)
+
+
+def save(result: PipelineResult) -> None:
+    """Writes `results.json`, of which every other report can be made again."""
+    result.machine = {**describe(result.settings.device), **result.machine}
+    save_json(result.settings.output / "results.json", result.as_json())
 
 
 def _save_curves(result: PipelineResult) -> str:
@@ -57,6 +63,8 @@ def show(result: PipelineResult, console: Console) -> None:
     if tables:
         console.print(Columns(tables, padding=(1, 4)))
     console.print(summary_table(result))
+    if savings(result):
+        console.print(ppo_table(result))
 
 
 def stage_table(stage: StageResult) -> Table:
@@ -81,6 +89,17 @@ def summary_table(result: PipelineResult) -> Table:
     for line in summary(result):
         style = {None: "", True: "green", False: "bold red"}[line.holds]
         table.add_row(Text(line.label), Text(line.value, style=style))
+    return table
+
+
+def ppo_table(result: PipelineResult) -> Table:
+    """Model state of PPO and of GRPO, as allocated."""
+    table = Table(title="Model state as allocated", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for name in ("PPO", "GRPO", "saved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for found in savings(result):
+        table.add_row(Text(found.label), size(found.ppo), size(found.grpo), percent(found.share))
     return table
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from examples.r1 import settings as options
+from examples.r1.storage import check_writable
 from grpo_kernels import GRPOLossConfig
 
 if TYPE_CHECKING:
@@ -83,11 +84,15 @@ def check(settings: Settings) -> None:
 
 
 def check_surroundings(settings: Settings) -> None:
-    """Raises ValueError if something is not there: the device, a folder, models of stages that are left out."""
+    """Raises ValueError if something is not there: the device, a folder, models of stages that are left out.
+
+    A folder that cannot be written to raises CheckpointError, which is one.
+    """
     _check_device(settings.device)
     _demand(not settings.output.is_file(), "output", "a folder", f"the file {settings.output}")
     if settings.report is not None:
         _demand(not settings.report.is_dir(), "report", "a file", f"the folder {settings.report}")
+        check_writable(settings.report.parent)
     for stage in settings.stages:
         for needed in _STARTS_FROM[stage]:
             if needed not in settings.stages:

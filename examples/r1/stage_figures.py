@@ -135,7 +135,7 @@ def _record_rows(stage: StageResult) -> list[Row]:
         ("gradient norm", "grad_norm", number),
         ("groups that teach", "informative", percent),
         ("rounds of sampling", "rounds", lambda value: number(value, 2)),
-        ("balance loss", "aux_loss", number),
+        ("balance loss", "balance_loss", number),
         ("busiest expert over the mean", "expert_load", lambda value: number(value, 2)),
         ("routes changed, old log-probs", "rollout_mismatch", percent),
         ("routes changed, last update", "route_mismatch", percent),
@@ -209,34 +209,28 @@ def summary(result: PipelineResult) -> list[Line]:
     return lines
 
 
-def comparisons(result: PipelineResult, with_ppo: bool = True) -> list[tuple[str, str]]:
-    """The loss step against eager PyTorch, sampling with drafts against without, PPO's memory against GRPO's."""
+_MEMORY = "loss step, memory beyond its inputs"
+
+
+def comparisons(result: PipelineResult) -> list[tuple[str, str]]:
+    """The loss step against eager PyTorch, sampling with drafts against without."""
     lines = []
     step = result.loss_step
     if step:
         shape = " x ".join(worded(step.get(name)) for name in ("rows", "columns", "width"))
-        lines += [
-            (
-                f"loss step, hidden states {shape}",
-                f"{duration(step.get('seconds'))}; eager PyTorch {duration(step.get('eager_seconds'))} "
-                f"({times(step.get('eager_seconds'), step.get('seconds'))})",
-            ),
-            (
-                "loss step, memory beyond its inputs",
-                f"{size(step.get('peak_bytes'))}; eager PyTorch {size(step.get('eager_peak_bytes'))} "
-                f"({times(step.get('eager_peak_bytes'), step.get('peak_bytes'))})",
-            ),
-        ]
+        kinds = ((f"loss step, hidden states {shape}", "seconds", duration), (_MEMORY, "peak_bytes", size))
+        for label, name, form in kinds:
+            own, eager = step.get(name), step.get(f"eager_{name}")
+            against = f"; eager PyTorch {form(eager)} ({times(eager, own)})" if eager is not None else ""
+            lines.append((label, f"{form(own)}{against}"))
+        if step.get("note"):
+            lines.append(("  beside eager PyTorch", str(step["note"])))
     speed = result.draft_speed
     if speed:
         own, without = speed.get("tokens_per_second"), speed.get("tokens_per_second_without")
         lines.append(
             ("sampling with drafts", f"{count(own)} tokens/s; without {count(without)} ({times(own, without)} as fast)")
         )
-    if with_ppo:
-        for found in savings(result):
-            sizes = f"{size(found.grpo)} against {size(found.ppo)}, {percent(found.share)} saved"
-            lines.append((f"model state against PPO, {found.label}", sizes))
     return lines
 
 
