@@ -73,7 +73,7 @@ def combinations(settings: Settings) -> list[Combination]:
 
 
 def _placed(combination: Combination, output: Path) -> Settings:
-    """A folder of its own; one evaluation at each end of a stage, and no checkpoints on the way."""
+    """A folder of its own, and no checkpoints on the way."""
     start_from = None if combination.after is None else output / folder_name(combination.after)
     settings = replace(combination.settings, output=output / folder_name(combination.name), start_from=start_from)
     return replace(settings, save_every=0)
