@@ -46,6 +46,7 @@ class LossInputs(NamedTuple):
     ref_log_probs: Tensor  # [B, C] float32
     advantages: Tensor  # [B] float32
     routes: Routes | None = None  # of an MoE model, for every pass over the rows
+    num_items: Tensor | None = None  # 0-d, what the loss of these rows is divided by, if it was counted before
 
     def groups(self, start: int, end: int) -> LossInputs:
         """Groups start to end, whole."""
@@ -241,7 +242,7 @@ class RLStage(Stage):
             inputs.advantages,
             self.loss_config,
             ref_log_probs=inputs.ref_log_probs,
-            num_items=self._num_items(sequences.mask),
+            num_items=self.num_items(sequences.mask),
         )
         tokens = ranks.sum_(sequences.mask.sum()).to(self.model.head.weight.dtype)
         depths = self.model.head.mtp_cross_entropy(
@@ -264,7 +265,7 @@ class RLStage(Stage):
         group = self.run.ranks.process_group
         return metrics if group is None else metrics.all_reduce(group)
 
-    def _num_items(self, mask: Tensor) -> Tensor:
+    def num_items(self, mask: Tensor) -> Tensor:
         """What the preset divides the loss by: tokens or sequences, of all ranks."""
         by_token = self.loss_config.reduction == "token_mean"
         count = mask.sum() if by_token else torch.tensor(len(mask), device=mask.device)
@@ -280,7 +281,7 @@ class RLStage(Stage):
             inputs.sequences.mask,
             self.loss_config,
             ref_log_probs=inputs.ref_log_probs,
-            num_items=self._num_items(inputs.sequences.mask),
+            num_items=self.num_items(inputs.sequences.mask) if inputs.num_items is None else inputs.num_items,
             temperature=self.temperature,
         )
 

@@ -30,7 +30,7 @@ class LossStepResult(NamedTuple):
 
 
 LossStep = Callable[[RLStage, FusedLMHead, Tensor, LossInputs], LossStepResult]
-"""Settings, head, hidden states [B, C, width] that require a gradient, and the rest."""
+"""Stage, head, hidden states [B, C, width] that require a gradient, and the rest."""
 
 
 class LossStepComparison(NamedTuple):
@@ -142,6 +142,7 @@ def compare(stage: RLStage, index: int, repeats: int = 20) -> LossStepComparison
     inputs = stage.loss_inputs(stage.sample(index), index)
     if not bool(inputs.advantages.any()):  # all samples earned the same: gradients of nothing are nothing to compare
         inputs = inputs._replace(advantages=torch.randn_like(inputs.advantages))
+    inputs = inputs._replace(num_items=stage.num_items(inputs.sequences.mask))  # no talk among ranks in what is timed
     with torch.no_grad():
         hidden = stage.model.completion_hidden(inputs.sequences.prompts, inputs.sequences.completions, inputs.routes)
     assert_same(stage, hidden, inputs)
