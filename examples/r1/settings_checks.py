@@ -93,10 +93,12 @@ def check_surroundings(settings: Settings) -> None:
     if settings.report is not None:
         _demand(not settings.report.is_dir(), "report", "a file", f"the folder {settings.report}")
         check_writable(settings.report.parent)
-    for stage in settings.stages:
-        for needed in _STARTS_FROM[stage]:
-            if needed not in settings.stages:
-                _check_start(settings, stage, needed)
+    missing = [(stage, needed) for stage in settings.stages for needed in _STARTS_FROM[stage]]
+    missing = [(stage, needed) for stage, needed in missing if needed not in settings.stages]
+    for stage, needed in missing:
+        _check_start(settings, stage, needed)
+    if settings.start_from is not None and not missing:
+        raise ValueError(f"start_from has nothing to give: {', '.join(settings.stages)} start from no other stage")
 
 
 def check_shares(settings: Settings, ranks: Ranks) -> None:
