@@ -23,7 +23,7 @@ from python_tests.distributed.example_r1 import TINY, Trained
 from python_tests.distributed.launch import run
 
 WORLD = 2
-EXPERTS: dict[str, Any] = {"model": "moe", "mtp": 1, "preset": "dapo"}
+EXPERTS: dict[str, Any] = {"model": "moe", "mtp": 1, "preset": "dapo", "bias_update_rate": 0.3}  # biases that matter
 SPREAD = EXPERTS | {"expert_parallel": True}
 STOP = ("reasoning_rl", 1)  # the stage, and its steps
 WAYS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "rejection_group_size must be a multiple of 2, the number of ranks, got 5": {"rejection_group_size": 5},
     "sft_batch must be a multiple of 2, the number of ranks, got 7": {"sft_batch": 7},
     "evaluation_prompts must be a multiple of 2, the number of ranks, got 9": {"evaluation_prompts": 9},
-    "experts must be a multiple of 2, the number of ranks, got 5": SPREAD | {"experts": 5},
+    "experts must be a multiple of 2, the number of ranks, got 7": SPREAD | {"experts": 7},
     "preset 'kl_cov' chooses among the tokens of a whole batch": {"preset": "kl_cov"},
 }
 
