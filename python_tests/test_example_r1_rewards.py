@@ -188,7 +188,7 @@ def test_groups_whose_rewards_are_equal_teach_nothing() -> None:
     stage = DiverseRL(run.build_policy(), run, _judge(run))
     table = _mixed_table()
     table[4:8] = table[4].clone()
-    found = stage.loss_inputs(Samples(stage.sample(0).rollout, table, 1.0, 1), 0).advantages
+    found = stage.loss_inputs(Samples(stage.sample(0).rollout, table, 1.0, 1, {}), 0).advantages
     assert not found[4:8].any()
     assert found[:4].all()
 
@@ -210,7 +210,7 @@ def test_the_control_shuffles_what_the_advantages_are_made_of() -> None:
     stage = DiverseRL(run.build_policy(), run, _judge(run))
     samples = stage.sample(0)._replace(rewards=_mixed_table())
     shuffled = stage.loss_inputs(samples, 3).advantages
-    expected = _gdpo(shuffle_in_groups(_mixed_table(), 4, 3).double().tolist(), 4)
+    expected = _gdpo(shuffle_in_groups(_mixed_table(), 4, 0, "diverse_rl", 3).double().tolist(), 4)
     torch.testing.assert_close(shuffled.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
     plain = _gdpo(_mixed_table().double().tolist(), 4)
     assert float((shuffled - torch.tensor(plain)).abs().max()) > 0.05

@@ -176,7 +176,8 @@ class RLStage(Stage):
         """Advantages, and the log-probabilities under the policy that sampled and under the reference."""
         scores, rollout = samples.rewards, samples.rollout
         if self.settings.shuffle_rewards:
-            scores = shuffle_in_groups(scores, self.settings.group_size, index)
+            source = (self.settings.seed, self.name, index)
+            scores = shuffle_in_groups(scores, self.settings.group_size, *source)
         advantages = self._advantages(scores)
         routes = self._routes(rollout)
         again = None if routes is None else routes.again()
@@ -317,9 +318,9 @@ class DiverseRL(RLStage):
         return [problem for pair in zip(reasoning, general, strict=False) for problem in pair] + reasoning[half:]
 
 
-def shuffle_in_groups(scores: Tensor, group_size: int, index: int) -> Tensor:
-    """The same rewards [B, R] with the rows of every group in random order."""
-    generator = torch_rng(scores.device, "shuffle", index)
+def shuffle_in_groups(scores: Tensor, group_size: int, *source: object) -> Tensor:
+    """The same rewards [B, R] with the rows of every group in an order that is a function of the source."""
+    generator = torch_rng(scores.device, "shuffle", *source)
     groups = scores.view(-1, group_size, scores.shape[1])
     order = torch.rand(groups.shape[:2], generator=generator).argsort(dim=1)
     return groups.gather(1, order.unsqueeze(-1).expand_as(groups)).reshape(scores.shape)

@@ -26,8 +26,8 @@ BATCH = 128  # prompts that are sampled at a time
 class RejectionSampling(SFTStage):
     """Keeps the best sample of every prompt, if it is good enough, and fine-tunes the base model on these.
 
-    Good enough is what the rules find right in every respect; where none may say what is right, what has the form and
-    is scored above a threshold by the reward model.
+    Good enough is what the rules find right in every respect; where no rule may be asked, what the reward model scores
+    above a threshold.
     """
 
     name = "rejection_sampling"
@@ -80,8 +80,7 @@ class RejectionSampling(SFTStage):
             valid = (rollout.rulings >= 1.0).all(dim=1)
         else:
             scores = self.judge.score(rollout.sequences, rollout.group_size).cpu()
-            well_formed = rollout.rulings[:, rewards.FORMAT] >= 1.0
-            valid = well_formed & (scores >= self.settings.judge_threshold)
+            valid = scores >= self.settings.judge_threshold
         return best_of_group(scores, 1, group_size=rollout.group_size, valid=valid).selected
 
     def _chosen(self, rollout: Rollout, selected: Tensor) -> Sequences:

@@ -135,6 +135,8 @@ def _check_stages(settings: Settings) -> None:
     wanted = f"some of {', '.join(known)}, each once and in this order"
     in_order = stages == tuple(name for name in known if name in stages)
     _demand(len(stages) > 0 and in_order, "stages", wanted, ", ".join(stages) or "none")
+    if settings.weak_judge and "reward_model" not in stages:
+        raise ValueError("weak_judge trains a reward model for a few steps: stages must have reward_model among them")
 
 
 def _check_model(settings: Settings) -> None:
