@@ -11,6 +11,7 @@ from torch import Tensor
 
 from examples.r1 import draft, draft_speed, loss_step, rollout
 from examples.r1.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage
+from examples.r1.log_probs import sequence_log_probs
 from examples.r1.reward_model import RewardModel
 from examples.r1.settings import PRESETS
 from python_tests.r1_stages import DIGITS, WORDS, one_thread, tiny_run
@@ -80,6 +81,19 @@ def test_without_an_eager_step_the_package_is_measured_alone() -> None:
     assert (found.eager_seconds, found.eager_peak_bytes) == (None, None)
     assert found.note == "no eager step for the preset 'gspo'"
     assert min(found.seconds, found.peak_bytes) > 0
+
+
+def test_the_comparison_is_off_policy_where_no_loss_has_a_kink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On policy KL-Cov's penalty takes the sign of a rounding error: its gradient is a matter of chance."""
+    run = tiny_run(preset="kl_cov")
+    stage = ReasoningRL(run.build_policy(), run)
+    seen: list[LossInputs] = []
+    monkeypatch.setattr(loss_step, "assert_same", lambda _stage, _hidden, inputs: seen.append(inputs))
+    loss_step.compare(stage, 0, repeats=1)
+    sequences, old = seen[0].sequences, seen[0].old_log_probs
+    moved = (old - sequence_log_probs(stage.model, sequences, stage.temperature)).abs()
+    assert 0.02 < float(moved[sequences.mask].median()) < 0.2
+    assert not bool(old[~sequences.mask].any())
 
 
 def test_a_wrong_loss_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

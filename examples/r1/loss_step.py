@@ -19,6 +19,7 @@ from examples.r1.grpo import LossInputs, RLStage
 from grpo_kernels import FusedLMHead
 
 EAGER_PRESET = "grpo"  # whose loss `eager_step` writes out
+_OFF_POLICY = 0.1  # nats a token; on policy, where all ratios are 1, rounding decides about kinks
 
 
 class LossStepResult(NamedTuple):
@@ -142,6 +143,8 @@ def compare(stage: RLStage, index: int, repeats: int = 20) -> LossStepComparison
     inputs = stage.loss_inputs(stage.sample(index), index)
     if not bool(inputs.advantages.any()):  # all samples earned the same: gradients of nothing are nothing to compare
         inputs = inputs._replace(advantages=torch.randn_like(inputs.advantages))
+    noise = torch.randn_like(inputs.old_log_probs) * _OFF_POLICY
+    inputs = inputs._replace(old_log_probs=inputs.old_log_probs + noise * inputs.sequences.mask)
     inputs = inputs._replace(num_items=stage.num_items(inputs.sequences.mask))  # no talk among ranks in what is timed
     with torch.no_grad():
         hidden = stage.model.completion_hidden(inputs.sequences.prompts, inputs.sequences.completions, inputs.routes)
