@@ -25,7 +25,7 @@ from grpo_kernels import GRPOLossConfig
 def test_every_setting_has_an_option() -> None:
     assert parse_arguments([]) == Settings()
     words = "--seed 3 --group-size 4 --kl-coef 0.5 --clip 0.1 --model moe --no-shared-expert --preset dapo --weak-judge"
-    found = parse_arguments([*words.split(), "--stages", "cold_start", "reasoning_rl", "--report", "a.html"])
+    found = parse_arguments([*words.split(), "--stages", "cold_start", "reward_model", "--report", "a.html"])
     assert found == Settings(
         seed=3,
         group_size=4,
@@ -35,7 +35,7 @@ def test_every_setting_has_an_option() -> None:
         shared_expert=False,
         preset="dapo",
         weak_judge=True,
-        stages=("cold_start", "reasoning_rl"),
+        stages=("cold_start", "reward_model"),
         report=Path("a.html"),
     )
     destinations = {action.dest for action in command_line.parser()._actions}
@@ -56,6 +56,7 @@ def test_every_preset_of_the_loss_is_an_option() -> None:
     [
         ("--preset gripo", r"argument --preset: invalid choice: 'gripo' \(choose from '?grpo'?, .*dapo"),
         ("--stages sft", "argument --stages: invalid choice: 'sft'"),
+        ("--stages cold_start --weak-judge", "stages must have reward_model among them"),
         ("--stages diverse_rl cold_start", "stages must be some of .*in this order, got diverse_rl, cold_start"),
         ("--stages cold_start cold_start", "each once and in this order, got cold_start, cold_start"),
         ("--stages diverse_rl", "diverse_rl starts from rejection_sampling: run that too, or name the folder"),
