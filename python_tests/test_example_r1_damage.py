@@ -165,7 +165,9 @@ def test_a_new_run_forgets_the_old_one(tmp_path: Path) -> None:
 def test_options_that_a_resumed_run_does_not_name_are_the_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(SETTINGS, kl_coef=0.5, weak_judge=True, threads=1, report=tmp_path / "r.html", output=tmp_path)
+    settings = replace(
+        SETTINGS, kl_coef=0.5, shuffle_rewards=True, threads=1, report=tmp_path / "r.html", output=tmp_path
+    )
     stage = LineStage(settings)
     CheckpointFolder(tmp_path / "checkpoint").save(stage, train_to(stage, Progress(), 3), settings)
     resuming = ["--resume", "--output", str(tmp_path)]
