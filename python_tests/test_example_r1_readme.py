@@ -30,6 +30,7 @@ FIGURES = (
     f"separators {DigitSorting.foreign_share:.0%}".replace("%", " %"),
     f"of the words {SpellBackward.misread_share:.0%}".replace("%", " %"),
     f"at least {_default.judge_threshold}",
+    f"`--dynamic-sampling` rounds ({_default.dynamic_sampling}",
     f"at most `--save-every` steps old ({_default.save_every})",
 )
 
