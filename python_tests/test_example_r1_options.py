@@ -77,7 +77,7 @@ def test_every_preset_of_the_loss_is_an_option() -> None:
         ("--model moe --experts-per-token 9", "experts_per_token must be at most experts, which is 8, got 9"),
         ("--recipe bf16", "recipe 'bf16' is for experts: model must be 'moe', got 'dense'"),
         ("--expert-parallel", "expert_parallel shares out experts: model must be 'moe', got 'dense'"),
-        ("--evaluation-prompts 100000", "evaluation_prompts must be at most 5000, got 100000"),
+        ("--evaluation-prompts 100000", "evaluation_prompts must be at most 1000, got 100000"),
         ("--device tpu0x", "device must be cpu or cuda, got 'tpu0x'"),
         ("--device mps", "device must be cpu or cuda, got 'mps'"),
         ("--device cuda:99", "device must be one of the [0-9]+ GPUs that PyTorch finds, or cpu, got cuda:99"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -11,6 +12,7 @@ import torch
 
 from examples.r1 import rewards, vocabulary
 from examples.r1.randomness import python_rng, stream_seed, torch_rng
+from examples.r1.run import Run
 from examples.r1.sft import demonstrations, solutions
 from examples.r1.tasks import TASKS, Problem
 from python_tests.r1_stages import CPU, DIGITS, WORDS, one_thread, tiny_run
@@ -140,8 +142,18 @@ def test_what_a_run_draws_is_a_function_of_the_seed_and_the_source() -> None:
     assert drawn(0, "rl", 3, 0) != drawn(1, "rl", 3, 0)
     assert drawn(0, "rl", 3, 0) != drawn(0, "sft", 3, 0)
     first = [problem for problems in run.held_out.values() for problem in problems]
-    assert run.excluded == {problem.prompt for problem in first}
     assert {problem.task for problem in first} == {DIGITS, WORDS}
+    assert run.excluded > {problem.prompt for problem in first}
+
+
+def test_no_run_trains_on_what_another_one_is_evaluated_on() -> None:
+    """A run may start from the models of one that evaluated fewer prompts."""
+    few, many = (Run.prepare(replace(tiny_run().settings, evaluation_prompts=count)) for count in (2, 1000))
+    assert few.excluded == many.excluded
+    for task, problems in many.held_out.items():
+        assert len(problems) == 1000
+        assert problems[:2] == few.held_out[task]
+        assert {problem.prompt for problem in problems} <= few.excluded
 
 
 def test_generators_are_functions_of_their_parts() -> None:

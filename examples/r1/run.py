@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from random import Random
 
@@ -16,7 +15,7 @@ from examples.r1.model import CharTransformer, ModelConfig
 from examples.r1.parallel import Ranks
 from examples.r1.randomness import python_rng, stream_seed
 from examples.r1.settings import Settings
-from examples.r1.settings_checks import check_shares
+from examples.r1.settings_checks import MOST_EVALUATION_PROMPTS, check_shares
 from examples.r1.shards import own_state, shard_names
 from examples.r1.tasks import TASKS, Problem, Task
 from grpo_kernels.distributed import ExpertParallel
@@ -29,7 +28,8 @@ class Run:
     settings: Settings
     ranks: Ranks
     tasks: dict[str, Task]
-    held_out: dict[str, list[Problem]]
+    held_out: dict[str, list[Problem]]  # that it is evaluated on
+    excluded: frozenset[str]  # prompts that training never sees: those of every run's evaluations
     device: torch.device
 
     @classmethod
@@ -40,13 +40,10 @@ class Run:
         if device.type == "cpu":
             torch.set_num_threads(settings.threads)
         tasks = {name: make() for name, make in TASKS.items()}
-        held_out = {name: task.held_out(settings.evaluation_prompts) for name, task in tasks.items()}
-        return cls(settings, ranks, tasks, held_out, device)
-
-    @cached_property
-    def excluded(self) -> frozenset[str]:
-        """Prompts that training never sees."""
-        return frozenset(problem.prompt for problems in self.held_out.values() for problem in problems)
+        apart = {name: task.held_out(MOST_EVALUATION_PROMPTS) for name, task in tasks.items()}
+        held_out = {name: problems[: settings.evaluation_prompts] for name, problems in apart.items()}
+        excluded = frozenset(problem.prompt for problems in apart.values() for problem in problems)
+        return cls(settings, ranks, tasks, held_out, excluded, device)
 
     @property
     def prompt_length(self) -> int:

@@ -58,7 +58,7 @@ _STARTS_FROM = {
     "rejection_sampling": ("reasoning_rl", "reward_model"),
     "diverse_rl": ("rejection_sampling", "reward_model"),
 }
-MOST_EVALUATION_PROMPTS = 5000  # of the words that there are, most are for training
+MOST_EVALUATION_PROMPTS = 1000  # of a task; so many no run trains on, whatever it evaluates and starts from
 
 
 def check(settings: Settings) -> None:
