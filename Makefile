@@ -63,11 +63,11 @@ demo-trl: $(STAMP)/build $(STAMP)/trl  ## TRL's own GRPOTrainer, as it is, patch
 	$(PY) -m examples.trl
 
 demo-check: $(STAMP)/build  ## three seeds, MoE, drafts, FP8, and three controls, against their thresholds; experts in FP8 against bfloat16
-	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS)
-	$(PY) -m examples.r1.precision --threads 1 --jobs $(JOBS) --save outputs/r1-check/precision.json
+	$(PY) -m examples.r1.checking.check --output outputs/r1-check --jobs $(JOBS)
+	$(PY) -m examples.r1.checking.precision --threads 1 --jobs $(JOBS) --save outputs/r1-check/precision.json
 
 demo-check-ci: $(STAMP)/build  ## one seed and the three controls
-	$(PY) -m examples.r1.check --output outputs/r1-check --jobs $(JOBS) --seeds 0 --only seed-0 sft-alone shuffled-rewards weak-judge
+	$(PY) -m examples.r1.checking.check --output outputs/r1-check --jobs $(JOBS) --seeds 0 --only seed-0 sft-alone shuffled-rewards weak-judge
 
 test: $(STAMP)/build  ## every test that needs no GPU and no long training
 	$(PYTEST) -m "not slow and not gpu and not interpreter" python_tests

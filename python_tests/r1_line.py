@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.r1.checkpoint import CheckpointFolder, Progress
 from examples.r1.parallel import SINGLE
 from examples.r1.results import Record
+from examples.r1.saving.checkpoint import CheckpointFolder, Progress
 from examples.r1.settings import Settings
-from examples.r1.stage import Stage
+from examples.r1.stages.stage import Stage
 
 SETTINGS = Settings(stages=("cold_start", "reasoning_rl"))
 

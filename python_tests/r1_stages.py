@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.r1 import rewards
-from examples.r1.model import CharTransformer
-from examples.r1.rollout import Rollout
+from examples.r1.policy.model import CharTransformer
+from examples.r1.policy.rollout import Rollout
 from examples.r1.run import Run
 from examples.r1.settings import Settings
-from examples.r1.sft import ColdStart, write_down
+from examples.r1.stages import rewards
+from examples.r1.stages.sft import ColdStart, write_down
 from examples.r1.tasks import Problem
 
 CPU = torch.device("cpu")

@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import grpo_kernels
-from examples.r1 import vocabulary
 from examples.r1.errors import RunError
-from examples.r1.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage
-from examples.r1.log_probs import sequence_log_probs
-from examples.r1.model import CharTransformer, ModelConfig
+from examples.r1.policy import vocabulary
+from examples.r1.policy.model import CharTransformer, ModelConfig
+from examples.r1.policy.rollout import generate, roll_out
+from examples.r1.policy.sequences import Sequences, make_sequences
 from examples.r1.randomness import torch_rng
 from examples.r1.results import Record
-from examples.r1.reward_model import RewardModel
-from examples.r1.rollout import generate, roll_out
 from examples.r1.run import Run
-from examples.r1.sequences import Sequences, make_sequences
 from examples.r1.settings import Settings
-from examples.r1.sft import ColdStart
+from examples.r1.stages.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage
+from examples.r1.stages.log_probs import sequence_log_probs
+from examples.r1.stages.reward_model import RewardModel
+from examples.r1.stages.sft import ColdStart
 from grpo_kernels import FusedLMHead
 from grpo_kernels.testing import assert_as_accurate
 from python_tests.r1_stages import CPU, DIGITS, beginner, gradients, one_thread, tiny_run
@@ -322,7 +322,7 @@ def test_padding_inside_a_completion_breaks_its_form(
     ids = [*vocabulary.encode(run.tasks[DIGITS].solve(problem)), vocabulary.END]
     if place is not None:
         ids.insert(place, vocabulary.PAD)
-    monkeypatch.setattr("examples.r1.rollout.generate", lambda *_, **__: torch.tensor([ids]))
+    monkeypatch.setattr("examples.r1.policy.rollout.generate", lambda *_, **__: torch.tensor([ids]))
     found = roll_out(begun, run, [problem])
     assert found.rulings[0].tolist() == ([1.0, 1.0, 1.0] if place is None else [0.0, 0.0, 0.0])
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.r1 import check
-from examples.r1.check import Results
+from examples.r1.checking import check
+from examples.r1.checking.check import Results
+from examples.r1.checking.jobs import Job, Verdicts, run_all
 from examples.r1.results import PipelineResult, StageResult
-from examples.r1.seeds import Job, Verdicts, run_all
 from examples.r1.settings import STAGES, Settings
 from python_tests.r1_results import DIGITS, WORDS, run
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.r1 import storage
-from examples.r1.checkpoint import CheckpointError, CheckpointFolder, Progress
-from examples.r1.stage import Stage
-from examples.r1.storage import write_atomically
+from examples.r1.saving import storage
+from examples.r1.saving.checkpoint import CheckpointError, CheckpointFolder, Progress
+from examples.r1.saving.storage import write_atomically
+from examples.r1.stages.stage import Stage
 from python_tests.r1_line import SETTINGS, LineStage, saved, train_to
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from examples.r1.checkpoint import CheckpointError, CheckpointFolder, CheckpointMismatch, Progress
 from examples.r1.command_line import parse_arguments
-from examples.r1.run_state import RunState
+from examples.r1.saving.checkpoint import CheckpointError, CheckpointFolder, CheckpointMismatch, Progress
+from examples.r1.saving.run_state import RunState
+from examples.r1.saving.storage import load_tensors, save_tensors
 from examples.r1.settings import Settings
-from examples.r1.storage import load_tensors, save_tensors
 from python_tests.r1_line import SETTINGS, LineStage, saved, train_to
 
 # damage ----------------------------------------------------------------------------------------------------------

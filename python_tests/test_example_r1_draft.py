@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.r1 import draft, rollout, vocabulary
-from examples.r1.log_probs import sequence_log_probs
-from examples.r1.model import CharTransformer, KVCache, ModelConfig, SharedPrefix
-from examples.r1.mtp import hidden_of_depths
-from examples.r1.ragged_cache import RaggedCache
+from examples.r1.policy import draft, rollout, vocabulary
+from examples.r1.policy.model import CharTransformer, KVCache, ModelConfig, SharedPrefix
+from examples.r1.policy.mtp import hidden_of_depths
+from examples.r1.policy.ragged_cache import RaggedCache
+from examples.r1.policy.routes import DraftRecorder, Routes
+from examples.r1.policy.sequences import make_sequences
 from examples.r1.randomness import torch_rng
-from examples.r1.routes import DraftRecorder, Routes
-from examples.r1.sequences import make_sequences
+from examples.r1.stages.log_probs import sequence_log_probs
 from grpo_kernels import VerifyDraftOutput
 from python_tests.r1_stages import CPU, DIGITS, beginner, one_thread, tiny_run
 

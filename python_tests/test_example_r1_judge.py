@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.r1 import rejection, rewards, vocabulary
-from examples.r1.rejection import RejectionSampling
-from examples.r1.reward_model import WEAK_STEPS, RewardModel, RewardModelStage, garbled
-from examples.r1.rollout import Rollout
+from examples.r1.policy import vocabulary
+from examples.r1.policy.rollout import Rollout
+from examples.r1.policy.sequences import Sequences, make_sequences
 from examples.r1.run import Run
-from examples.r1.sequences import Sequences, make_sequences
-from examples.r1.sft import solutions, write_down
+from examples.r1.stages import rejection, rewards
+from examples.r1.stages.rejection import RejectionSampling
+from examples.r1.stages.reward_model import WEAK_STEPS, RewardModel, RewardModelStage, garbled
+from examples.r1.stages.sft import solutions, write_down
 from examples.r1.tasks import Problem
 from python_tests.r1_stages import DIGITS, WORDS, one_thread, tiny_run, written
 

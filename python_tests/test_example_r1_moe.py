@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.r1 import vocabulary
-from examples.r1.grpo import DiverseRL, ReasoningRL
-from examples.r1.log_probs import sequence_log_probs
-from examples.r1.model import CharTransformer, ModelConfig
+from examples.r1.policy import vocabulary
+from examples.r1.policy.model import CharTransformer, ModelConfig
+from examples.r1.policy.rollout import generate
+from examples.r1.policy.routes import Recorder, Routes
+from examples.r1.policy.sequences import make_sequences
 from examples.r1.randomness import torch_rng
-from examples.r1.reward_model import RewardModel
-from examples.r1.rollout import generate
-from examples.r1.routes import Recorder, Routes
 from examples.r1.run import Run
-from examples.r1.sequences import make_sequences
 from examples.r1.settings import Settings
-from examples.r1.sft import ColdStart
+from examples.r1.stages.grpo import DiverseRL, ReasoningRL
+from examples.r1.stages.log_probs import sequence_log_probs
+from examples.r1.stages.reward_model import RewardModel
+from examples.r1.stages.sft import ColdStart
 from grpo_kernels import RouterReplay
 from python_tests.r1_stages import CPU, DIGITS, beginner, one_thread, tiny_run
 

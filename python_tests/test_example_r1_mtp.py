@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from examples.r1.draft import DraftCounts
-from examples.r1.grpo import DiverseRL, ReasoningRL, RLStage, Samples
-from examples.r1.mtp import hidden_of_depths
+from examples.r1.policy.draft import DraftCounts
+from examples.r1.policy.mtp import hidden_of_depths
 from examples.r1.results import Record
-from examples.r1.reward_model import RewardModel
 from examples.r1.run import Run
 from examples.r1.settings import Settings
-from examples.r1.sft import ColdStart
+from examples.r1.stages.grpo import DiverseRL, ReasoningRL, RLStage, Samples
+from examples.r1.stages.reward_model import RewardModel
+from examples.r1.stages.sft import ColdStart
 from python_tests.r1_stages import DIGITS, beginner, gradients, one_thread, tiny_run
 
 __all__ = ["one_thread"]

@@ -18,14 +18,14 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.r1 import ppo, ppo_memory, ppo_step
-from examples.r1.allocations import live_bytes, peak_bytes
-from examples.r1.model import ModelConfig
+from examples.r1.measuring import ppo, ppo_memory, ppo_step
+from examples.r1.measuring.allocations import live_bytes, peak_bytes
+from examples.r1.measuring.ppo_memory import PRECISIONS, ModelStates, Row
+from examples.r1.measuring.ppo_step import METHODS, Parts
 from examples.r1.parallel import Ranks
-from examples.r1.ppo_memory import PRECISIONS, ModelStates, Row
-from examples.r1.ppo_step import METHODS, Parts
+from examples.r1.policy.model import ModelConfig
+from examples.r1.policy.sequences import Sequences
 from examples.r1.run import Run
-from examples.r1.sequences import Sequences
 from grpo_kernels.testing import assert_as_accurate
 from python_tests.r1_stages import CPU, one_thread, tiny_run
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from examples.r1 import reward_model
 from examples.r1.command_line import parser
 from examples.r1.settings import Settings
+from examples.r1.stages import reward_model
 from examples.r1.tasks import DigitSorting, SpellBackward
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,23 @@ FIGURES = (
 
 def test_all_files_are_on_the_page() -> None:
     table = PAGE.split("## The files")[1].split("\n## ")[0]
-    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in FOLDER.glob("*.py")}
+    named, folder = set(), ""
+    for line in re.findall(r"^\|.*", table, flags=re.MULTILINE):
+        folders = re.findall(r"^\| \*\*`(\w+/)`\*\*", line)
+        folder = folders[0] if folders else folder
+        named |= {folder + name for name in re.findall(r"`(\w+\.py)`", line.partition(" | ")[0])}
+    there = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py")}
+    assert named == {name for name in there if not name.endswith("/__init__.py")}
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"python -m (examples\.r1\.[\w.]+)", PAGE))))
+def test_commands_on_the_page_answer(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(name).main()
+    assert f"usage: python -m {name} " in capsys.readouterr().out
 
 
 def test_options_and_targets_on_the_page_exist() -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.r1 import html_report, report, stage_figures
-from examples.r1.figures import duration, ends, mean, number, percent, rate, size, times, worded
-from examples.r1.loss_step import LossStepComparison
-from examples.r1.progress_bar import progress_bar, words
+from examples.r1.measuring.loss_step import LossStepComparison
+from examples.r1.reporting import html_report, report, stage_figures
+from examples.r1.reporting.figures import duration, ends, mean, number, percent, rate, size, times, worded
+from examples.r1.reporting.progress_bar import progress_bar, words
 from examples.r1.results import PipelineResult, Record, StageResult
 from examples.r1.settings import Settings
 from python_tests import r1_results

@@ -23,15 +23,15 @@ from rich.console import Console
 
 from examples.r1 import __main__
 from examples.r1.command_line import parse_arguments
-from examples.r1.grpo import DiverseRL, ReasoningRL
-from examples.r1.models import ModelFolder
 from examples.r1.pipeline import Pipeline
-from examples.r1.rejection import RejectionSampling
-from examples.r1.reward_model import RewardModelStage
 from examples.r1.run import Run
+from examples.r1.saving.model_folder import ModelFolder
+from examples.r1.saving.storage import digest_of, load_tensors
 from examples.r1.settings import Settings
-from examples.r1.sft import ColdStart
-from examples.r1.storage import digest_of, load_tensors
+from examples.r1.stages.grpo import DiverseRL, ReasoningRL
+from examples.r1.stages.rejection import RejectionSampling
+from examples.r1.stages.reward_model import RewardModelStage
+from examples.r1.stages.sft import ColdStart
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = Settings(

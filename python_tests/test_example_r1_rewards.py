@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.r1 import rewards
-from examples.r1.grpo import DiverseRL, Samples, shuffle_in_groups
-from examples.r1.rejection import RejectionSampling
-from examples.r1.reward_model import RewardModel
 from examples.r1.run import Run
+from examples.r1.stages import rewards
+from examples.r1.stages.grpo import DiverseRL, Samples, shuffle_in_groups
+from examples.r1.stages.rejection import RejectionSampling
+from examples.r1.stages.reward_model import RewardModel
 from examples.r1.tasks import Problem, SpellBackward
 from python_tests.r1_stages import DIGITS, WORDS, one_thread, tiny_run, written
 
@@ -77,7 +77,7 @@ def test_reinforcement_never_learns_what_the_rule_says_of_the_general_task(monke
             problems = stage.problems(0, 0)
             texts = [text for problem in problems for text in (WRITTEN if problem.task == WORDS else ["12"] * 4)]
             rollout = written(run, problems, texts)
-            patch.setattr("examples.r1.grpo.roll_out", lambda *_, found=rollout, **__: found)
+            patch.setattr("examples.r1.stages.grpo.roll_out", lambda *_, found=rollout, **__: found)
             table = stage.sample(0).rewards
             assert bool(table[:, rewards.ACCURACY].isnan().any())
             record = stage.step(0)
@@ -96,7 +96,7 @@ def test_rejection_sampling_never_learns_what_the_rule_says_of_the_general_task(
 ) -> None:
     run = tiny_run(judge_threshold=0.0)
     monkeypatch.setattr(
-        "examples.r1.rejection.roll_out",
+        "examples.r1.stages.rejection.roll_out",
         lambda policy, run, problems, **_: written(run, problems, WRITTEN * len(problems)),
     )
     kept = []

@@ -12,20 +12,20 @@ from torch import Tensor
 
 import grpo_kernels
 from examples.r1 import settings as options
-from examples.r1.evaluation import evaluate
-from examples.r1.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage, loss_config
-from examples.r1.log_probs import sequence_log_probs
-from examples.r1.model import CharTransformer
-from examples.r1.models import ModelFolder
 from examples.r1.pipeline import STAGES
+from examples.r1.policy.model import CharTransformer
+from examples.r1.policy.rollout import roll_out
 from examples.r1.randomness import torch_rng
-from examples.r1.rejection import RejectionSampling
-from examples.r1.reward_model import RewardModel, RewardModelStage
-from examples.r1.rollout import roll_out
 from examples.r1.run import Run
 from examples.r1.samples import answers
-from examples.r1.sft import ColdStart, SFTStage
-from examples.r1.stage import Stage
+from examples.r1.saving.model_folder import ModelFolder
+from examples.r1.stages.evaluation import evaluate
+from examples.r1.stages.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage, loss_config
+from examples.r1.stages.log_probs import sequence_log_probs
+from examples.r1.stages.rejection import RejectionSampling
+from examples.r1.stages.reward_model import RewardModel, RewardModelStage
+from examples.r1.stages.sft import ColdStart, SFTStage
+from examples.r1.stages.stage import Stage
 from grpo_kernels.grpo_loss import presets
 from python_tests.r1_stages import CPU, DIGITS, WORDS, beginner, one_thread, tiny_run
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from examples.r1 import combinations_page, sweep
+from examples.r1.checking import combinations_page, sweep
 from examples.r1.command_line import parse_arguments
 from examples.r1.results import PipelineResult
 from examples.r1.settings import PRESETS, Settings

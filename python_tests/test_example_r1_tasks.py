@@ -10,10 +10,11 @@ from random import Random
 import pytest
 import torch
 
-from examples.r1 import rewards, vocabulary
+from examples.r1.policy import vocabulary
 from examples.r1.randomness import python_rng, stream_seed, torch_rng
 from examples.r1.run import Run
-from examples.r1.sft import demonstrations, solutions
+from examples.r1.stages import rewards
+from examples.r1.stages.sft import demonstrations, solutions
 from examples.r1.tasks import TASKS, Problem
 from python_tests.r1_stages import CPU, DIGITS, WORDS, one_thread, tiny_run
 

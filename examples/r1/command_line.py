@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from examples.r1 import settings as names
 from examples.r1 import settings_checks
 from examples.r1.quick import QUICK
-from examples.r1.run_state import saved_settings
+from examples.r1.saving.run_state import saved_settings
 from examples.r1.settings import Settings
 
 _CHOICES = {

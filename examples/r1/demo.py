@@ -6,15 +6,16 @@ from time import perf_counter
 
 from rich.console import Console
 
-from examples.r1 import draft_speed, loss_step, ppo_memory, report
-from examples.r1.grpo import RLStage
-from examples.r1.model import count_parameters
+from examples.r1.measuring import draft_speed, loss_step, ppo_memory
 from examples.r1.parallel import Ranks
 from examples.r1.pipeline import Pipeline
+from examples.r1.policy.model import count_parameters
+from examples.r1.reporting import report
 from examples.r1.results import PipelineResult
 from examples.r1.run import Run
 from examples.r1.settings import Settings
-from examples.r1.stage import Stage
+from examples.r1.stages.grpo import RLStage
+from examples.r1.stages.stage import Stage
 
 
 def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> PipelineResult:

@@ -7,19 +7,19 @@ from time import perf_counter
 
 from rich.console import Console
 
-from examples.r1.checkpoint import CheckpointFolder, Progress
-from examples.r1.grpo import DiverseRL, ReasoningRL
 from examples.r1.interrupt import interrupted, stop_requested
-from examples.r1.model import CharTransformer
-from examples.r1.models import ModelFolder
-from examples.r1.progress_bar import progress_bar
-from examples.r1.rejection import RejectionSampling
+from examples.r1.policy.model import CharTransformer
+from examples.r1.reporting.progress_bar import progress_bar
 from examples.r1.results import StageResult
-from examples.r1.reward_model import RewardModel, RewardModelStage
 from examples.r1.run import Run
 from examples.r1.samples import answers
-from examples.r1.sft import ColdStart
-from examples.r1.stage import Stage
+from examples.r1.saving.checkpoint import CheckpointFolder, Progress
+from examples.r1.saving.model_folder import ModelFolder
+from examples.r1.stages.grpo import DiverseRL, ReasoningRL
+from examples.r1.stages.rejection import RejectionSampling
+from examples.r1.stages.reward_model import RewardModel, RewardModelStage
+from examples.r1.stages.sft import ColdStart
+from examples.r1.stages.stage import Stage
 
 StageFactory = Callable[[Run, ModelFolder], Stage]
 

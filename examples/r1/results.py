@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from examples.r1.settings import Settings
 
 if TYPE_CHECKING:
-    from examples.r1.model import CharTransformer
+    from examples.r1.policy.model import CharTransformer
 
 Record = dict[str, float]
 

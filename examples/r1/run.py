@@ -10,9 +10,9 @@ from random import Random
 import torch
 from torch import Tensor
 
-from examples.r1 import vocabulary
-from examples.r1.model import CharTransformer, ModelConfig
 from examples.r1.parallel import Ranks
+from examples.r1.policy import vocabulary
+from examples.r1.policy.model import CharTransformer, ModelConfig
 from examples.r1.randomness import python_rng, stream_seed
 from examples.r1.settings import Settings
 from examples.r1.settings_checks import MOST_EVALUATION_PROMPTS, check_shares

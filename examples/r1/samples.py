@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from examples.r1.parallel import SINGLE
-from examples.r1.rollout import roll_out
-from examples.r1.stage import Stage
+from examples.r1.policy.rollout import roll_out
+from examples.r1.stages.stage import Stage
 
 SHOWN = 4  # prompts of each task
 

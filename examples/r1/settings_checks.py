@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from examples.r1 import settings as options
-from examples.r1.storage import check_writable
+from examples.r1.saving.storage import check_writable
 from grpo_kernels import GRPOLossConfig
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
-from examples.r1 import vocabulary
+from examples.r1.policy import vocabulary
 
 
 class Problem(NamedTuple):

@@ -1,0 +1,1 @@
+"""What is measured on a trained policy: the loss step, drafts, the model state of PPO."""

@@ -1,0 +1,43 @@
+"""The batch that training reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from examples.r1.policy import vocabulary
+
+
+class Sequences(NamedTuple):
+    """Prompts with G completions each; completion i belongs to prompt i // G."""
+
+    prompts: Tensor  # [N, P] int64, padded on the left
+    completions: Tensor  # [N * G, C] int64, END, then padding
+    mask: Tensor  # [N * G, C] bool, True up to and with END
+
+    @property
+    def group_size(self) -> int:
+        return len(self.completions) // max(len(self.prompts), 1)
+
+    def groups(self, start: int, end: int) -> Sequences:
+        """Prompts start to end with all their completions."""
+        rows = slice(start * self.group_size, end * self.group_size)
+        return Sequences(self.prompts[start:end], self.completions[rows], self.mask[rows])
+
+    def select(self, groups: Tensor) -> Sequences:
+        """The prompts of these indices with all their completions."""
+        rows = rows_of_groups(groups, self.group_size)
+        return Sequences(self.prompts[groups], self.completions[rows], self.mask[rows])
+
+
+def rows_of_groups(groups: Tensor, group_size: int) -> Tensor:
+    """Indices of the samples of these groups, [len(groups) * group_size]."""
+    return (groups.unsqueeze(1) * group_size + torch.arange(group_size, device=groups.device)).flatten()
+
+
+def make_sequences(prompts: Tensor, completions: Tensor) -> Sequences:
+    """Adds the mask: END counts; what follows it does not."""
+    is_end = completions == vocabulary.END
+    return Sequences(prompts, completions, (is_end.cumsum(dim=1) - is_end.long()) == 0)

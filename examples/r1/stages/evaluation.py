@@ -1,0 +1,33 @@
+"""How a policy does on held-out problems."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from examples.r1.policy.model import CharTransformer
+from examples.r1.policy.rollout import roll_out
+from examples.r1.randomness import torch_rng
+from examples.r1.results import Record
+from examples.r1.run import Run
+from examples.r1.stages.rewards import of_task
+from examples.r1.tasks import GENERAL
+
+if TYPE_CHECKING:
+    from examples.r1.stages.reward_model import RewardModel
+
+
+def evaluate(model: CharTransformer, run: Run, judge: RewardModel | None = None) -> Record:
+    """Of each task greedy accuracy, format and language, and the accuracy of samples at temperature 1.
+
+    With a judge also the mean score that it gives to these samples of the task that it is there for.
+    """
+    problems = [problem for held_out in run.held_out.values() for problem in held_out]
+    greedy = roll_out(model, run, problems)
+    sampled = roll_out(model, run, problems, generator=torch_rng(run.device, "evaluation"))
+    record = greedy.means()
+    for task in run.tasks:
+        record[f"{task}/sampled_accuracy"] = sampled.means()[f"{task}/accuracy"]
+    if judge is not None:
+        scores = judge.score(sampled.sequences, sampled.group_size).cpu()
+        record[f"{GENERAL}/judge"] = float(scores[of_task(sampled.problem_of_each, GENERAL)].mean())
+    return record if sampled.drafts is None else record | sampled.drafts.record()
