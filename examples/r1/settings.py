@@ -66,10 +66,11 @@ class Settings:
     clip: float | None = None  # the ratio counts up to 1 - clip and 1 + clip; None: as the preset has it
     kl_coef: float = 0.01
     aggregation: str = "normalize_then_sum"  # of the rewards: GDPO's, or the sum's own normalisation
-    dynamic_sampling: int = 2  # most rounds of sampling a step, for groups that can teach something; 1: no second one
+    dynamic_sampling: int = 2  # most rounds of sampling a step of reasoning RL, for groups that can teach something
+    diverse_dynamic_sampling: int = 1  # of diverse RL, where few groups can, and a second round finds hardly more
     max_grad_norm: float = 1.0
 
-    rejection_prompts: int = 800  # of each task
+    rejection_prompts: int = 1000  # of each task
     rejection_group_size: int = 8
     judge_threshold: float = 0.5  # score that a general sample needs to be kept
 

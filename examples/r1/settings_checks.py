@@ -34,6 +34,7 @@ _AT_LEAST = {
     "group_size": 2,  # one sample has nothing to be compared with
     "updates_per_rollout": 1,
     "dynamic_sampling": 1,
+    "diverse_dynamic_sampling": 1,
     "rejection_prompts": 1,
     "rejection_group_size": 1,
     "evaluate_every": 1,

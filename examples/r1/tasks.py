@@ -122,7 +122,7 @@ class SpellBackward(Task):
     completion_length = len(("<a>", "</a>", "END")) + max_items
     cold_examples = 800
     wrong_share = 0.15
-    misread_share = 0.2
+    misread_share = 0.15
 
     # reasoning-gym seeds problem i of a dataset with seed + i: these two ranges do not meet.
     _STREAM_SIZE = 2**30

@@ -79,6 +79,7 @@ class RLStage(Stage):
     """Samples a group of completions per prompt, scores them and reinforces what beats its group's mean."""
 
     temperature: float
+    most_rounds: int  # of sampling in a step
 
     def __init__(
         self, model: CharTransformer, run: Run, learning_rate: float, judge: RewardModel | None = None
@@ -142,7 +143,7 @@ class RLStage(Stage):
         rollout, table = self._sample_round(index, 0)
         useful = self._informative(table)
         rounds = 1
-        while rounds < self.settings.dynamic_sampling and int(useful.sum()) < wanted:
+        while rounds < self.most_rounds and int(useful.sum()) < wanted:
             more, more_table = self._sample_round(index, rounds)
             rollout, table = rollout.followed_by(more), torch.cat((table, more_table))
             useful = self._informative(table)
@@ -296,6 +297,7 @@ class ReasoningRL(RLStage):
     def __init__(self, model: CharTransformer, run: Run) -> None:
         super().__init__(model, run, run.settings.reasoning_learning_rate)
         self.temperature = run.settings.reasoning_temperature
+        self.most_rounds = run.settings.dynamic_sampling
 
     def problems(self, index: int, round_: int) -> list[Problem]:
         return self.run.draw(REASONING, self.settings.prompts, self.name, index, round_)
@@ -310,6 +312,7 @@ class DiverseRL(RLStage):
     def __init__(self, model: CharTransformer, run: Run, judge: RewardModel) -> None:
         super().__init__(model, run, run.settings.diverse_learning_rate, judge)
         self.temperature = run.settings.diverse_temperature
+        self.most_rounds = run.settings.diverse_dynamic_sampling
 
     def problems(self, index: int, round_: int) -> list[Problem]:
         half = self.settings.prompts // 2
