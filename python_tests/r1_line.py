@@ -24,7 +24,10 @@ class LineStage(Stage):
     """Learns a line from points, with a frozen copy of its start and data of its own."""
 
     name = "cold_start"
-    title = "a line"
+
+    @classmethod
+    def start(cls, run: Any, models: Any) -> LineStage:
+        return cls(run.settings)
 
     def __init__(self, settings: Settings, seed: int = 0) -> None:
         torch.manual_seed(seed)

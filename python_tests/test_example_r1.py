@@ -22,8 +22,8 @@ from examples.r1.results import Record
 from examples.r1.run import Run
 from examples.r1.settings import Settings
 from examples.r1.stages.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
-from examples.r1.stages.reward_model import RewardModel
 from examples.r1.stages.sft import ColdStart
 from grpo_kernels import FusedLMHead
 from grpo_kernels.testing import assert_as_accurate

@@ -16,8 +16,9 @@ from rich.console import Console
 from examples.r1.checking import check
 from examples.r1.checking.check import Results
 from examples.r1.checking.jobs import Job, Verdicts, run_all
+from examples.r1.choices import STAGES
 from examples.r1.results import PipelineResult, StageResult
-from examples.r1.settings import STAGES, Settings
+from examples.r1.settings import Settings
 from python_tests.r1_results import DIGITS, WORDS, run
 
 STARTING = {"seed-0", "seed-1", "seed-2", "moe", "mtp", "fp8", "sft-alone"}

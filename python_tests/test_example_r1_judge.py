@@ -14,8 +14,9 @@ from examples.r1.policy.rollout import Rollout
 from examples.r1.policy.sequences import Sequences, make_sequences
 from examples.r1.run import Run
 from examples.r1.stages import rejection, rewards
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.rejection import RejectionSampling
-from examples.r1.stages.reward_model import WEAK_STEPS, RewardModel, RewardModelStage, garbled
+from examples.r1.stages.reward_model import WEAK_STEPS, RewardModelStage, garbled
 from examples.r1.stages.sft import solutions, write_down
 from examples.r1.tasks import Problem
 from python_tests.r1_stages import DIGITS, WORDS, one_thread, tiny_run, written

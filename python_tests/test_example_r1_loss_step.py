@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.r1.choices import PRESETS
 from examples.r1.measuring import draft_speed, loss_step
 from examples.r1.policy import draft, rollout
-from examples.r1.settings import PRESETS
 from examples.r1.stages.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
-from examples.r1.stages.reward_model import RewardModel
 from python_tests.r1_stages import DIGITS, WORDS, one_thread, tiny_run
 
 __all__ = ["one_thread"]

@@ -17,8 +17,8 @@ from examples.r1.randomness import torch_rng
 from examples.r1.run import Run
 from examples.r1.settings import Settings
 from examples.r1.stages.grpo import DiverseRL, ReasoningRL
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
-from examples.r1.stages.reward_model import RewardModel
 from examples.r1.stages.sft import ColdStart
 from grpo_kernels import RouterReplay
 from python_tests.r1_stages import CPU, DIGITS, beginner, one_thread, tiny_run

@@ -14,7 +14,7 @@ from examples.r1.results import Record
 from examples.r1.run import Run
 from examples.r1.settings import Settings
 from examples.r1.stages.grpo import DiverseRL, ReasoningRL, RLStage, Samples
-from examples.r1.stages.reward_model import RewardModel
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.sft import ColdStart
 from python_tests.r1_stages import DIGITS, beginner, gradients, one_thread, tiny_run
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from examples.r1 import __main__, command_line, interrupt
+from examples.r1.choices import PRESETS
 from examples.r1.command_line import parse_arguments
 from examples.r1.errors import RunError
 from examples.r1.interrupt import Interrupted, interrupted, signals_handled, stop_requested
-from examples.r1.settings import PRESETS, Settings
+from examples.r1.settings import Settings
 from grpo_kernels import GRPOLossConfig
 
 # options ---------------------------------------------------------------------------------------------------------

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from examples.r1.checking import precision
 from examples.r1.checking.precision import Comparison
+from examples.r1.choices import RECIPES
 from examples.r1.command_line import parse_arguments
 from examples.r1.policy import vocabulary
 from examples.r1.policy.model import CharTransformer, SharedPrefix
 from examples.r1.randomness import python_rng
 from examples.r1.run import Run
-from examples.r1.settings import RECIPES, Settings
+from examples.r1.settings import Settings
 from examples.r1.stages.grpo import ReasoningRL
 from examples.r1.stages.sft import ColdStart
 from grpo_kernels.moe_experts.parts import MoEExperts

@@ -11,8 +11,8 @@ from torch import Tensor
 from examples.r1.run import Run
 from examples.r1.stages import rewards
 from examples.r1.stages.grpo import DiverseRL, Samples, shuffle_in_groups
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.rejection import RejectionSampling
-from examples.r1.stages.reward_model import RewardModel
 from examples.r1.tasks import Problem, SpellBackward
 from python_tests.r1_stages import DIGITS, WORDS, one_thread, tiny_run, written
 

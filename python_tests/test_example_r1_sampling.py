@@ -14,8 +14,8 @@ from examples.r1.policy.rollout import Rollout
 from examples.r1.policy.routes import Routes
 from examples.r1.stages import grpo, rewards
 from examples.r1.stages.grpo import DiverseRL, ReasoningRL, RLStage, Samples
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
-from examples.r1.stages.reward_model import RewardModel
 from examples.r1.tasks import Problem
 from grpo_kernels import RouterReplay
 from python_tests.r1_stages import DIGITS, WORDS, one_thread, tiny_run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import grpo_kernels
-from examples.r1 import settings as options
+from examples.r1 import choices
 from examples.r1.pipeline import STAGES
 from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.rollout import roll_out
@@ -21,9 +21,10 @@ from examples.r1.samples import answers
 from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.stages.evaluation import evaluate
 from examples.r1.stages.grpo import DiverseRL, LossInputs, ReasoningRL, RLStage, loss_config
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
 from examples.r1.stages.rejection import RejectionSampling
-from examples.r1.stages.reward_model import RewardModel, RewardModelStage
+from examples.r1.stages.reward_model import RewardModelStage
 from examples.r1.stages.sft import ColdStart, SFTStage
 from examples.r1.stages.stage import Stage
 from grpo_kernels.grpo_loss import presets
@@ -40,11 +41,11 @@ def _diverse(run: Run, model: CharTransformer | None = None) -> DiverseRL:
 
 
 def test_the_settings_name_all_presets_of_the_package() -> None:
-    assert list(options.PRESETS) == list(presets._PRESETS)
+    assert list(choices.PRESETS) == list(presets._PRESETS)
 
 
 def test_settings_change_the_preset_only_where_they_say_so() -> None:
-    for name in options.PRESETS:
+    for name in choices.PRESETS:
         own = grpo_kernels.GRPOLossConfig.preset(name, kl_coef=0.03)
         assert loss_config(tiny_run(preset=name, kl_coef=0.03).settings) == own
     clipped = loss_config(tiny_run(preset="dapo", clip=0.1).settings)
@@ -58,7 +59,7 @@ def _favoured(stage: RLStage, inputs: LossInputs, before: torch.Tensor) -> float
 
 
 @pytest.mark.parametrize(("updates", "mtp"), [(1, 0), (2, 1)], ids=["one update", "two updates beside drafts"])
-@pytest.mark.parametrize("preset", options.PRESETS)
+@pytest.mark.parametrize("preset", choices.PRESETS)
 def test_every_preset_takes_a_step_towards_what_was_rewarded(preset: str, updates: int, mtp: int) -> None:
     run = tiny_run(preset=preset, updates_per_rollout=updates, mtp=mtp, diverse_rl_steps=40, diverse_learning_rate=5e-4)
     stage = _diverse(run)
@@ -76,7 +77,7 @@ def test_every_preset_takes_a_step_towards_what_was_rewarded(preset: str, update
     assert _favoured(stage, inputs, before) > 1e-4
 
 
-@pytest.mark.parametrize("preset", options.PRESETS)
+@pytest.mark.parametrize("preset", choices.PRESETS)
 def test_the_loss_of_every_preset_is_divided_as_the_preset_says(preset: str) -> None:
     """The stage counts what the loss is divided by itself; for one process that changes nothing."""
     stage = _diverse(tiny_run(preset=preset))
@@ -325,8 +326,8 @@ def test_stages_start_from_the_models_that_the_recipe_names(tmp_path: Path) -> N
         source = tiny_run(seed=index + 1)
         models[name] = source.build_judge() if name == "reward_model" else source.build_policy()
         folder.save(name, models[name])
-    assert tuple(STAGES) == options.STAGES
-    stages: dict[str, Any] = {name: make(run, folder) for name, make in STAGES.items()}
+    assert tuple(STAGES) == tuple(choices.STAGES)
+    stages: dict[str, Any] = {name: stage.start(run, folder) for name, stage in STAGES.items()}
     assert all(isinstance(stage, Stage) and stage.name == name for name, stage in stages.items())
     assert _same(stages["cold_start"].model, run.build_policy())
     assert _same(stages["reasoning_rl"].model, models["cold_start"])

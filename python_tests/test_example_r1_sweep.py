@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from examples.r1.checking import combinations_page, sweep
+from examples.r1.choices import PRESETS
 from examples.r1.command_line import parse_arguments
 from examples.r1.results import PipelineResult
-from examples.r1.settings import PRESETS, Settings
+from examples.r1.settings import Settings
 from python_tests.r1_results import run
 
 

@@ -9,19 +9,18 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from examples.r1 import settings as names
-from examples.r1 import settings_checks
+from examples.r1 import choices, settings_checks
 from examples.r1.quick import QUICK
 from examples.r1.saving.run_state import saved_settings
 from examples.r1.settings import Settings
 
 _CHOICES = {
-    "stages": names.STAGES,
-    "model": names.MODELS,
-    "recipe": names.RECIPES,
-    "replay": names.REPLAYS,
-    "preset": names.PRESETS,
-    "aggregation": names.AGGREGATIONS,
+    "stages": tuple(choices.STAGES),
+    "model": choices.MODELS,
+    "recipe": choices.RECIPES,
+    "replay": choices.REPLAYS,
+    "preset": choices.PRESETS,
+    "aggregation": choices.AGGREGATIONS,
 }
 
 _HELP = {

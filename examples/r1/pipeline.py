@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 
 from rich.console import Console
 
+from examples.r1 import choices
 from examples.r1.interrupt import interrupted, stop_requested
-from examples.r1.policy.model import CharTransformer
 from examples.r1.reporting.progress_bar import progress_bar
 from examples.r1.results import StageResult
 from examples.r1.run import Run
@@ -17,46 +16,14 @@ from examples.r1.saving.checkpoint import CheckpointFolder, Progress
 from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.stages.grpo import DiverseRL, ReasoningRL
 from examples.r1.stages.rejection import RejectionSampling
-from examples.r1.stages.reward_model import RewardModel, RewardModelStage
+from examples.r1.stages.reward_model import RewardModelStage
 from examples.r1.stages.sft import ColdStart
 from examples.r1.stages.stage import Stage
 
-StageFactory = Callable[[Run, ModelFolder], Stage]
-
-
-def _cold_start(run: Run, models: ModelFolder) -> Stage:
-    return ColdStart(run.build_policy(), run)
-
-
-def _reasoning_rl(run: Run, models: ModelFolder) -> Stage:
-    return ReasoningRL(models.load("cold_start", run.build_policy()), run)
-
-
-def _reward_model(run: Run, models: ModelFolder) -> Stage:
-    return RewardModelStage(run.build_judge(), run)
-
-
-def _judge(run: Run, models: ModelFolder) -> RewardModel:
-    return RewardModel(models.load("reward_model", run.build_judge()), run.ranks)
-
-
-def _rejection_sampling(run: Run, models: ModelFolder) -> Stage:
-    policy: CharTransformer = models.load("reasoning_rl", run.build_policy())
-    return RejectionSampling(run.build_policy(), run, policy, _judge(run, models))
-
-
-def _diverse_rl(run: Run, models: ModelFolder) -> Stage:
-    return DiverseRL(models.load("rejection_sampling", run.build_policy()), run, _judge(run, models))
-
-
-STAGES: dict[str, StageFactory] = {
-    "cold_start": _cold_start,
-    "reasoning_rl": _reasoning_rl,
-    "reward_model": _reward_model,
-    "rejection_sampling": _rejection_sampling,
-    "diverse_rl": _diverse_rl,
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage for stage in (ColdStart, ReasoningRL, RewardModelStage, RejectionSampling, DiverseRL)
 }
-"""In this order. A stage takes the models that it starts from out of the folder, wherever they were made."""
+"""In the order of the recipe."""
 
 
 class Pipeline:
@@ -84,7 +51,7 @@ class Pipeline:
         first = names.index(self.progress.stage) if self.progress.stage else 0
         for name in names[first:]:
             start = perf_counter()
-            stage = STAGES[name](self.run, self.models)
+            stage = STAGES[name].start(self.run, self.models)
             if self.progress.stage == name:
                 self.checkpoints.restore(stage)
             else:
@@ -111,7 +78,7 @@ class Pipeline:
             save()  # what the stage began with, such as samples that it collected, is not made twice
             if self._must_stop():
                 raise interrupted()
-        with progress_bar(self.console, stage.title, stage.steps) as report:
+        with progress_bar(self.console, choices.STAGES[stage.name].title, stage.steps) as report:
             report(progress.steps_done, "")
             for index in range(progress.steps_done, stage.steps):
                 records.append(stage.step(index))
@@ -140,13 +107,10 @@ class Pipeline:
         progress = self.progress
         return StageResult(
             name=name,
-            title=TITLES[name],
+            title=choices.STAGES[name].title,
             steps=len(progress.records[name]),
             seconds=progress.seconds[name],
             records=progress.records[name],
             evaluations=progress.evaluations[name],
             facts=progress.facts[name],
         )
-
-
-TITLES = {stage.name: stage.title for stage in (ColdStart, ReasoningRL, RewardModelStage, RejectionSampling, DiverseRL)}

@@ -6,16 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.r1 import settings_checks
-
-STAGES = ("cold_start", "reasoning_rl", "reward_model", "rejection_sampling", "diverse_rl")
-MODELS = ("dense", "moe")
-REPLAYS = ("rollout", "old", "off")
-RECIPES = ("fp32", "bf16", "fp8_block128", "fp8_block128_wgrad")
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-PRESETS = (
-    "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gspo", "gspo_token", "gmpo", "gpg",
-    "dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov", "reinforce",
-)  # fmt: skip
+from examples.r1.choices import STAGES
 
 
 @dataclass(frozen=True)
@@ -23,7 +14,7 @@ class Settings:
     """What a run depends on."""
 
     output: Path = Path("outputs/r1")
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = tuple(STAGES)
     start_from: Path | None = None  # another run's folder, whose models take the place of stages that are left out
     seed: int = 0
     device: str = "cpu"

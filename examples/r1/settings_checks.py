@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from examples.r1 import settings as options
+from examples.r1 import choices
 from examples.r1.saving.storage import check_writable
 from grpo_kernels import GRPOLossConfig
 
@@ -52,13 +52,6 @@ _POSITIVE = (
     "max_grad_norm",
 )
 _SHARES = ("judge_threshold",)
-_STARTS_FROM = {
-    "cold_start": (),
-    "reasoning_rl": ("cold_start",),
-    "reward_model": (),
-    "rejection_sampling": ("reasoning_rl", "reward_model"),
-    "diverse_rl": ("rejection_sampling", "reward_model"),
-}
 MOST_EVALUATION_PROMPTS = 1000  # of a task; so many no run trains on, whatever it evaluates and starts from
 
 
@@ -74,8 +67,8 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         _demand(0.0 <= value <= 1.0, name, "between 0 and 1", value)
     for name in ("model", "recipe", "replay", "aggregation", "preset"):
-        value, choices = getattr(settings, name), getattr(options, f"{name.upper()}S")
-        _demand(value in choices, name, f"one of {', '.join(choices)}", repr(value))
+        value, known = getattr(settings, name), getattr(choices, f"{name.upper()}S")
+        _demand(value in known, name, f"one of {', '.join(known)}", repr(value))
     _check_stages(settings)
     _check_model(settings)
     changes = {} if settings.clip is None else {"clip_low": settings.clip, "clip_high": settings.clip}
@@ -94,7 +87,7 @@ def check_surroundings(settings: Settings) -> None:
     if settings.report is not None:
         _demand(not settings.report.is_dir(), "report", "a file", f"the folder {settings.report}")
         check_writable(settings.report.parent)
-    missing = [(stage, needed) for stage in settings.stages for needed in _STARTS_FROM[stage]]
+    missing = [(stage, needed) for stage in settings.stages for needed in choices.STAGES[stage].starts_from]
     missing = [(stage, needed) for stage, needed in missing if needed not in settings.stages]
     for stage, needed in missing:
         _check_start(settings, stage, needed)
@@ -132,7 +125,7 @@ def _check_start(settings: Settings, stage: str, needed: str) -> None:
 
 
 def _check_stages(settings: Settings) -> None:
-    stages, known = settings.stages, options.STAGES
+    stages, known = settings.stages, tuple(choices.STAGES)
     wanted = f"some of {', '.join(known)}, each once and in this order"
     in_order = stages == tuple(name for name in known if name in stages)
     _demand(len(stages) > 0 and in_order, "stages", wanted, ", ".join(stages) or "none")

@@ -25,7 +25,8 @@ from examples.r1.tasks import REASONING, Problem, Task
 CPU = torch.device("cpu")
 TINY = Settings(
     threads=1, width=16, layers=1, heads=2, experts=8, sft_batch=8, cold_start_steps=2, reasoning_rl_steps=2,
-    reward_model_steps=2, rejection_sampling_steps=2, diverse_rl_steps=2, prompts=4, group_size=4, dynamic_sampling=2, diverse_dynamic_sampling=2,
+    reward_model_steps=2, rejection_sampling_steps=2, diverse_rl_steps=2, prompts=4, group_size=4, dynamic_sampling=2,
+    diverse_dynamic_sampling=2,
     rejection_prompts=4, rejection_group_size=4, judge_threshold=0.0, evaluate_every=2, evaluation_prompts=4,
     save_every=1,
 )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from examples.r1.choices import STAGES
 from examples.r1.reporting.figures import duration, number
-from examples.r1.settings import STAGES
 from examples.r1.tasks import GENERAL, REASONING
 
 BEGIN, END = "<!-- combinations: begin -->", "<!-- combinations: end -->"

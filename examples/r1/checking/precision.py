@@ -17,11 +17,12 @@ from rich.table import Table
 
 from bench.machine import describe
 from examples.r1.checking.jobs import Job, Verdicts, add_options, run_all
+from examples.r1.choices import RECIPES
 from examples.r1.reporting.progress_bar import progress_bar
 from examples.r1.run import Run
 from examples.r1.saving.run_state import comparable_settings
 from examples.r1.saving.storage import write_atomically
-from examples.r1.settings import RECIPES, Settings
+from examples.r1.settings import Settings
 from examples.r1.stages.sft import ColdStart
 
 BASELINE = "bf16"

@@ -20,11 +20,12 @@ from bench.machine import describe, slug
 from examples.r1 import demo
 from examples.r1.checking import combinations_page
 from examples.r1.checking.jobs import Job, run_all
+from examples.r1.choices import PRESETS
 from examples.r1.reporting.figures import ends
 from examples.r1.results import PipelineResult
 from examples.r1.saving.run_state import comparable_settings
 from examples.r1.saving.storage import write_atomically
-from examples.r1.settings import PRESETS, Settings
+from examples.r1.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 PAGE = Path(__file__).parents[1] / "README.md"

@@ -18,12 +18,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.machine import describe
+from examples.r1.choices import MODELS, RECIPES
 from examples.r1.measuring.allocations import live_bytes
 from examples.r1.measuring.ppo_step import METHODS, Part, Parts
 from examples.r1.parallel import Ranks
 from examples.r1.run import Run
 from examples.r1.saving.storage import write_atomically
-from examples.r1.settings import MODELS, RECIPES, Settings
+from examples.r1.settings import Settings
 
 PRECISIONS = ("float32", "mixed precision")
 REWARD_MODEL = "reward model"

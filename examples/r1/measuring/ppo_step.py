@@ -17,8 +17,8 @@ from examples.r1.policy.sequences import Sequences, make_sequences
 from examples.r1.randomness import torch_rng
 from examples.r1.run import Run
 from examples.r1.stages.grpo import loss_config
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
-from examples.r1.stages.reward_model import RewardModel
 from examples.r1.tasks import GENERAL
 from grpo_kernels import GRPOLossConfig, PolicyTerms, group_advantages
 

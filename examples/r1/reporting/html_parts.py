@@ -20,8 +20,8 @@ from examples.r1.reporting.figures import (
     task_title,
     worded,
 )
-from examples.r1.reporting.stage_figures import SHORT_TITLES, full_title, savings, sections, short_title
 from examples.r1.reporting.stage_figures import comparisons as compared
+from examples.r1.reporting.stage_figures import full_title, savings, sections, short_title
 from examples.r1.results import PipelineResult, StageResult
 
 CLAIM = "about 50 %"  # of PPO's memory, as a white paper says that GRPO saves
@@ -54,7 +54,7 @@ def header(result: PipelineResult) -> str:
     cards.append(_card("time", duration(result.seconds), "all stages, evaluations and all"))
     model = f"{result.settings.model}, {result.settings.layers} layers, width {result.settings.width}"
     cards.append(_card("parameters", count(result.parameters), model))
-    names = ", ".join(short_title(stage) for stage in result.stages) or "no stages"
+    names = ", ".join(short_title(stage.name) for stage in result.stages) or "no stages"
     lead = f"One small model through {names}; losses, advantages and log-probabilities by the ops of grpo_kernels."
     warnings = [watch.sentence(found) for stage in result.stages if (found := watch.verdict(stage)) and found.hacked]
     notices = "".join(
@@ -118,7 +118,7 @@ def samples(result: PipelineResult) -> str:
         [f"<code>{escape(prompt)}</code>", *(_completion(found.get((prompt, stage))) for stage in stages)]
         for prompt in prompts
     ]
-    titles = ["prompt", *(SHORT_TITLES.get(stage, stage.replace("_", " ")) for stage in stages)]
+    titles = ["prompt", *(short_title(stage) for stage in stages)]
     return f"<p>Held-out prompts, and what the policy answered after each stage.</p>\n{_table(titles, rows)}"
 
 

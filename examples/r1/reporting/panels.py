@@ -58,7 +58,7 @@ def bands(stages: Iterable[StageResult]) -> list[Band]:
     """One after the other; a stage without steps is none."""
     return [
         Band(
-            short_title(stage),
+            short_title(stage.name),
             start,
             [(start + step / length, f"{step:g}") for step in _round_steps(length)],
             "judge hacked" if judge_is_hacked(stage) else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from examples.r1.choices import STAGES
 from examples.r1.reporting.figures import (
     AIMS,
     NOTHING,
@@ -25,13 +26,6 @@ from examples.r1.reporting.figures import (
 from examples.r1.reporting.judge_watch import sentence, verdict
 from examples.r1.results import PipelineResult, StageResult
 
-SHORT_TITLES = {
-    "cold_start": "cold start",
-    "reasoning_rl": "reasoning RL",
-    "reward_model": "reward model",
-    "rejection_sampling": "rejection sampling",
-    "diverse_rl": "diverse RL",
-}
 _DEPTHS = range(1, 10)  # of drafts, more than anybody asks for
 
 
@@ -71,13 +65,13 @@ class Saving(NamedTuple):
         return 1.0 - self.grpo / self.ppo
 
 
-def short_title(stage: StageResult) -> str:
-    return SHORT_TITLES.get(stage.name, stage.name.replace("_", " "))
+def short_title(stage: str) -> str:
+    return STAGES[stage].short_title if stage in STAGES else stage.replace("_", " ")
 
 
 def full_title(stage: StageResult) -> str:
     """The stage's own title, as a heading."""
-    title = " ".join(stage.title.split()) or short_title(stage)
+    title = " ".join(stage.title.split()) or short_title(stage.name)
     return f"{title[:1].upper()}{title[1:]}"
 
 
@@ -201,7 +195,7 @@ def summary(result: PipelineResult) -> list[Line]:
     for stage in result.stages:
         judged = verdict(stage)
         if judged is not None:
-            lines.append(Line(f"judge, {short_title(stage)}", sentence(judged), not judged.hacked))
+            lines.append(Line(f"judge, {short_title(stage.name)}", sentence(judged), not judged.hacked))
     lines += [Line(label, value) for label, value in comparisons(result)]
     settings = result.settings
     lines.append(Line("model", f"{result.parameters:,} parameters, {settings.model}, seed {settings.seed}"))

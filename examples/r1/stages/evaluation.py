@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.rollout import roll_out
 from examples.r1.randomness import torch_rng
 from examples.r1.results import Record
 from examples.r1.run import Run
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.rewards import of_task
 from examples.r1.tasks import GENERAL
-
-if TYPE_CHECKING:
-    from examples.r1.stages.reward_model import RewardModel
 
 
 def evaluate(model: CharTransformer, run: Run, judge: RewardModel | None = None) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -13,15 +14,16 @@ from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.mtp import hidden_of_depths, record_of
 from examples.r1.policy.rollout import Rollout, roll_out
 from examples.r1.policy.routes import Routes
-from examples.r1.policy.sequences import Sequences
+from examples.r1.policy.sequences import Sequences, rows_of_groups
 from examples.r1.randomness import stream_seed, torch_rng
 from examples.r1.results import Record
 from examples.r1.run import Run
+from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.settings import Settings
 from examples.r1.stages import rewards
 from examples.r1.stages.evaluation import evaluate
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
-from examples.r1.stages.reward_model import RewardModel
 from examples.r1.stages.stage import Stage
 from examples.r1.tasks import GENERAL, REASONING, Problem
 from grpo_kernels import (
@@ -100,9 +102,9 @@ class RLStage(Stage):
     def frozen_models(self) -> dict[str, CharTransformer]:
         return {"reference": self.reference}
 
+    @abstractmethod
     def problems(self, index: int, round_: int) -> list[Problem]:
         """The prompts of a round of step `index`."""
-        raise NotImplementedError
 
     def step(self, index: int) -> Record:
         start = perf_counter()
@@ -149,7 +151,7 @@ class RLStage(Stage):
             useful = self._informative(table)
             rounds += 1
         order = torch.sort(useful.logical_not(), stable=True).indices[:wanted].sort().values
-        rows = (order.unsqueeze(1) * rollout.group_size + torch.arange(rollout.group_size)).flatten()
+        rows = rows_of_groups(order, self.settings.group_size)
         chosen = rollout if len(order) == len(useful) else rollout.select(order)
         informative = float(useful.float().mean())
         return Samples(chosen, table[rows], informative, rounds, self._figures(rollout, table))
@@ -292,7 +294,10 @@ class ReasoningRL(RLStage):
     """Rewards by rule alone, on the task that has a rule."""
 
     name = "reasoning_rl"
-    title = "2  reasoning RL: rule rewards"
+
+    @classmethod
+    def start(cls, run: Run, models: ModelFolder) -> ReasoningRL:
+        return cls(models.load("cold_start", run.build_policy()), run)
 
     def __init__(self, model: CharTransformer, run: Run) -> None:
         super().__init__(model, run, run.settings.reasoning_learning_rate)
@@ -307,7 +312,10 @@ class DiverseRL(RLStage):
     """Both tasks in every batch: rules where there are any, the reward model elsewhere."""
 
     name = "diverse_rl"
-    title = "4  diverse RL: rule and model rewards"
+
+    @classmethod
+    def start(cls, run: Run, models: ModelFolder) -> DiverseRL:
+        return cls(models.load("rejection_sampling", run.build_policy()), run, RewardModel.trained(run, models))
 
     def __init__(self, model: CharTransformer, run: Run, judge: RewardModel) -> None:
         super().__init__(model, run, run.settings.diverse_learning_rate, judge)

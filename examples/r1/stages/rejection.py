@@ -14,8 +14,9 @@ from examples.r1.policy.sequences import Sequences, make_sequences
 from examples.r1.randomness import torch_rng
 from examples.r1.results import Record
 from examples.r1.run import Run
+from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.stages import rewards
-from examples.r1.stages.reward_model import RewardModel
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.sft import SFTStage, solutions
 from examples.r1.tasks import GENERAL, REASONING
 from grpo_kernels import best_of_group
@@ -31,7 +32,11 @@ class RejectionSampling(SFTStage):
     """
 
     name = "rejection_sampling"
-    title = "3  rejection sampling, SFT from the base"
+
+    @classmethod
+    def start(cls, run: Run, models: ModelFolder) -> RejectionSampling:
+        policy = models.load("reasoning_rl", run.build_policy())
+        return cls(run.build_policy(), run, policy, RewardModel.trained(run, models))
 
     def __init__(self, model: CharTransformer, run: Run, policy: CharTransformer, judge: RewardModel) -> None:
         super().__init__(model, run)

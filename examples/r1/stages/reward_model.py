@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from examples.r1.parallel import SINGLE, Ranks
 from examples.r1.policy.model import CharTransformer
-from examples.r1.policy.sequences import Sequences
 from examples.r1.randomness import python_rng
 from examples.r1.results import Record
 from examples.r1.run import Run
-from examples.r1.stages.log_probs import sequence_log_probs
+from examples.r1.saving.model_folder import ModelFolder
+from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.sft import SFTStage, solutions, write_down
 from examples.r1.tasks import GENERAL, Problem
 
@@ -21,29 +17,15 @@ WEAK_STEPS = 20  # of training, after which the control takes the judge
 EXAMPLES = 4000  # good answers that it learns from
 
 
-class RewardModel:
-    """Scores responses by how likely a model that knows good answers finds them."""
-
-    def __init__(self, model: CharTransformer, ranks: Ranks = SINGLE) -> None:
-        self.model = model
-        self.ranks = ranks
-
-    def score(self, sequences: Sequences, group_size: int = 1) -> Tensor:
-        """exp(mean log-prob of the response's tokens), END among them: [N * G] float32, in [0, 1].
-
-        Each rank gives its own sequences, of groups of `group_size` in all, and gets the scores of all.
-        """
-        log_probs = sequence_log_probs(self.model, sequences, temperature=1.0)
-        scores = torch.exp(log_probs.sum(dim=1) / sequences.mask.sum(dim=1).clamp(min=1))
-        return self.ranks.gather_samples(scores, group_size)
-
-
 class RewardModelStage(SFTStage):
     """Teaches the reward model good answers to the task that no rule checks: its part of stage 3."""
 
     name = "reward_model"
-    title = "   the reward model of stages 3 and 4"
     trains_policy = False
+
+    @classmethod
+    def start(cls, run: Run, models: ModelFolder) -> RewardModelStage:
+        return cls(run.build_judge(), run)
 
     def __init__(self, model: CharTransformer, run: Run) -> None:
         super().__init__(model, run)

@@ -15,6 +15,7 @@ from examples.r1.policy.sequences import Sequences, make_sequences
 from examples.r1.randomness import python_rng
 from examples.r1.results import Record
 from examples.r1.run import Run
+from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.stages.stage import Stage
 from examples.r1.tasks import Problem
 from grpo_kernels import update_expert_bias
@@ -93,7 +94,10 @@ class ColdStart(SFTStage):
     """Imitates a few noisy demonstrations of both tasks."""
 
     name = "cold_start"
-    title = "1  cold start: SFT on noisy demonstrations"
+
+    @classmethod
+    def start(cls, run: Run, models: ModelFolder) -> ColdStart:
+        return cls(run.build_policy(), run)
 
     def __init__(self, model: CharTransformer, run: Run) -> None:
         super().__init__(model, run)

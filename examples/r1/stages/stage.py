@@ -13,6 +13,7 @@ from examples.r1.errors import RunError
 from examples.r1.policy.model import CharTransformer
 from examples.r1.results import Record
 from examples.r1.run import Run
+from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.shards import clip_grad_norm_, sum_gradients
 from examples.r1.stages.evaluation import evaluate
 
@@ -21,7 +22,6 @@ class Stage(ABC):
     """One stage of the pipeline. Step i depends on the parameters, the optimiser's state, the seed and i alone."""
 
     name: str
-    title: str
     warm_up = 10  # steps
     trains_policy = True
 
@@ -33,6 +33,11 @@ class Stage(ABC):
         self.device = run.device
         self._policy_parameters = [value for name, value in model.named_parameters() if not name.startswith("mtp.")]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+
+    @classmethod
+    @abstractmethod
+    def start(cls, run: Run, models: ModelFolder) -> Stage:
+        """The stage before its first step; the models that it starts from come out of the folder."""
 
     @property
     def steps(self) -> int:
