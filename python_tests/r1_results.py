@@ -108,7 +108,7 @@ def run(*, moe: bool = False, drafts: bool = False, hacked: bool = False) -> Pip
         sft_stage("rejection_sampling", "3  rejection sampling, SFT from the base", 240, (0.96, 0.95), moe=moe),
         rl_stage("diverse_rl", "4  diverse RL: rule and model rewards", 60, (0.96, 0.98), (0.95, words_end)),
     ]
-    stages[3].facts = {f"{DIGITS}/samples": 4800.0, f"{DIGITS}/kept": 583.0, f"{DIGITS}/kept_right": 0.998}
+    stages[3].facts = {f"{DIGITS}/prompts": 600.0, f"{DIGITS}/kept": 583.0, f"{DIGITS}/kept_right": 0.998}
     for stage in (stages[1], stages[4]):
         for step, record in enumerate(stage.records):
             if moe:

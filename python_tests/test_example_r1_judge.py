@@ -178,10 +178,10 @@ def test_of_the_reasoning_task_one_sample_a_group_is_kept_that_is_right_in_every
         for index, text in ((0, right[0]), (2, right[1]))
     ]
     assert stage.facts() == {
-        f"{DIGITS}/samples": 16.0,
+        f"{DIGITS}/prompts": 4.0,
         f"{DIGITS}/kept": 2.0,
         f"{DIGITS}/kept_right": 1.0,
-        f"{WORDS}/samples": 16.0,
+        f"{WORDS}/prompts": 4.0,
         f"{WORDS}/kept": 0.0,
         f"{WORDS}/kept_right": 0.0,
     }
@@ -221,7 +221,7 @@ def test_samples_of_many_prompts_come_in_parts(monkeypatch: pytest.MonkeyPatch) 
     stage.begin()
     digits, words = (stage.run.draw(task, 8, stage.name) for task in (DIGITS, WORDS))
     assert [prompt for prompt, _ in _kept(stage)] == [problem.prompt for problem in (*digits[::2], *words)]
-    assert stage.facts()[f"{DIGITS}/samples"] == 32.0
+    assert stage.facts()[f"{DIGITS}/prompts"] == 8.0
     assert stage.facts()[f"{DIGITS}/kept"] == 4.0
     assert stage.data.group_size == 1
 

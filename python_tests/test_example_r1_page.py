@@ -162,7 +162,7 @@ def test_the_page_shows_the_run() -> None:
         "33.3%",
         "sampling with drafts",
         "Busiest expert over the mean",
-        "583 of 4,800, 12.1%",
+        "583 of 600, 97.2%",
     ):
         assert words_ in found, words_
     assert "Warning" not in found

@@ -7,7 +7,7 @@ drawn for all ranks alike, and each takes its own part: a run is the same for an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -130,23 +130,6 @@ class Ranks:
         if group_size == 1:
             return ranks
         return ranks.unflatten(0, (self.world, -1, self.own_group(group_size))).transpose(0, 1).flatten(0, 2)
-
-    def mean(self, record: Mapping[str, float], count: float) -> dict[str, float]:
-        """Means over the ranks of figures that are means over `count` things on this one.
-
-        A figure that some ranks do not have is the mean of the others.
-        """
-        if self.process_group is None:
-            return dict(record)
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, (dict(record), count), group=self.process_group)
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-        for figures, weight in found:
-            for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + value * weight
-                counts[name] = counts.get(name, 0.0) + weight
-        return {name: sums[name] / counts[name] for name in sums if counts[name] > 0}
 
     def from_main(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on rank 0, on all ranks; if it raises there, all raise the same."""

@@ -60,8 +60,8 @@ class PipelineResult:
     """A whole run. Everything but the model goes into `results.json` and comes back from it.
 
     samples: completions to read, each {"stage": name, "task": name, "prompt": text, "completion": text,
-    "correct": bool} and, where a reward model scored it, "judge": float. The pipeline fills it: a few a task after each
-    stage, the same held-out prompts each time, so that a reader sees one prompt's answer change.
+    "correct": bool}: a few a task after each stage, the same held-out prompts each time, so that a reader sees one
+    prompt's answer change.
 
     loss_step, draft_speed: the fields of `LossStepComparison` and `DraftSpeed`; the tuples themselves will do.
 

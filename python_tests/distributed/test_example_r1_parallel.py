@@ -113,8 +113,6 @@ def _parts(ranks: Ranks) -> dict[str, Any]:
         "sum": ranks.sum_(total) is total and total,
         "any": [ranks.any(ranks.rank == rank) for rank in range(3)],
         "any_of_tensor": [ranks.any(torch.tensor([False, ranks.rank == rank])) for rank in range(3)],
-        "mean": ranks.mean({"reward": float(ranks.rank), f"only_{ranks.rank}": 5.0}, 1.0 + 2.0 * ranks.rank),
-        "none": ranks.mean({"accuracy": 0.0}, 0.0),
         "main": ranks.is_main,
     }
 
@@ -172,8 +170,6 @@ def test_parts_and_what_is_put_together(results: list[dict[str, Any]]) -> None:
         assert found["sum"].tolist() == [2.0, 1.0]
         assert found["any"] == [True, True, False]
         assert found["any_of_tensor"] == [True, True, False]
-        assert found["mean"] == {"reward": 0.75, "only_0": 5.0, "only_1": 5.0}
-        assert found["none"] == {}
         assert found["main"] is (rank == 0)
 
 
@@ -220,7 +216,6 @@ def test_one_process_is_left_alone() -> None:
     assert all(torch.equal(found[name], samples) for name in ("own", "gathered", "samples", "alone", "alone_together"))
     assert found["groups"] == [4, 1]
     assert found["part"] == list(range(10))
-    assert found["mean"] == {"reward": 0.0, "only_0": 5.0}
     assert found["any"] == [True, False, False]
     assert _from_main(ranks) == [{"steps": 3, "rank": 0}, "rank 0 cannot"]
     ranks.barrier()

@@ -193,9 +193,7 @@ def _completion(sample: Mapping[str, Any] | None) -> str:
         return NOTHING
     right = bool(sample.get("correct"))
     mark = '<span class="right" title="right">✓</span>' if right else '<span class="wrong" title="wrong">✗</span>'
-    judged = finite(sample.get("judge"))
-    score = "" if judged is None else f' <span class="unit">judge {judged:.2f}</span>'
-    return f"{mark} <code>{escape(str(sample.get('completion', '')))}</code>{score}"
+    return f"{mark} <code>{escape(str(sample.get('completion', '')))}</code>"
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:

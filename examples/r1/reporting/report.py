@@ -106,8 +106,3 @@ def ppo_table(result: PipelineResult) -> Table:
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """In one move, as JSON that every reader takes: without NaN."""
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def load(path: Path) -> PipelineResult:
-    """What `publish` has written. Raises OSError, or ValueError where it is something else."""
-    return html_report.load(path)

@@ -162,16 +162,17 @@ def _whole_rows(stage: StageResult) -> list[Row]:
 
 
 def _fact_rows(stage: StageResult) -> list[Row]:
-    """Shares by their name or between 0 and 1; what was kept as a share of the samples; else counts, or times."""
+    """Shares by their name or between 0 and 1; prompts of which a sample was kept; else counts, or times."""
     rows = []
     for name, value in stage.facts.items():
         task, _, words = name.rpartition("/")
-        of = finite(stage.facts.get(f"{task}/samples"))
+        of = finite(stage.facts.get(f"{task}/prompts"))
         label = f"{task_title(task)}, {words.replace('_', ' ')}" if task else words.replace("_", " ")
         found = finite(value)
-        if words == "samples" and f"{task}/kept" in stage.facts:
+        if words == "prompts" and f"{task}/kept" in stage.facts:
             continue
         if words == "kept" and found is not None and of:
+            label = f"{task_title(task)}, prompts with a sample kept"
             text = f"{count(found)} of {count(of)}, {percent(found / of)}"
         elif name.endswith("seconds"):
             text = duration(value)

@@ -48,35 +48,36 @@ class RejectionSampling(SFTStage):
 
     def begin(self) -> None:
         """Samples, judges, and keeps."""
-        kept = []
-        for task in (REASONING, GENERAL):
-            problems = self.run.draw(task, self.settings.rejection_prompts, self.name)
-            parts = []
-            samples = 0
-            right = 0.0
-            for start in range(0, len(problems), BATCH):
-                rollout = roll_out(
-                    self.policy,
-                    self.run,
-                    problems[start : start + BATCH],
-                    group_size=self.settings.rejection_group_size,
-                    generator=torch_rng(self.device, self.settings.seed, self.name, task, start),
-                )
-                selected = self._select(rollout, task)
-                parts.append(self._chosen(rollout, selected))
-                samples += len(rollout.texts)
-                right += float(rollout.rulings[selected.cpu(), 0].sum())
-            found = [torch.cat(column) for column in zip(*parts, strict=True)]
-            kept.append(Sequences(*found))
-            count = len(found[0])
-            self._facts[f"{task}/samples"] = float(samples)
-            self._facts[f"{task}/kept"] = float(count)
-            self._facts[f"{task}/kept_right"] = right / max(count, 1)
+        kept = [self._collect(task) for task in (REASONING, GENERAL)]
         self.data = Sequences(*(torch.cat(column) for column in zip(*kept, strict=True)))
         if len(self.data.prompts) == 0:
             raise RunError(
                 "rejection sampling: no sample was good enough: train the policy for longer, or lower judge_threshold"
             )
+
+    def _collect(self, task: str) -> Sequences:
+        """What is kept of a task; the facts say of how many prompts, and how much of it is really right."""
+        problems = self.run.draw(task, self.settings.rejection_prompts, self.name)
+        parts, right = [], 0.0
+        for start in range(0, len(problems), BATCH):
+            rollout = roll_out(
+                self.policy,
+                self.run,
+                problems[start : start + BATCH],
+                group_size=self.settings.rejection_group_size,
+                generator=torch_rng(self.device, self.settings.seed, self.name, task, start),
+            )
+            selected = self._select(rollout, task)
+            parts.append(self._chosen(rollout, selected))
+            right += float(rollout.rulings[selected.cpu(), 0].sum())
+        kept = Sequences(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        count = len(kept.prompts)
+        self._facts |= {
+            f"{task}/prompts": float(len(problems)),
+            f"{task}/kept": float(count),
+            f"{task}/kept_right": right / max(count, 1),
+        }
+        return kept
 
     def _select(self, rollout: Rollout, task: str) -> Tensor:
         """[B] bool: the best sample of each group that has a good one."""
