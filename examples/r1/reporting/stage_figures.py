@@ -172,7 +172,7 @@ def _fact_rows(stage: StageResult) -> list[Row]:
         if words == "prompts" and f"{task}/kept" in stage.facts:
             continue
         if words == "kept" and found is not None and of:
-            label = f"{task_title(task)}, prompts with a sample kept"
+            label = f"{task_title(task)}, prompts kept"
             text = f"{count(found)} of {count(of)}, {percent(found / of)}"
         elif name.endswith("seconds"):
             text = duration(value)
