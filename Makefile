@@ -45,7 +45,7 @@ $(STAMP)/trl: $(STAMP)/packages requirements-trl.txt
 	@touch $@
 
 demo: $(STAMP)/build  ## train a small language model through the stages of R1, on this machine; five minutes
-	$(PY) -m examples.r1 --output outputs/r1 --report outputs/r1/report.html
+	$(PY) -m examples.r1 --output outputs/r1 --report outputs/r1/report.html --compare-vocabulary 32768
 
 demo-quick: $(STAMP)/build  ## the same in less than a minute, with fewer and smaller steps
 	$(PY) -m examples.r1 --quick --output outputs/r1-quick --report outputs/r1-quick/report.html

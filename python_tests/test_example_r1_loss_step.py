@@ -46,7 +46,7 @@ def test_the_eager_step_is_the_definition(clip: float | None) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_loss_step_of_every_preset_is_its_definition(preset: str) -> None:
     stage, hidden, inputs = _case(preset=preset)
-    loss_step.assert_same(stage, hidden, inputs)
+    loss_step.assert_same(stage, stage.model.head, hidden, inputs)
     head, leaf = stage.model.head, hidden.clone().requires_grad_()
     expected = loss_step.reference_step(stage, *loss_step.in_float64(head, hidden, inputs))
     plain = loss_step.reference_step(stage, head, leaf, inputs)
@@ -75,6 +75,18 @@ def test_the_comparison_measures_this_package_and_eager(options: dict[str, Any])
     assert found.note == ""
 
 
+def test_the_comparison_with_a_real_vocabulary_takes_other_tokens_and_another_head() -> None:
+    run = tiny_run()
+    stage = ReasoningRL(run.build_policy(), run)
+    found = loss_step.compare_at(stage, 0, 5000, samples=8, repeats=1)
+    assert found[:4] == (8, run.completion_length, run.settings.width, 5000)
+    assert found.eager_seconds is not None
+    assert found.eager_peak_bytes is not None
+    logits_bytes = 4 * 8 * run.completion_length * 5000
+    assert found.eager_peak_bytes > 2 * logits_bytes > 2 * found.peak_bytes > 0
+    assert min(found.seconds, found.eager_seconds) > 0.0
+
+
 def test_without_an_eager_step_the_package_is_measured_alone() -> None:
     run = tiny_run(preset="gspo")
     stage = ReasoningRL(run.build_policy(), run)
@@ -89,7 +101,7 @@ def test_the_comparison_is_off_policy_where_no_loss_has_a_kink(monkeypatch: pyte
     run = tiny_run(preset="kl_cov")
     stage = ReasoningRL(run.build_policy(), run)
     seen: list[LossInputs] = []
-    monkeypatch.setattr(loss_step, "assert_same", lambda _stage, _hidden, inputs: seen.append(inputs))
+    monkeypatch.setattr(loss_step, "assert_same", lambda _stage, _head, _hidden, inputs: seen.append(inputs))
     loss_step.compare(stage, 0, repeats=1)
     sequences, old = seen[0].sequences, seen[0].old_log_probs
     moved = (old - sequence_log_probs(stage.model, sequences, stage.temperature)).abs()

@@ -119,13 +119,13 @@ def test_the_summary_names_aims_and_comparisons() -> None:
     assert lines["digit sorting"].value.endswith("aim 0.95")
     assert lines["spelling backward"].holds is True
     assert lines["judge, diverse RL"].holds is True
-    assert lines["loss step, hidden states 256 x 24 x 64"].value == "5.40 ms; eager PyTorch 6.20 ms (1.15x)"
+    assert lines["loss step, 256 x 24 x 64 x 64"].value == "5.40 ms; eager PyTorch 6.20 ms (1.15x)"
     assert lines["sampling with drafts"].value == "21,000 tokens/s; without 44,000 (0.48x as fast)"
     assert not any("PPO" in label for label in lines)
     other = full()
     other.loss_step = {**(other.loss_step or {}), "eager_seconds": None, "eager_peak_bytes": None, "note": "none <b>"}
     lines = {line.label: line for line in stage_figures.summary(other)}
-    assert lines["loss step, hidden states 256 x 24 x 64"].value == "5.40 ms"
+    assert lines["loss step, 256 x 24 x 64 x 64"].value == "5.40 ms"
     assert lines["  beside eager PyTorch"].value == "none <b>"
     hacked = {line.label: line for line in stage_figures.summary(r1_results.run(hacked=True))}
     assert hacked["spelling backward"].holds is False

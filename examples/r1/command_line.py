@@ -36,6 +36,7 @@ _HELP = {
         "evaluate_every": "steps between looks at held-out problems",
         "evaluation_prompts": "held-out problems of each task",
         "report": "write a page of HTML with all results to this file",
+        "compare_vocabulary": "tokens of a head that the loss step is measured with, beside the example's own; 0: none",
         "compare_ppo": "allocate what PPO would hold beside the policy, and compare",
     },
     "the model": {

@@ -46,6 +46,9 @@ def _measure(result: PipelineResult, stage: Stage, run: Run) -> None:
     """The last policy's loss step and drafts; model state, if that was asked for."""
     if isinstance(stage, RLStage):
         result.loss_step = loss_step.compare(stage, stage.steps)._asdict()
+        if run.settings.compare_vocabulary:
+            at = loss_step.compare_at(stage, stage.steps, run.settings.compare_vocabulary)
+            result.large_loss_step = at._asdict()
         if stage.model.mtp is not None:
             result.draft_speed = draft_speed.compare(stage, stage.steps)._asdict()
     if run.settings.compare_ppo and run.ranks.is_main:

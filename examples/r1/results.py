@@ -75,6 +75,7 @@ class PipelineResult:
     model: CharTransformer | None = None  # None in a result that was read from a file
     seconds: float = 0.0
     loss_step: Mapping[str, Any] | None = None
+    large_loss_step: Mapping[str, Any] | None = None  # with a head of a real vocabulary, if that was asked for
     draft_speed: Mapping[str, Any] | None = None  # of a model that drafts
     ppo: Mapping[str, Any] | None = None  # if it was asked for
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -112,6 +113,7 @@ class PipelineResult:
             stages=[StageResult.from_json(stage) for stage in content["stages"]],
             seconds=_float(content.get("seconds", 0.0)),
             loss_step=content.get("loss_step"),
+            large_loss_step=content.get("large_loss_step"),
             draft_speed=content.get("draft_speed"),
             ppo=content.get("ppo"),
             samples=list(content.get("samples") or ()),

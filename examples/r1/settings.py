@@ -23,6 +23,7 @@ class Settings:
     save_every: int = 25  # steps; 0 = only where a stage begins and ends
     report: Path | None = None
     compare_ppo: bool = False
+    compare_vocabulary: int = 0  # of a head that the loss step is measured with, too; 0: the example's own alone
 
     width: int = 64
     layers: int = 2

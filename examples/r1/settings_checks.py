@@ -33,6 +33,7 @@ _AT_LEAST = {
     "prompts": 1,
     "group_size": 2,  # one sample has nothing to be compared with
     "updates_per_rollout": 1,
+    "compare_vocabulary": 0,
     "dynamic_sampling": 1,
     "diverse_dynamic_sampling": 1,
     "rejection_prompts": 1,

@@ -10,11 +10,12 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import grpo_kernels
 from examples.r1.measuring.allocations import peak_bytes
+from examples.r1.randomness import torch_rng
 from examples.r1.stages.grpo import LossInputs, RLStage
 from grpo_kernels import FusedLMHead
 
@@ -97,12 +98,11 @@ def in_float64(head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> tuple[F
     return copy.deepcopy(head).double(), _leaf(hidden.double()), double
 
 
-def assert_same(stage: RLStage, hidden: Tensor, inputs: LossInputs) -> None:
+def assert_same(stage: RLStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> None:
     """Raises unless loss and gradients equal those of the definition in float64; see `assert_close`.
 
     The yardstick is eager PyTorch in float32; for a preset that it does not know, the definition in float32.
     """
-    head = stage.model.head
     expected = reference_step(stage, *in_float64(head, hidden, inputs))
     plain = eager_step if has_eager(stage) else reference_step
     eager = plain(stage, head, _leaf(hidden), inputs)
@@ -140,22 +140,53 @@ def compare(stage: RLStage, index: int, repeats: int = 20) -> LossStepComparison
 
     Where `eager_step` does not know the preset's loss, the step is checked and measured all the same, by itself.
     """
+    hidden, inputs = _samples(stage, index)
+    noise = torch.randn_like(inputs.old_log_probs) * _OFF_POLICY
+    inputs = inputs._replace(old_log_probs=inputs.old_log_probs + noise * inputs.sequences.mask)
+    return _measure(stage, stage.model.head, hidden, inputs, repeats)
+
+
+def compare_at(stage: RLStage, index: int, vocabulary: int, samples: int = 16, repeats: int = 5) -> LossStepComparison:
+    """The same for a head of `vocabulary` tokens, as real models have, behind the policy's own hidden states.
+
+    Head, tokens and log-probs of the old and the reference policy are random: they cost what others cost.
+    """
+    hidden, inputs = _samples(stage, index)
+    inputs = inputs.groups(0, max(1, samples * len(inputs.sequences.prompts) // len(hidden)))
+    rows = len(inputs.advantages)
+    generator = torch_rng(hidden.device, stage.settings.seed, "vocabulary", vocabulary)
+    head = FusedLMHead(nn.Linear(hidden.shape[-1], vocabulary, bias=False, device=hidden.device))
+    head.weight.data.normal_(std=hidden.shape[-1] ** -0.5, generator=generator)
+    hidden = hidden[:rows]
+    tokens = torch.randint(vocabulary, hidden.shape[:2], generator=generator, device=hidden.device)
+    with torch.no_grad():
+        own = head.token_log_probs(hidden, tokens, temperature=stage.temperature).log_probs
+    old, ref = (own + _OFF_POLICY * torch.randn(own.shape, generator=generator, device=own.device) for _ in range(2))
+    drawn = inputs.sequences._replace(completions=tokens)
+    inputs = inputs._replace(sequences=drawn, old_log_probs=old, ref_log_probs=ref)
+    return _measure(stage, head, hidden, inputs, repeats)
+
+
+def _samples(stage: RLStage, index: int) -> tuple[Tensor, LossInputs]:
+    """Hidden states of the samples of step `index`, and what the loss needs beside them."""
     inputs = stage.loss_inputs(stage.sample(index), index)
     if not bool(inputs.advantages.any()):  # all samples earned the same: gradients of nothing are nothing to compare
         inputs = inputs._replace(advantages=torch.randn_like(inputs.advantages))
-    noise = torch.randn_like(inputs.old_log_probs) * _OFF_POLICY
-    inputs = inputs._replace(old_log_probs=inputs.old_log_probs + noise * inputs.sequences.mask)
-    inputs = inputs._replace(num_items=stage.num_items(inputs.sequences.mask))  # no talk among ranks in what is timed
     with torch.no_grad():
         hidden = stage.model.completion_hidden(inputs.sequences.prompts, inputs.sequences.completions, inputs.routes)
-    assert_same(stage, hidden, inputs)
+    return hidden, inputs
+
+
+def _measure(stage: RLStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs, repeats: int) -> LossStepComparison:
+    inputs = inputs._replace(num_items=stage.num_items(inputs.sequences.mask))  # no talk among ranks in what is timed
+    assert_same(stage, head, hidden, inputs)
     steps = (fused_step, eager_step) if has_eager(stage) else (fused_step,)
-    leaf, head = _leaf(hidden), stage.model.head
+    leaf = _leaf(hidden)
     peaks = [peak_bytes(partial(step, stage, head, leaf, inputs), hidden.device) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats):
         for step, seconds in zip(steps, times, strict=True):
-            seconds.append(_seconds(step, stage, hidden, inputs))
+            seconds.append(_seconds(step, stage, head, hidden, inputs))
     own, eager = [*zip(map(median, times), peaks, strict=True), (None, None)][:2]
     note = "" if has_eager(stage) else f"no eager step for the preset {stage.settings.preset!r}"
     sizes = (*hidden.shape, head.out_features)
@@ -167,12 +198,12 @@ def _leaf(hidden: Tensor) -> Tensor:
     return hidden.clone().requires_grad_()
 
 
-def _seconds(step: LossStep, stage: RLStage, hidden: Tensor, inputs: LossInputs) -> float:
+def _seconds(step: LossStep, stage: RLStage, head: FusedLMHead, hidden: Tensor, inputs: LossInputs) -> float:
     leaf = _leaf(hidden)
     if hidden.is_cuda:
         torch.cuda.synchronize()
     start = perf_counter()
-    step(stage, stage.model.head, leaf, inputs)
+    step(stage, head, leaf, inputs)
     if hidden.is_cuda:
         torch.cuda.synchronize()
     return perf_counter() - start

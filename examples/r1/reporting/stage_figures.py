@@ -204,16 +204,15 @@ def summary(result: PipelineResult) -> list[Line]:
     return lines
 
 
-_MEMORY = "loss step, memory beyond its inputs"
+_MEMORY = "  memory beyond its inputs"
 
 
 def comparisons(result: PipelineResult) -> list[tuple[str, str]]:
     """The loss step against eager PyTorch, sampling with drafts against without."""
     lines = []
-    step = result.loss_step
-    if step:
-        shape = " x ".join(worded(step.get(name)) for name in ("rows", "columns", "width"))
-        kinds = ((f"loss step, hidden states {shape}", "seconds", duration), (_MEMORY, "peak_bytes", size))
+    for step in filter(None, (result.loss_step, result.large_loss_step)):
+        shape = " x ".join(worded(step.get(name)) for name in ("rows", "columns", "width", "vocabulary"))
+        kinds = ((f"loss step, {shape}", "seconds", duration), (_MEMORY, "peak_bytes", size))
         for label, name, form in kinds:
             own, eager = step.get(name), step.get(f"eager_{name}")
             against = f"; eager PyTorch {form(eager)} ({times(eager, own)})" if eager is not None else ""

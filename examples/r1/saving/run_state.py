@@ -28,6 +28,7 @@ _FREE_SETTINGS = {
     "stages",
     "report",
     "compare_ppo",
+    "compare_vocabulary",
     "expert_parallel",
 }
 
