@@ -26,6 +26,23 @@ STAGES: dict[str, StageInfo] = {
 }
 """In the order of the recipe."""
 
+REASONING, GENERAL = "digit_sorting", "spell_backward"
+
+
+class TaskInfo(NamedTuple):
+    """What is known of a task without its problems."""
+
+    title: str
+    short_title: str
+    word: str  # where there is room for one
+    aim: float  # greedy accuracy on held-out prompts at the end of a run
+
+
+TASKS: dict[str, TaskInfo] = {
+    REASONING: TaskInfo("digit sorting", "sorting", "sort", 0.95),
+    GENERAL: TaskInfo("spelling backward", "spelling", "spell", 0.95),
+}
+
 MODELS = ("dense", "moe")
 REPLAYS = ("rollout", "old", "off")
 RECIPES = ("fp32", "bf16", "fp8_block128", "fp8_block128_wgrad")

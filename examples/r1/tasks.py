@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
+from examples.r1.choices import GENERAL, REASONING
 from examples.r1.policy import vocabulary
 
 
@@ -31,6 +32,7 @@ class Task(ABC):
     prompt_length: int  # longest prompt, in tokens
     completion_length: int  # longest well-formed completion and END, in tokens
     max_items: int  # longest answer, in characters
+    script: str | None = None  # the characters that its thinking should be written in; None: it does not think
     cold_examples: int  # demonstrations of the cold start
     wrong_share: float  # of them have two items exchanged
     misread_share: float  # of them give the items as they come in the question
@@ -85,7 +87,7 @@ class Task(ABC):
 class DigitSorting(Task):
     """`s314159>` -> `<t>1,1,3,4,5,9</t><a>113459</a>`."""
 
-    name = "digit_sorting"
+    name = REASONING
     form = re.compile(r"<t>([^<]*)</t><a>([^<]*)</a>")
     max_items = 6
     prompt_length = len("s>") + max_items
@@ -114,7 +116,7 @@ class DigitSorting(Task):
 class SpellBackward(Task):
     """`r` + word + `>` -> `<a>` + the word spelled backward + `</a>`: words and verifier of reasoning-gym."""
 
-    name = "spell_backward"
+    name = GENERAL
     form = re.compile(r"<a>([^<]*)</a>")
     min_items = 4
     max_items = 6
@@ -153,5 +155,4 @@ class SpellBackward(Task):
         return f"<a>{''.join(items)}</a>"
 
 
-REASONING, GENERAL = DigitSorting.name, SpellBackward.name
 TASKS: dict[str, Callable[[], Task]] = {task.name: task for task in (DigitSorting, SpellBackward)}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file
 
+from examples.r1.choices import REASONING
 from examples.r1.interrupt import Interrupted
 from examples.r1.parallel import Ranks
 from examples.r1.pipeline import Pipeline
@@ -20,7 +21,7 @@ from examples.r1.run import Run
 from examples.r1.settings import Settings
 from examples.r1.stages import reward_model, rewards
 from examples.r1.stages.rewards import Ruling
-from examples.r1.tasks import REASONING, Problem, Task
+from examples.r1.tasks import Problem, Task
 
 CPU = torch.device("cpu")
 TINY = Settings(

@@ -21,12 +21,12 @@ from rich.console import Console
 from bench.machine import describe
 from examples.r1 import demo
 from examples.r1.checking.jobs import Job, Verdicts, add_options, run_all
-from examples.r1.reporting.figures import AIMS, task_title
+from examples.r1.choices import REASONING, TASKS
+from examples.r1.reporting.figures import task_title
 from examples.r1.reporting.judge_watch import sentence, verdict
 from examples.r1.results import PipelineResult, StageResult
 from examples.r1.saving.storage import write_atomically
 from examples.r1.settings import Settings
-from examples.r1.tasks import REASONING
 
 RISE = 0.1  # of the sampled accuracy by reasoning RL, at least
 CONTROL_STEPS = 40
@@ -50,7 +50,7 @@ class Check:
 def learns(results: Results, name: str, verdicts: Verdicts) -> None:
     """Both tasks end where they should, and reasoning RL makes its own task better."""
     result = results[name]
-    for task, aim in AIMS.items():
+    for task, aim in ((name, info.aim) for name, info in TASKS.items()):
         accuracy = result.final[f"{task}/accuracy"]
         verdicts.add(name, f"{task_title(task)}: greedy accuracy >= {aim}", f"{accuracy:.3f}", accuracy >= aim)
     before, after = _sampled(_stage(result, "reasoning_rl"))

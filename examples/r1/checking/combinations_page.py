@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from examples.r1.choices import STAGES
+from examples.r1.choices import GENERAL, REASONING, STAGES
 from examples.r1.reporting.figures import duration, number
-from examples.r1.tasks import GENERAL, REASONING
 
 BEGIN, END = "<!-- combinations: begin -->", "<!-- combinations: end -->"
 _POLICY_STAGES = tuple(stage for stage in STAGES if stage != "reward_model")

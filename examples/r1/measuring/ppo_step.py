@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from examples.r1.choices import GENERAL
 from examples.r1.measuring import ppo
 from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.mtp import hidden_of_depths
@@ -19,7 +20,6 @@ from examples.r1.run import Run
 from examples.r1.stages.grpo import loss_config
 from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
-from examples.r1.tasks import GENERAL
 from grpo_kernels import GRPOLossConfig, PolicyTerms, group_advantages
 
 PROMPTS, GROUP_SIZE, TOKENS = 2, 2, 8  # of the step: what it leaves behind does not depend on them

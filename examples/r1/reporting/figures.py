@@ -6,16 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from examples.r1.choices import TASKS
 from examples.r1.results import Record, StageResult
 
 NOTHING = "–"  # where there is no figure
 WINDOW = 10  # steps that the figures of a stage's start and end are means of
-AIMS = {"digit_sorting": 0.95, "spell_backward": 0.95}  # greedy accuracy on held-out prompts, at the end
-TASK_TITLES = {"digit_sorting": "digit sorting", "spell_backward": "spelling backward"}
 
 
 def task_title(task: str) -> str:
-    return TASK_TITLES.get(task, task.replace("_", " "))
+    return TASKS[task].title if task in TASKS else task.replace("_", " ")
 
 
 def finite(value: Any) -> float | None:
@@ -59,7 +58,7 @@ def tasks_of(stages: Iterable[StageResult]) -> list[str]:
     for stage in stages:
         for record in (*stage.evaluations[:1], *stage.evaluations[-1:], *stage.records[:1], *stage.records[-1:]):
             names |= {key.rpartition("/")[0]: None for key in record if key.endswith("/accuracy")}
-    return sorted(names, key=lambda name: list(AIMS).index(name) if name in AIMS else len(AIMS))
+    return sorted(names, key=lambda name: list(TASKS).index(name) if name in TASKS else len(TASKS))
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from examples.r1.choices import GENERAL, TASKS
 from examples.r1.reporting import judge_watch as watch
 from examples.r1.reporting import panels, svg_chart
 from examples.r1.reporting.figures import (
-    AIMS,
     NOTHING,
     count,
     duration,
@@ -30,15 +30,15 @@ CLAIM = "about 50 %"  # of PPO's memory, as a white paper says that GRPO saves
 def headline(result: PipelineResult) -> str:
     """What the run came to, in a line."""
     final = result.final
-    found = {task: finite(final.get(f"{task}/accuracy")) for task in AIMS}
+    found = {task: finite(final.get(f"{task}/accuracy")) for task in TASKS}
     known = {task: accuracy for task, accuracy in found.items() if accuracy is not None}
     if not known:
         return "A run of the R1 recipe without an evaluation"
     words = ", ".join(f"{task_title(task)} {accuracy:.3f}" for task, accuracy in known.items())
     if any(watch.judge_is_hacked(stage) for stage in result.stages):
         return f"The judge was hacked: {words}"
-    met = sum(accuracy >= AIMS[task] for task, accuracy in known.items())
-    verdict = "every aim met" if met == len(AIMS) else f"{met} of {len(AIMS)} aims met"
+    met = sum(accuracy >= TASKS[task].aim for task, accuracy in known.items())
+    verdict = "every aim met" if met == len(TASKS) else f"{met} of {len(TASKS)} aims met"
     return f"R1 recipe: {words}; {verdict}"
 
 
@@ -46,7 +46,7 @@ def header(result: PipelineResult) -> str:
     """The headline and its figures."""
     final = result.final
     cards = []
-    for task, aim in AIMS.items():
+    for task, aim in ((name, info.aim) for name, info in TASKS.items()):
         accuracy = finite(final.get(f"{task}/accuracy"))
         holds = accuracy is not None and accuracy >= aim
         note = f"greedy, held-out prompts; aim {aim:.2f}; sampled {number(final.get(f'{task}/sampled_accuracy'))}"
@@ -90,7 +90,7 @@ def judge_watch(result: PipelineResult) -> str:
         warning = f'<p class="notice warning" role="alert"><strong>Warning.</strong> {words}</p>'
         notice = warning if found.hacked else f'<p class="notice">{words}</p>'
         parts.append(f"<h3>{escape(full_title(stage))}</h3>\n{notice}")
-        panel = panels.judge_panel(stage, watch.TASK)
+        panel = panels.judge_panel(stage, GENERAL)
         parts.append(f'<div class="narrow">{svg_chart.figure(panel, panels.bands([stage]), named=False)}</div>')
     if not parts:
         return ""

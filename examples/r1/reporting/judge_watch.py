@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from examples.r1.choices import GENERAL
 from examples.r1.reporting.figures import finite
 from examples.r1.results import Record, StageResult
 
 ACCURACY_FALL = 0.10  # of the share of right answers; a mean of ten steps of a hundred samples wanders by about 0.02
 JUDGE_SHARE = 0.25  # an honest judge's score loses about as much as the accuracy, a compressed scale half of it
 WINDOW = 10  # points that a mean is taken over; of few points, a quarter of them
-TASK = "spell_backward"
 
 # The first that has enough points. Dynamic sampling makes training's samples others than the policy's own: held-out
 # prompts come first.
 _SOURCES = (
-    ("evaluations", f"{TASK}/sampled_accuracy", f"{TASK}/judge", 3),
-    ("evaluations", f"{TASK}/accuracy", f"{TASK}/judge", 3),
-    ("records", f"{TASK}/accuracy", "judge", 2),
-    ("evaluations", f"{TASK}/accuracy", f"{TASK}/judge", 2),
+    ("evaluations", f"{GENERAL}/sampled_accuracy", f"{GENERAL}/judge", 3),
+    ("evaluations", f"{GENERAL}/accuracy", f"{GENERAL}/judge", 3),
+    ("records", f"{GENERAL}/accuracy", "judge", 2),
+    ("evaluations", f"{GENERAL}/accuracy", f"{GENERAL}/judge", 2),
 )
 
 

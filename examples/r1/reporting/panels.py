@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from examples.r1.reporting.figures import AIMS, finite, task_title, tasks_of
+from examples.r1.choices import TASKS
+from examples.r1.reporting.figures import finite, task_title, tasks_of
 from examples.r1.reporting.judge_watch import judge_is_hacked
 from examples.r1.reporting.stage_figures import is_rl, short_title
 from examples.r1.results import Record, StageResult
@@ -14,7 +15,6 @@ from examples.r1.results import Record, StageResult
 SMOOTH = 9  # steps of the running mean that is drawn over the single steps
 _SHORTEST = 2 * SMOOTH  # fewer steps are drawn as they are
 _DEPTHS = range(1, 10)
-SHORT_TASK_TITLES = {"digit_sorting": "sorting", "spell_backward": "spelling"}
 
 
 class Curve(NamedTuple):
@@ -71,7 +71,7 @@ def panels(stages: Sequence[StageResult]) -> list[Panel]:
     """The panels that have something to show."""
     found = [
         Panel("Reward and judge", "", _from_steps(stages, [("reward", "reward"), ("judge's score", "judge")])),
-        Panel("Accuracy", "right answers", _accuracy(stages), share=True, aim=min(AIMS.values())),
+        Panel("Accuracy", "right answers", _accuracy(stages), share=True, aim=min(info.aim for info in TASKS.values())),
         Panel("Loss where the model imitates", "nats a token", _losses(stages), log=True),
         Panel("KL to the reference", "nats a token", _from_steps(stages, [("KL", "kl")])),
         Panel("Entropy of the policy", "nats a token", _from_steps(stages, [("entropy", "entropy")])),
@@ -136,7 +136,7 @@ def limits(panel: Panel) -> tuple[float, float]:
 
 def _accuracy(stages: Sequence[StageResult]) -> list[Curve]:
     tasks = tasks_of(stages)
-    words = {task: SHORT_TASK_TITLES.get(task, task_title(task)) for task in tasks}
+    words = {task: TASKS[task].short_title if task in TASKS else task_title(task) for task in tasks}
     looks = _from_evaluations(stages, [(f"{words[task]}, greedy", f"{task}/accuracy") for task in tasks])
     steps = _from_steps(stages, [(f"{words[task]}, samples", f"{task}/accuracy") for task in tasks])
     return [*looks, *steps]

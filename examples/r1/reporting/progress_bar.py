@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from examples.r1.choices import TASKS
 from examples.r1.reporting.figures import finite, number, rate
 from examples.r1.results import Record
 
@@ -15,7 +16,6 @@ Report = Callable[[int, Record | str], None]
 """Called with the steps done and the step's record, or a few words. `{**evaluation, **record}` shows the accuracies of
 the last evaluation where a step has none of its own."""
 
-_TASK_WORDS = {"digit_sorting": "sort", "spell_backward": "spell"}
 _REFRESHES = 4  # a second, by a thread of its own
 _BAR = 14  # characters
 _FIXED = _BAR + 34  # characters of all columns but the label and the figures
@@ -58,7 +58,7 @@ def words(status: Record | str, room: int = 1000) -> str:
 
 def _figures(record: Mapping[str, float]) -> list[str]:
     found = [f"{name} {number(record[name])}" for name in ("reward", "loss") if name in record][:1]
-    for task, word in _TASK_WORDS.items():
+    for task, word in ((name, info.word) for name, info in TASKS.items()):
         if f"{task}/accuracy" in record:
             found.append(f"{word} {number(record[f'{task}/accuracy'], 2)}")
     found += [f"{word} {number(record[name])}" for name, word in (("judge", "judge"), ("kl", "KL")) if name in record]

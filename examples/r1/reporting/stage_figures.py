@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from examples.r1.choices import STAGES
+from examples.r1.choices import STAGES, TASKS
 from examples.r1.reporting.figures import (
-    AIMS,
     NOTHING,
     count,
     duration,
@@ -188,7 +187,7 @@ def summary(result: PipelineResult) -> list[Line]:
     """What the run came to: final accuracies against the aims, the judge, the comparisons that were made."""
     final = result.final
     lines = []
-    for task, aim in AIMS.items():
+    for task, aim in ((name, info.aim) for name, info in TASKS.items()):
         accuracy = finite(final.get(f"{task}/accuracy"))
         if accuracy is not None:
             found = f"{accuracy:.3f} greedy, {number(final.get(f'{task}/sampled_accuracy'))} sampled; aim {aim:.2f}"

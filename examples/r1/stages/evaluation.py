@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from examples.r1.choices import GENERAL
 from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.rollout import roll_out
 from examples.r1.randomness import torch_rng
@@ -9,7 +10,6 @@ from examples.r1.results import Record
 from examples.r1.run import Run
 from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.rewards import of_task
-from examples.r1.tasks import GENERAL
 
 
 def evaluate(model: CharTransformer, run: Run, judge: RewardModel | None = None) -> Record:

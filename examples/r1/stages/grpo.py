@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from examples.r1.choices import GENERAL, REASONING
 from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.mtp import hidden_of_depths, record_of
 from examples.r1.policy.rollout import Rollout, roll_out
@@ -25,7 +26,7 @@ from examples.r1.stages.evaluation import evaluate
 from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.log_probs import sequence_log_probs
 from examples.r1.stages.stage import Stage
-from examples.r1.tasks import GENERAL, REASONING, Problem
+from examples.r1.tasks import Problem
 from grpo_kernels import (
     FusedLMHead,
     GRPOLossConfig,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from examples.r1.choices import GENERAL, REASONING
 from examples.r1.errors import RunError
 from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.rollout import Rollout, roll_out
@@ -18,7 +19,6 @@ from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.stages import rewards
 from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.sft import SFTStage, solutions
-from examples.r1.tasks import GENERAL, REASONING
 from grpo_kernels import best_of_group
 
 BATCH = 128  # prompts that are sampled at a time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from examples.r1.choices import GENERAL
 from examples.r1.policy.model import CharTransformer
 from examples.r1.randomness import python_rng
 from examples.r1.results import Record
@@ -11,7 +12,7 @@ from examples.r1.run import Run
 from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.stages.judge import RewardModel
 from examples.r1.stages.sft import SFTStage, solutions, write_down
-from examples.r1.tasks import GENERAL, Problem
+from examples.r1.tasks import Problem
 
 WEAK_STEPS = 20  # of training, after which the control takes the judge
 EXAMPLES = 4000  # good answers that it learns from

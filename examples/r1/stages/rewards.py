@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from examples.r1.tasks import GENERAL, DigitSorting, Problem, Task
+from examples.r1.choices import GENERAL
+from examples.r1.tasks import Problem, Task
 
 NAMES = ("accuracy", "format", "language", "judge")
 WEIGHTS = (1.0, 0.1, 0.2, 1.0)
@@ -36,14 +37,15 @@ class Ruling(NamedTuple):
 
 def rule(task: Task, problem: Problem, completion: str, finished: bool) -> Ruling:
     """Judges one completion. One that ran out of room, or has padding in it, has no form and is not parsed."""
-    thinks = isinstance(task, DigitSorting)
     match = task.form.fullmatch(completion) if finished else None
-    if match is None:
-        return Ruling(False, 0.0, 0.0 if thinks else NOT_SCORED)
-    language = NOT_SCORED
-    if isinstance(task, DigitSorting):
+    language = 0.0
+    if task.script is None:
+        language = NOT_SCORED
+    elif match is not None:
         thinking = match.group(1)
         language = sum(character in task.script for character in thinking) / max(len(thinking), 1)
+    if match is None:
+        return Ruling(False, 0.0, language)
     return Ruling(task.verify(match.groups()[-1], problem), 1.0, language)
 
 
