@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 
 from rich.console import Console
 
+from examples.r1.interrupt import interrupted, stop_requested
 from examples.r1.measuring import draft_speed, loss_step, ppo_memory
 from examples.r1.parallel import Ranks
 from examples.r1.pipeline import Pipeline
@@ -24,11 +26,12 @@ def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> Pip
     prepared = Run.prepare(settings, ranks)
     pipeline = Pipeline(prepared, console)
     stage = pipeline.train()
+    whole = replace(prepared, settings=replace(settings, expert_parallel=False))  # each rank has a part of the model
     result = PipelineResult(
         settings,
-        parameters=count_parameters(stage.model),
+        parameters=count_parameters(whole.build_policy()),
         stages=pipeline.results,
-        model=stage.model,
+        model=stage.model if stage.trains_policy else None,
         samples=pipeline.progress.samples,
         seconds=perf_counter() - start,
         machine={"processes": prepared.ranks.world},
@@ -43,13 +46,22 @@ def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> Pip
 
 
 def _measure(result: PipelineResult, stage: Stage, run: Run) -> None:
-    """The last policy's loss step and drafts; model state, if that was asked for."""
+    """The last policy's loss step and drafts; model state, if that was asked for. A run may be stopped in between."""
     if isinstance(stage, RLStage):
         result.loss_step = loss_step.compare(stage, stage.steps)._asdict()
         if run.settings.compare_vocabulary:
             at = loss_step.compare_at(stage, stage.steps, run.settings.compare_vocabulary)
             result.large_loss_step = at._asdict()
+        _stop_if_asked(run)
         if stage.model.mtp is not None:
             result.draft_speed = draft_speed.compare(stage, stage.steps)._asdict()
+    _stop_if_asked(run)
     if run.settings.compare_ppo and run.ranks.is_main:
         result.ppo = ppo_memory.compare(run).as_json()
+    _stop_if_asked(run)
+
+
+def _stop_if_asked(run: Run) -> None:
+    """All ranks together. The checkpoint is that of the trained policy: a run that goes on only measures."""
+    if run.ranks.any(stop_requested()):
+        raise interrupted()

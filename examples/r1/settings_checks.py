@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from examples.r1.parallel import Ranks
     from examples.r1.settings import Settings
 
+MOST_EVALUATION_PROMPTS = 1000  # of a task; so many no run trains on, whatever it evaluates and starts from
 _AT_LEAST = {
     "threads": 1,
     "save_every": 0,
@@ -43,17 +44,20 @@ _AT_LEAST = {
     "balance_coef": 0,
     "bias_update_rate": 0,
     "kl_coef": 0,
+    "reasoning_temperature": 0.01,  # below, log-probs are too large for float32's exponentials to say anything
+    "diverse_temperature": 0.01,
+}
+_AT_MOST = {
+    "mtp": 8,
+    "evaluation_prompts": MOST_EVALUATION_PROMPTS,
 }
 _POSITIVE = (
     "sft_learning_rate",
     "reasoning_learning_rate",
     "diverse_learning_rate",
-    "reasoning_temperature",
-    "diverse_temperature",
     "max_grad_norm",
 )
 _SHARES = ("judge_threshold",)
-MOST_EVALUATION_PROMPTS = 1000  # of a task; so many no run trains on, whatever it evaluates and starts from
 
 
 def check(settings: Settings) -> None:
@@ -61,6 +65,9 @@ def check(settings: Settings) -> None:
     for name, least in _AT_LEAST.items():
         value = getattr(settings, name)
         _demand(math.isfinite(value) and value >= least, name, f"at least {least}", value)
+    for name, most in _AT_MOST.items():
+        value = getattr(settings, name)
+        _demand(value <= most, name, f"at most {most}", value)
     for name in _POSITIVE:
         value = getattr(settings, name)
         _demand(math.isfinite(value) and value > 0.0, name, "positive and finite", value)
@@ -74,8 +81,6 @@ def check(settings: Settings) -> None:
     _check_model(settings)
     changes = {} if settings.clip is None else {"clip_low": settings.clip, "clip_high": settings.clip}
     GRPOLossConfig.preset(settings.preset, kl_coef=settings.kl_coef, **changes)  # says itself what does not go with it
-    count = settings.evaluation_prompts
-    _demand(count <= MOST_EVALUATION_PROMPTS, "evaluation_prompts", f"at most {MOST_EVALUATION_PROMPTS}", count)
 
 
 def check_surroundings(settings: Settings) -> None:
