@@ -46,6 +46,11 @@ class Run:
         return cls(settings, ranks, tasks, held_out, excluded, device)
 
     @property
+    def all_held_out(self) -> list[Problem]:
+        """Of all tasks, one after the other."""
+        return [problem for problems in self.held_out.values() for problem in problems]
+
+    @property
     def prompt_length(self) -> int:
         return max(task.prompt_length for task in self.tasks.values())
 

@@ -13,7 +13,7 @@ from examples.r1.policy import draft, vocabulary
 from examples.r1.policy.draft import DraftCounts
 from examples.r1.policy.model import CharTransformer, KVCache
 from examples.r1.policy.routes import DraftRecorder, Recorder, Routes
-from examples.r1.policy.sequences import Sequences, make_sequences, rows_of_groups
+from examples.r1.policy.sequences import Sequences, concatenate, make_sequences, rows_of_groups
 from examples.r1.run import Run
 from examples.r1.stages import rewards
 from examples.r1.tasks import Problem
@@ -111,10 +111,9 @@ class Rollout(NamedTuple):
 
     def followed_by(self, other: Rollout) -> Rollout:
         """The groups of both."""
-        both = zip(self.sequences, other.sequences, strict=True)
         return Rollout(
             self.problems + other.problems,
-            Sequences(*(torch.cat(pair) for pair in both)),
+            concatenate((self.sequences, other.sequences)),
             self.texts + other.texts,
             torch.cat((self.rulings, other.rulings)),
             None if self.routes is None or other.routes is None else self.routes.followed_by(other.routes),

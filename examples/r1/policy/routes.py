@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from examples.r1.parallel import SINGLE, Ranks
+from examples.r1.results import Record
 from grpo_kernels import MoE, MoEOutput, RouterOutput, RouterReplay
-
-Record = dict[str, float]
 
 
 class Pass(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ class Sequences(NamedTuple):
 def rows_of_groups(groups: Tensor, group_size: int) -> Tensor:
     """Indices of the samples of these groups, [len(groups) * group_size]."""
     return (groups.unsqueeze(1) * group_size + torch.arange(group_size, device=groups.device)).flatten()
+
+
+def concatenate(parts: Iterable[Sequences]) -> Sequences:
+    """The groups of all parts, one after the other."""
+    return Sequences(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def make_sequences(prompts: Tensor, completions: Tensor) -> Sequences:

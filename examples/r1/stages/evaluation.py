@@ -17,12 +17,11 @@ def evaluate(model: CharTransformer, run: Run, judge: RewardModel | None = None)
 
     With a judge also the mean score that it gives to these samples of the task that it is there for.
     """
-    problems = [problem for held_out in run.held_out.values() for problem in held_out]
-    greedy = roll_out(model, run, problems)
-    sampled = roll_out(model, run, problems, generator=torch_rng(run.device, "evaluation"))
-    record = greedy.means()
+    greedy = roll_out(model, run, run.all_held_out)
+    sampled = roll_out(model, run, run.all_held_out, generator=torch_rng(run.device, "evaluation"))
+    record, means = greedy.means(), sampled.means()
     for task in run.tasks:
-        record[f"{task}/sampled_accuracy"] = sampled.means()[f"{task}/accuracy"]
+        record[f"{task}/sampled_accuracy"] = means[f"{task}/accuracy"]
     if judge is not None:
         scores = judge.score(sampled.sequences, sampled.group_size).cpu()
         record[f"{GENERAL}/judge"] = float(scores[of_task(sampled.problem_of_each, GENERAL)].mean())

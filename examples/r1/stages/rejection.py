@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from examples.r1.choices import GENERAL, REASONING
 from examples.r1.errors import RunError
 from examples.r1.policy.model import CharTransformer
 from examples.r1.policy.rollout import Rollout, roll_out
-from examples.r1.policy.sequences import Sequences, make_sequences
+from examples.r1.policy.sequences import Sequences, concatenate, make_sequences
 from examples.r1.randomness import torch_rng
 from examples.r1.results import Record
 from examples.r1.run import Run
@@ -43,13 +42,11 @@ class RejectionSampling(SFTStage):
         self.policy = policy
         self.judge = judge
         self._facts: Record = {}
-        problems = [problem for held_out in run.held_out.values() for problem in held_out]
-        self.validation_data = solutions(run, problems)
+        self.validation_data = solutions(run, run.all_held_out)
 
     def begin(self) -> None:
         """Samples, judges, and keeps."""
-        kept = [self._collect(task) for task in (REASONING, GENERAL)]
-        self.data = Sequences(*(torch.cat(column) for column in zip(*kept, strict=True)))
+        self.data = concatenate([self._collect(task) for task in (REASONING, GENERAL)])
         if len(self.data.prompts) == 0:
             raise RunError(
                 "rejection sampling: no sample was good enough: train the policy for longer, or lower judge_threshold"
@@ -70,7 +67,7 @@ class RejectionSampling(SFTStage):
             selected = self._select(rollout, task)
             parts.append(self._chosen(rollout, selected))
             right += float(rollout.rulings[selected.cpu(), 0].sum())
-        kept = Sequences(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        kept = concatenate(parts)
         count = len(kept.prompts)
         self._facts |= {
             f"{task}/prompts": float(len(problems)),

@@ -1,4 +1,4 @@
-"""The generative reward model: a second small language model; how likely it finds a response is its score."""
+"""The stage that trains the reward model, and answers that it must find worse than right ones."""
 
 from __future__ import annotations
 

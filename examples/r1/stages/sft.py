@@ -105,8 +105,7 @@ class ColdStart(SFTStage):
             problem for name, task in run.tasks.items() for problem in run.draw(name, task.cold_examples, self.name)
         ]
         self.data = demonstrations(run, problems, run.settings.seed, self.name)
-        held_out = [problem for problems in run.held_out.values() for problem in problems]
-        self.validation_data = demonstrations(run, held_out, "validation")
+        self.validation_data = demonstrations(run, run.all_held_out, "validation")
 
 
 def demonstrations(run: Run, problems: Sequence[Problem], *source: object) -> Sequences:
