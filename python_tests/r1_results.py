@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from random import Random
 
+from examples.r1.measuring.model_states import PRECISIONS, Allocation, ModelStates, Row
 from examples.r1.results import PipelineResult, Record, StageResult
 from examples.r1.settings import Settings
 
@@ -145,12 +146,22 @@ def run(*, moe: bool = False, drafts: bool = False, hacked: bool = False) -> Pip
 
 def full() -> PipelineResult:
     result = run(moe=True, drafts=True)
-    result.ppo = {
-        "ppo": {"policy": 4 * 2**20, "critic": 2 * 2**20},
-        "grpo": {"policy": 4 * 2**20},
-        "savings": [{"precision": "float32", "comparison": "by rules", "ppo": 6 * 2**20, "grpo": 4 * 2**20}],
-    }
+    result.ppo = model_states("moe, width 64")
     return result
+
+
+def model_states(model: str, device: str = "cpu") -> ModelStates:
+    """PPO's policy, critic, reference and reward model of 2**18 parameters each; GRPO's without the critic."""
+    trained, frozen = (4, 4, 0, 8, 0), (4, 0, 0, 0, 0)
+    sizes = {"policy": trained, "critic": trained, "reference": frozen, "reward model": frozen}
+    rows = tuple(
+        Row(precision, method, part, 2**18, *(kind * 2**18 for kind in each))
+        for precision in PRECISIONS
+        for method in ("ppo", "grpo")
+        for part, each in sizes.items()
+        if (method, part) != ("grpo", "critic")
+    )
+    return ModelStates(model, device, rows, (Allocation("float32", "ppo", 40 * 2**18, 40 * 2**18),))
 
 
 def bare() -> PipelineResult:
@@ -164,7 +175,7 @@ def broken() -> PipelineResult:
     records: list[Record] = [{"reward": NAN}, {}, {"reward": -math.inf, "judge": 0.5, "tokens": 5.0}]
     stage = StageResult("diverse_rl", "4  diverse", 3, NAN, records, evaluations, {"kept": NAN})
     sample = {"stage": "diverse_rl", "prompt": "s1>"}
-    return PipelineResult(Settings(), 7, [stage], loss_step={"seconds": 0.0}, ppo={"ppo": None}, samples=[sample])
+    return PipelineResult(Settings(), 7, [stage], loss_step={"seconds": 0.0}, samples=[sample])
 
 
 RUNS = {

@@ -16,8 +16,9 @@ from rich.console import Console
 from examples.r1.reporting import curves, html_report, judge_watch, panels, report, svg_chart
 from examples.r1.reporting.judge_watch import judge_is_hacked
 from examples.r1.results import PipelineResult, Record, StageResult
+from examples.r1.saving.storage import save_json
 from python_tests import r1_results
-from python_tests.r1_results import NAN, RUNS, WORDS, bare, broken, full
+from python_tests.r1_results import NAN, RUNS, WORDS, bare, broken, full, model_states
 
 every_run = pytest.mark.parametrize("make", RUNS.values(), ids=RUNS)
 
@@ -159,7 +160,7 @@ def test_the_page_shows_the_run() -> None:
         "<t>1,1,3,4,5,9</t><a>113459</a>",
         "x86-64 2 cores AVX2",
         "about 50 %",
-        "33.3%",
+        "44.4%",
         "sampling with drafts",
         "Busiest expert over the mean",
         "583 of 600, 97.2%",
@@ -184,7 +185,7 @@ def test_everything_is_escaped(evil: str) -> None:
     result = full()
     result.samples = [{"stage": evil, "prompt": evil, "completion": evil, "correct": True}]
     result.machine = {evil: evil}
-    result.ppo = {"ppo": {evil: 5}, "grpo": {evil: 4}, "savings": [{"comparison": evil, "ppo": 5, "grpo": 4}]}
+    result.ppo = model_states(evil, device=evil)
     result.stages[0].title = evil
     result.stages[0].name = evil
     result.stages[0].facts = {evil: 1.0}
@@ -200,12 +201,14 @@ def test_everything_is_escaped(evil: str) -> None:
 
 def test_the_page_is_made_again_from_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "results.json", tmp_path / "out.html"
-    report.save_json(source, full().as_json())
+    save_json(source, full().as_json())
     assert html_report.main([str(source), str(target)]) == 0
     assert target.read_text(encoding="utf-8") == html_report.page(full())
     assert html_report.main([str(tmp_path / "missing.json"), str(target)]) == 2
     assert "missing.json" in capsys.readouterr().err
-    for text in ("{", "[]", "{}", '{"stages": [3]}', '{"stages": [{}]}', '{"stages": [{"name": "a", "steps": "x"}]}'):
+    wrong_ppo = '{"stages": [], "ppo": {"ppo": 5}}'
+    wrong_stages = ('{"stages": [3]}', '{"stages": [{}]}', '{"stages": [{"name": "a", "steps": "x"}]}')
+    for text in ("{", "[]", "{}", *wrong_stages, wrong_ppo):
         source.write_text(text, encoding="utf-8")
         assert html_report.main([str(source), str(target)]) == 2, text
         assert str(source) in capsys.readouterr().err

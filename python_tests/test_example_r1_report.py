@@ -50,9 +50,9 @@ def test_numbers_come_back_to_the_bit() -> None:
     assert again == result
 
 
-def test_tuples_of_figures_will_do() -> None:
+def test_the_loss_step_is_shown_as_it_was_measured() -> None:
     comparison = LossStepComparison(4, 3, 2, 10, 0.5, 1.0, 100, 200)
-    result = PipelineResult(Settings(), 0, loss_step=comparison)  # type: ignore[arg-type]
+    result = PipelineResult(Settings(), 0, loss_step=comparison._asdict())
     assert result.as_json()["loss_step"]["eager_peak_bytes"] == 200
     assert "4 x 3 x 2" in shown(result)
     assert "(2.00x)" in shown(result)
@@ -109,7 +109,10 @@ def test_tables_show_what_was_measured() -> None:
 
 
 def test_the_table_of_model_state_has_what_was_compared() -> None:
-    assert cells(shown(full()), "float32, by rules")[0] == ["6.00", "MiB", "4.00", "MiB", "33.3%"]
+    text = shown(full())
+    assert cells(text, "critic")[0] == ["262,144", "4+4+8", "4.000", "–"]
+    assert cells(text, "rewards by rules")[0] == ["9.000", "5.000", "44.4%"]
+    assert "Measured here: 44.4%" in " ".join(text.split())
     assert "Model state" not in shown(bare())
 
 

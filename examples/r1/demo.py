@@ -57,7 +57,7 @@ def _measure(result: PipelineResult, stage: Stage, run: Run) -> None:
             result.draft_speed = draft_speed.compare(stage, stage.steps)._asdict()
     _stop_if_asked(run)
     if run.settings.compare_ppo and run.ranks.is_main:
-        result.ppo = ppo_memory.compare(run).as_json()
+        result.ppo = ppo_memory.compare(run)
     _stop_if_asked(run)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from examples.r1.measuring.model_states import ModelStates
+from examples.r1.saving.storage import plain
 from examples.r1.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class StageResult:
         return self.evaluations[-1] if self.evaluations else {}
 
     def as_json(self) -> dict[str, Any]:
-        content: dict[str, Any] = _plain(self)
+        content: dict[str, Any] = plain(self)
         return content
 
     @classmethod
@@ -63,10 +65,7 @@ class PipelineResult:
     "correct": bool}: a few a task after each stage, the same held-out prompts each time, so that a reader sees one
     prompt's answer change.
 
-    loss_step, draft_speed: the fields of `LossStepComparison` and `DraftSpeed`; the tuples themselves will do.
-
-    ppo: model state in bytes as allocated: {"ppo": {part: bytes}, "grpo": {part: bytes}, "savings": [{"precision",
-    "comparison", "ppo", "grpo"}]}, as `ppo_memory.ModelStates` writes it; the object itself will do.
+    loss_step, large_loss_step, draft_speed: the fields of `LossStepComparison` and `DraftSpeed`.
     """
 
     settings: Settings
@@ -77,12 +76,9 @@ class PipelineResult:
     loss_step: Mapping[str, Any] | None = None
     large_loss_step: Mapping[str, Any] | None = None  # with a head of a real vocabulary, if that was asked for
     draft_speed: Mapping[str, Any] | None = None  # of a model that drafts
-    ppo: Mapping[str, Any] | None = None  # if it was asked for
+    ppo: ModelStates | None = None  # what PPO would keep in memory, if it was asked for
     samples: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)  # hardware in general words, versions, processes
-
-    def __post_init__(self) -> None:
-        self.loss_step, self.draft_speed, self.ppo = map(_mapping, (self.loss_step, self.draft_speed, self.ppo))
 
     def stage(self, name: str) -> StageResult | None:
         """The stage of that name, if it was part of the run."""
@@ -99,8 +95,12 @@ class PipelineResult:
 
         NaN and infinities become null, which JSON has, and come back as NaN.
         """
-        kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("model", "stages")}
-        return {**{name: _plain(value) for name, value in kept.items()}, "stages": [s.as_json() for s in self.stages]}
+        kept = (item.name for item in fields(self) if item.name not in ("model", "stages", "ppo"))
+        return {
+            **{name: plain(getattr(self, name)) for name in kept},
+            "ppo": None if self.ppo is None else self.ppo.as_json(),
+            "stages": [stage.as_json() for stage in self.stages],
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PipelineResult:
@@ -115,34 +115,10 @@ class PipelineResult:
             loss_step=content.get("loss_step"),
             large_loss_step=content.get("large_loss_step"),
             draft_speed=content.get("draft_speed"),
-            ppo=content.get("ppo"),
+            ppo=ModelStates.from_json(found) if (found := content.get("ppo")) else None,
             samples=list(content.get("samples") or ()),
             machine=dict(content.get("machine") or {}),
         )
-
-
-def _mapping(value: Any) -> Mapping[str, Any] | None:
-    """Named fields as a mapping; a class that writes JSON itself, as it does."""
-    if value is None or isinstance(value, Mapping):
-        return value
-    if hasattr(value, "as_json"):
-        value = value.as_json()
-        return dict(value)
-    found: Mapping[str, Any] = _plain(value) if is_dataclass(value) else value._asdict()
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that JSON has."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
 
 
 def _record(content: Mapping[str, Any]) -> Record:

@@ -7,7 +7,6 @@ in FP8. Controls that must fall short: rewards without meaning, imitation alone,
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from examples.r1.choices import REASONING, TASKS
 from examples.r1.reporting.figures import task_title
 from examples.r1.reporting.judge_watch import sentence, verdict
 from examples.r1.results import PipelineResult, StageResult
-from examples.r1.saving.storage import write_atomically
+from examples.r1.saving.storage import save_json
 from examples.r1.settings import Settings
 
 RISE = 0.1  # of the sampled accuracy by reasoning RL, at least
@@ -177,7 +176,7 @@ def main() -> int:
     verdicts = run_checks(chosen(checks, options.only or [check.name for check in checks]), options.jobs, console)
     verdicts.print(console, "examples.r1.checking.check")
     seconds = perf_counter() - start
-    write_atomically(options.output / "check.json", json.dumps(as_json(verdicts, settings, seconds), indent=1))
+    save_json(options.output / "check.json", as_json(verdicts, settings, seconds))
     console.print(f"{seconds:.0f} s", highlight=False)
     return 1 if verdicts.failed else 0
 

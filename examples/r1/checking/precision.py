@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from examples.r1.choices import RECIPES
 from examples.r1.reporting.progress_bar import progress_bar
 from examples.r1.run import Run
 from examples.r1.saving.run_state import comparable_settings
-from examples.r1.saving.storage import write_atomically
+from examples.r1.saving.storage import save_json
 from examples.r1.settings import Settings
 from examples.r1.stages.sft import ColdStart
 
@@ -147,7 +146,7 @@ def main() -> int:
     verdicts = judge(comparisons)
     verdicts.print(console, "examples.r1.checking.precision")
     if options.save is not None:
-        write_atomically(options.save, json.dumps(as_json(comparisons, settings, options.seeds), indent=1))
+        save_json(options.save, as_json(comparisons, settings, options.seeds))
     console.print(f"{perf_counter() - start:.0f} s", highlight=False)
     return 1 if verdicts.failed else 0
 

@@ -24,7 +24,7 @@ from examples.r1.choices import PRESETS
 from examples.r1.reporting.figures import ends
 from examples.r1.results import PipelineResult
 from examples.r1.saving.run_state import comparable_settings
-from examples.r1.saving.storage import write_atomically
+from examples.r1.saving.storage import save_json
 from examples.r1.settings import Settings
 
 ROOT = Path(__file__).parents[3]
@@ -150,8 +150,7 @@ def run_missing(path: Path, found: Sequence[Combination], at_once: int, console:
 
     def keep(name: str, row: dict[str, Any]) -> None:
         rows[name] = row
-        ordered = {name: rows[name] for name in NAMES if name in rows}
-        write_atomically(path, json.dumps({"combinations": ordered}, indent=1) + "\n")
+        save_json(path, {"combinations": {name: rows[name] for name in NAMES if name in rows}})
 
     run_all(jobs, at_once, console, keep)
     return rows

@@ -3,126 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench.machine import describe
 from examples.r1.choices import MODELS, RECIPES
 from examples.r1.measuring.allocations import live_bytes
+from examples.r1.measuring.model_states import PRECISIONS, Allocation, ModelStates, Row
 from examples.r1.measuring.ppo_step import METHODS, Part, Parts
 from examples.r1.parallel import Ranks
+from examples.r1.reporting import ppo_table
 from examples.r1.run import Run
-from examples.r1.saving.storage import write_atomically
+from examples.r1.saving.storage import save_json
 from examples.r1.settings import Settings
-
-PRECISIONS = ("float32", "mixed precision")
-REWARD_MODEL = "reward model"
-CLAIM = "about 50 %"  # of a white paper
-
-# What is compared: a title, and whether PPO and GRPO hold a reward model.
-COMPARISONS = (
-    ("rewards by rules", False, False),
-    ("reward model in both", True, True),
-    ("reward model in PPO only", True, False),
-)
-
-
-class Row(NamedTuple):
-    """Bytes that one model of a method keeps between two steps, each storage counted once."""
-
-    precision: str
-    method: str
-    part: str
-    parameters: int  # how many numbers
-    weights: int
-    gradients: int
-    master_weights: int
-    moments: int  # of Adam
-    rest: int  # buffers, Adam's counters of steps
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.master_weights + self.moments + self.rest
-
-
-class Allocation(NamedTuple):
-    """All storages of a method on the device: as they were counted, and as its allocator has handed them out."""
-
-    precision: str
-    method: str
-    counted: int
-    allocated: int
-
-
-class Saving(NamedTuple):
-    """Bytes of both methods under one of the `COMPARISONS`."""
-
-    precision: str
-    comparison: str
-    ppo: int
-    grpo: int
-
-    @property
-    def share(self) -> float:
-        """What GRPO saves of PPO's bytes."""
-        return 1.0 - self.grpo / self.ppo
-
-
-@dataclass(frozen=True)
-class ModelStates:
-    """The measurement: parameters, gradients, optimiser state and buffers of every model, and nothing else."""
-
-    model: str
-    device: str
-    rows: tuple[Row, ...]
-    allocations: tuple[Allocation, ...]
-
-    def of(self, precision: str, method: str) -> dict[str, Row]:
-        """The rows of a method by their part."""
-        return {row.part: row for row in self.rows if (row.precision, row.method) == (precision, method)}
-
-    def savings(self) -> list[Saving]:
-        found = []
-        for precision in PRECISIONS:
-            for title, *has_reward_model in COMPARISONS:
-                totals = (
-                    sum(row.total for row in self.of(precision, method).values() if judged or row.part != REWARD_MODEL)
-                    for method, judged in zip(("ppo", "grpo"), has_reward_model, strict=True)
-                )
-                found.append(Saving(precision, title, *totals))
-        return found
-
-    def as_json(self) -> dict[str, Any]:
-        """All figures. "ppo" and "grpo" are the bytes of their parts in float32, in which the example trains."""
-        methods = {
-            method: {part: row.total for part, row in self.of("float32", method).items()} for method in ("ppo", "grpo")
-        }
-        return {
-            "model": self.model,
-            "device": self.device,
-            **methods,
-            "rows": [{**row._asdict(), "total": row.total} for row in self.rows],
-            "allocations": [found._asdict() for found in self.allocations],
-            "savings": [{**saving._asdict(), "share": saving.share} for saving in self.savings()],
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> ModelStates:
-        """The inverse of `as_json`."""
-        rows = (Row(**{name: row[name] for name in Row._fields}) for row in content["rows"])
-        allocations = (Allocation(**found) for found in content["allocations"])
-        return cls(content["model"], content["device"], tuple(rows), tuple(allocations))
 
 
 def compare(run: Run) -> ModelStates:
@@ -201,60 +101,11 @@ def _layers(count: int) -> str:
     return f"{count} layer" if count == 1 else f"{count} layers"
 
 
-def table(states: ModelStates) -> Table:
-    """A row a model, and what GRPO saves under each of the comparisons, for both precisions."""
-    table = Table(
-        title=f"Model state as allocated\n{states.model}",
-        caption="bytes each: weights + gradients + master weights + moments",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("", no_wrap=True)
-    for name in ("parameters", "bytes each", "PPO MiB", "GRPO MiB", "saved"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for precision in PRECISIONS:
-        table.add_row(precision, style="bold")
-        ppo, grpo = states.of(precision, "ppo"), states.of(precision, "grpo")
-        for name, row in ppo.items():
-            cells = (f"{row.parameters:,}", _per_parameter(row), _mebibytes(row.total))
-            table.add_row(f"  {name}", *cells, _mebibytes(grpo[name].total) if name in grpo else "-", "")
-        for saving in states.savings():
-            if saving.precision == precision:
-                sizes = _mebibytes(saving.ppo), _mebibytes(saving.grpo)
-                table.add_row(f"  {saving.comparison}", "", "", *sizes, f"{saving.share:.1%}")
-        table.add_section()
-    return table
-
-
-def facts(states: ModelStates) -> str:
-    """The measured figures beside the claim, and what they do not hold."""
-    by_rules, *_, mixed = (saving.share for saving in states.savings())
-    return (
-        f'A white paper says that GRPO needs "{CLAIM}" less memory than PPO. Measured here: {by_rules:.1%} as the '
-        f"example trains, in float32 with rewards by rules; {mixed:.1%} in mixed precision if PPO holds a reward model "
-        "and GRPO does not. No published paper gives a figure; DeepSeekMath says no more than that GRPO saves training "
-        "resources. These bytes are model state: parameters, gradients, optimiser state. Activations, logits and the "
-        "key-value cache are not among them; with long sequences and large vocabularies those can be the larger part."
-    )
-
-
-def _per_parameter(row: Row) -> str:
-    kinds = (row.weights, row.gradients, row.master_weights, row.moments)
-    return "+".join(f"{kind / row.parameters:g}" for kind in kinds if kind)
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.{3 if size < 100 * 2**20 else 1}f}"
-
-
 def show(states: ModelStates, console: Console) -> None:
     """Prints the table, whether the allocator agrees, and the facts."""
-    console.print(table(states))
-    worst = max(abs(found.allocated - found.counted) for found in states.allocations)
-    agreement = "the same bytes" if worst == 0 else f"at most {worst:,} bytes more, in its blocks"
-    console.print(f"The allocator ({states.device}) has handed out {agreement}.", highlight=False)
-    console.print(facts(states), highlight=False)
+    console.print(ppo_table.table(states))
+    console.print(ppo_table.agreement(states), highlight=False)
+    console.print(ppo_table.facts(states), highlight=False)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -286,7 +137,7 @@ def main() -> int:
     show(found, Console())
     if options.save is not None:
         content = {"machine": describe(options.settings.device), **found.as_json()}
-        write_atomically(options.save, json.dumps(content, indent=1))
+        save_json(options.save, content)
     return 0
 
 

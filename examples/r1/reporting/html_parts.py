@@ -8,23 +8,19 @@ from typing import Any
 
 from examples.r1.choices import GENERAL, TASKS
 from examples.r1.reporting import judge_watch as watch
-from examples.r1.reporting import panels, svg_chart
+from examples.r1.reporting import panels, ppo_table, svg_chart
 from examples.r1.reporting.figures import (
     NOTHING,
     count,
     duration,
     finite,
     number,
-    percent,
-    size,
     task_title,
     worded,
 )
 from examples.r1.reporting.stage_figures import comparisons as compared
-from examples.r1.reporting.stage_figures import full_title, savings, sections, short_title
+from examples.r1.reporting.stage_figures import full_title, sections, short_title
 from examples.r1.results import PipelineResult, StageResult
-
-CLAIM = "about 50 %"  # of PPO's memory, as a white paper says that GRPO saves
 
 
 def headline(result: PipelineResult) -> str:
@@ -129,29 +125,17 @@ def comparisons(result: PipelineResult) -> str:
 
 
 def ppo(result: PipelineResult) -> str:
-    """Bytes of each part, and what GRPO saves."""
-    content = result.ppo
-    if not content:
+    """Bytes of each model, and what GRPO saves."""
+    states = result.ppo
+    if states is None:
         return ""
-    ways = [found for way in ("ppo", "grpo") if isinstance(found := content.get(way), Mapping)]
-    parts = list(dict.fromkeys(name for way in ways for name in way)) if len(ways) == 2 else []
-    rows = [[escape(str(part)), *(_cell(size(way.get(part))) for way in ways)] for part in parts]
-    titles = ["model state, float32", "PPO", "GRPO"]
-    text = (
-        f"Weights, gradients and Adam's moments as really allocated. A white paper says that GRPO saves {CLAIM}; "
-        "how much it is depends on which models are counted."
-    )
-    blocks = [f"<p>{escape(text)}</p>"]
-    if rows:
-        blocks.append(_table(titles, rows, numbers=2))
-    compared_ways = savings(result)
-    if compared_ways:
-        rows = [
-            [escape(one.label), *map(_cell, (size(one.ppo), size(one.grpo), percent(one.share)))]
-            for one in compared_ways
-        ]
-        blocks.append(_table(["compared", "PPO", "GRPO", "saved"], rows, numbers=3))
-    return f'<div class="narrow">{chr(10).join(blocks)}</div>'
+    rows = []
+    for precision, lines in ppo_table.sections(states).items():
+        rows.append([f"<strong>{escape(precision)}</strong>", *("" for _ in ppo_table.COLUMNS)])
+        rows += [[escape(line.label), *map(_cell, line.cells)] for line in lines]
+    found = _table([ppo_table.LEGEND, *ppo_table.COLUMNS], rows, numbers=len(ppo_table.COLUMNS))
+    words = (ppo_table.title(states) + ".", ppo_table.agreement(states), ppo_table.facts(states))
+    return f'<div class="narrow"><p>{escape(" ".join(words))}</p>{found}</div>'
 
 
 def settings(result: PipelineResult) -> str:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 from rich import box
 from rich.columns import Columns
 from rich.console import Console
@@ -15,11 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.machine import describe
-from examples.r1.reporting import curves, html_report
-from examples.r1.reporting.figures import percent, size
-from examples.r1.reporting.stage_figures import full_title, savings, sections, summary
+from examples.r1.reporting import curves, html_report, ppo_table
+from examples.r1.reporting.stage_figures import full_title, sections, summary
 from examples.r1.results import PipelineResult, StageResult
-from examples.r1.saving.storage import write_atomically
+from examples.r1.saving.storage import save_json
 
 
 def publish(result: PipelineResult, console: Console) -> None:
@@ -63,8 +57,9 @@ def show(result: PipelineResult, console: Console) -> None:
     if tables:
         console.print(Columns(tables, padding=(1, 4)))
     console.print(summary_table(result))
-    if savings(result):
-        console.print(ppo_table(result))
+    if result.ppo is not None:
+        console.print(ppo_table.table(result.ppo))
+        console.print(ppo_table.facts(result.ppo), highlight=False)
 
 
 def stage_table(stage: StageResult) -> Table:
@@ -90,19 +85,3 @@ def summary_table(result: PipelineResult) -> Table:
         style = {None: "", True: "green", False: "bold red"}[line.holds]
         table.add_row(Text(line.label), Text(line.value, style=style))
     return table
-
-
-def ppo_table(result: PipelineResult) -> Table:
-    """Model state of PPO and of GRPO, as allocated."""
-    table = Table(title="Model state as allocated", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in ("PPO", "GRPO", "saved"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for found in savings(result):
-        table.add_row(Text(found.label), size(found.ppo), size(found.grpo), percent(found.share))
-    return table
-
-
-def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """In one move, as JSON that every reader takes: without NaN."""
-    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from examples.r1.choices import STAGES, TASKS
@@ -49,19 +49,6 @@ class Line(NamedTuple):
     label: str
     value: str
     holds: bool | None = None
-
-
-class Saving(NamedTuple):
-    """Bytes of model state."""
-
-    label: str
-    ppo: float
-    grpo: float
-
-    @property
-    def share(self) -> float:
-        """Of PPO's bytes, what GRPO does without."""
-        return 1.0 - self.grpo / self.ppo
 
 
 def short_title(stage: str) -> str:
@@ -225,21 +212,3 @@ def comparisons(result: PipelineResult) -> list[tuple[str, str]]:
             ("sampling with drafts", f"{count(own)} tokens/s; without {count(without)} ({times(own, without)} as fast)")
         )
     return lines
-
-
-def savings(result: PipelineResult) -> list[Saving]:
-    """What GRPO saves of PPO's model state under each way of counting that was compared."""
-    content = result.ppo or {}
-    found = [
-        (f"{one.get('precision', '')}, {one.get('comparison', '')}".strip(", "), one.get("ppo"), one.get("grpo"))
-        for one in content.get("savings") or ()
-        if isinstance(one, Mapping)
-    ]
-    if not found and content:
-        found = [("all parts", _sum_of_parts(content.get("ppo")), _sum_of_parts(content.get("grpo")))]
-    known = [(label, finite(ppo), finite(grpo)) for label, ppo, grpo in found]
-    return [Saving(label, ppo, grpo) for label, ppo, grpo in known if ppo and grpo is not None]
-
-
-def _sum_of_parts(parts: Any) -> float | None:
-    return sum(finite(value) or 0.0 for value in parts.values()) if isinstance(parts, Mapping) else None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +52,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             f"{path}: cannot be written: {error.strerror or error}; what was there before is kept. "
             "Make room or allow writing there, or choose another folder with --output"
         ) from error
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON that every reader takes, in one move."""
+    write_atomically(path, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The value in types that JSON has: NaN and infinities become None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
 
 
 def check_writable(folder: Path) -> None:
