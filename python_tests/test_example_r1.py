@@ -178,7 +178,7 @@ def test_the_losses_from_hidden_states_are_those_from_logits(run: Run, begun: Ch
     """With the gradients of all parameters, under a policy that is not the one that sampled."""
     model = copy.deepcopy(begun)
     cold_start = ColdStart(model, run)
-    batch = cold_start.data.groups(0, 16)
+    batch = cold_start.data.select(slice(0, 16))
 
     def logits(sequences: Sequences) -> Tensor:
         return model.head(model.completion_hidden(sequences.prompts, sequences.completions))
@@ -289,7 +289,7 @@ def test_nothing_counts_after_the_end() -> None:
 def test_parts_of_a_batch_keep_prompts_and_completions_together() -> None:
     prompts, completions = torch.arange(8).view(4, 2), torch.arange(2, 26).view(8, 3)
     sequences = make_sequences(prompts, completions)
-    for part, groups in ((sequences.groups(1, 3), [1, 2]), (sequences.select(torch.tensor([3, 0])), [3, 0])):
+    for part, groups in ((sequences.select(slice(1, 3)), [1, 2]), (sequences.select(torch.tensor([3, 0])), [3, 0])):
         assert torch.equal(part.prompts, prompts[groups])
         assert torch.equal(part.completions, torch.cat([completions[2 * g : 2 * g + 2] for g in groups]))
         assert part.mask.shape == part.completions.shape

@@ -114,11 +114,11 @@ def test_parts_of_a_batch_take_their_own_routes() -> None:
     completions, routes = _sampled(model)
     whole = model.completion_hidden(_prompts(), completions, routes.again())
     for start, end in ((0, 2), (2, 3)):
-        part = routes.groups(start, end, prompts=3)
+        part = routes.select(slice(start, end), prompts=3)
         hidden = model.completion_hidden(_prompts()[start:end], completions[2 * start : 2 * end], part)
         torch.testing.assert_close(hidden, whole[2 * start : 2 * end], rtol=1e-12, atol=1e-12)
         assert part.metrics(K)["route_mismatch"] == 0.0
-    assert Routes().groups(0, 1, prompts=3).prompts is None
+    assert Routes().select(slice(0, 1), prompts=3).prompts is None
 
 
 def test_loads_and_losses_of_the_passes() -> None:

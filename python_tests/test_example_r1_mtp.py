@@ -28,7 +28,7 @@ def _run(**changes: Any) -> Run:
 def test_the_cold_start_minimises_the_cross_entropy_of_all_depths() -> None:
     run = _run()
     stage = ColdStart(run.build_policy(), run)
-    batch = stage.data.groups(0, 8)
+    batch = stage.data.select(slice(0, 8))
     loss, record = stage._objective(batch)
     hiddens = hidden_of_depths(stage.model, batch.prompts, batch.completions)
     losses, shares = [], []

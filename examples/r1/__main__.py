@@ -15,7 +15,6 @@ from examples.r1.demo import run
 from examples.r1.errors import RunError
 from examples.r1.interrupt import Interrupted, signals_handled
 from examples.r1.parallel import Ranks
-from examples.r1.settings_checks import check_shares
 
 WRONG = 2  # exit code of what the user can put right
 
@@ -29,10 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ranks = stack.enter_context(Ranks.from_environment(settings.device))
         except ValueError as error:
             return _say(f"examples.r1: {error}", WRONG)
-        try:
-            check_shares(settings, ranks)
-        except ValueError as error:
-            return _say(f"examples.r1: {error}", WRONG, is_main)
         try:
             with signals_handled():
                 run(settings, Console(quiet=not is_main), ranks)

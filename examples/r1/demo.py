@@ -7,7 +7,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from examples.r1.interrupt import interrupted, stop_requested
+from examples.r1.interrupt import interrupted
 from examples.r1.measuring import draft_speed, loss_step, ppo_memory
 from examples.r1.parallel import Ranks
 from examples.r1.pipeline import Pipeline
@@ -38,30 +38,31 @@ def run(settings: Settings, console: Console, ranks: Ranks | None = None) -> Pip
     )
     if prepared.ranks.is_main:
         report.save(result)  # training is safe, whatever becomes of the measurements
-    _measure(result, stage, prepared)
+    _measure(result, stage, pipeline)
     result.seconds = perf_counter() - start
     if prepared.ranks.is_main:
         report.publish(result, console)
     return result
 
 
-def _measure(result: PipelineResult, stage: Stage, run: Run) -> None:
+def _measure(result: PipelineResult, stage: Stage, pipeline: Pipeline) -> None:
     """The last policy's loss step and drafts; model state, if that was asked for. A run may be stopped in between."""
+    run = pipeline.run
     if isinstance(stage, RLStage):
         result.loss_step = loss_step.compare(stage, stage.steps)._asdict()
         if run.settings.compare_vocabulary:
             at = loss_step.compare_at(stage, stage.steps, run.settings.compare_vocabulary)
             result.large_loss_step = at._asdict()
-        _stop_if_asked(run)
+        _stop_if_asked(pipeline)
         if stage.model.mtp is not None:
             result.draft_speed = draft_speed.compare(stage, stage.steps)._asdict()
-    _stop_if_asked(run)
+    _stop_if_asked(pipeline)
     if run.settings.compare_ppo and run.ranks.is_main:
         result.ppo = ppo_memory.compare(run)
-    _stop_if_asked(run)
+    _stop_if_asked(pipeline)
 
 
-def _stop_if_asked(run: Run) -> None:
-    """All ranks together. The checkpoint is that of the trained policy: a run that goes on only measures."""
-    if run.ranks.any(stop_requested()):
+def _stop_if_asked(pipeline: Pipeline) -> None:
+    """The checkpoint is that of the trained policy: a run that goes on only measures."""
+    if pipeline.must_stop():
         raise interrupted()

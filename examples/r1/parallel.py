@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from examples.r1.errors import RunError
+
 Result = TypeVar("Result")
 
 
@@ -69,9 +71,9 @@ class Ranks:
     # parts -----------------------------------------------------------------------------------------------------------
 
     def share(self, name: str, count: int) -> int:
-        """How many of `count` things are each rank's. Raises ValueError with their `name` if they cannot be shared."""
+        """How many of `count` things are each rank's. Raises RunError with their `name` if they cannot be shared."""
         if count % self.world != 0:
-            raise ValueError(f"{name} must be a multiple of {self.world}, the number of ranks, got {count}")
+            raise RunError(f"{name} must be a multiple of {self.world}, the number of ranks, got {count}")
         return count // self.world
 
     def part(self, name: str, count: int) -> slice:

@@ -76,7 +76,7 @@ class Pipeline:
         if not evaluations:
             evaluations.append({"step": 0.0, **stage.evaluate()})
             save()  # what the stage began with, such as samples that it collected, is not made twice
-            if self._must_stop():
+            if self.must_stop():
                 raise interrupted()
         with progress_bar(self.console, choices.STAGES[stage.name].title, stage.steps) as report:
             report(progress.steps_done, "")
@@ -86,7 +86,7 @@ class Pipeline:
                 last = progress.steps_done == stage.steps
                 if last or progress.steps_done % settings.evaluate_every == 0:
                     evaluations.append({"step": float(progress.steps_done), **stage.evaluate()})
-                stop = self._must_stop()
+                stop = self.must_stop()
                 if not last and (stop or (settings.save_every and progress.steps_done % settings.save_every == 0)):
                     save()
                 report(progress.steps_done, {**evaluations[-1], **records[-1]})
@@ -96,10 +96,10 @@ class Pipeline:
             progress.samples += answers(stage)
         self.models.save(stage.name, stage.model)
         save()
-        if self._must_stop():
+        if self.must_stop():
             raise interrupted()
 
-    def _must_stop(self) -> bool:
+    def must_stop(self) -> bool:
         """Whether any rank was told to: all of them stop after the same step."""
         return self.run.ranks.any(stop_requested())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from examples.r1 import choices
+from examples.r1.errors import RunError
 from examples.r1.saving.storage import check_writable
 from grpo_kernels import GRPOLossConfig
 
@@ -61,7 +62,7 @@ _SHARES = ("judge_threshold",)
 
 
 def check(settings: Settings) -> None:
-    """Raises ValueError that names the first setting that is out of range or does not go with the others."""
+    """Raises RunError that names the first setting that is out of range or does not go with the others."""
     for name, least in _AT_LEAST.items():
         value = getattr(settings, name)
         _demand(math.isfinite(value) and value >= least, name, f"at least {least}", value)
@@ -102,10 +103,10 @@ def check_surroundings(settings: Settings) -> None:
 
 
 def check_shares(settings: Settings, ranks: Ranks) -> None:
-    """Raises ValueError that names the first setting of which the ranks cannot have equal shares."""
+    """Raises RunError that names the first setting of which the ranks cannot have equal shares."""
     if ranks.process_group is None:
         if settings.expert_parallel:
-            raise ValueError(
+            raise RunError(
                 "expert_parallel shares out experts among processes, and there is one: "
                 "torchrun --nproc-per-node 2 -m examples.r1 starts two"
             )
@@ -115,7 +116,7 @@ def check_shares(settings: Settings, ranks: Ranks) -> None:
     if settings.expert_parallel:
         ranks.share("experts", settings.experts)
     if GRPOLossConfig.preset(settings.preset).selects_tokens:
-        raise ValueError(
+        raise RunError(
             f"preset {settings.preset!r} chooses among the tokens of a whole batch, which several processes do not see"
         )
 

@@ -89,7 +89,7 @@ def train(settings: Settings, ranks: Ranks, stop: Callable[[str, int], bool] | N
 class _Stopping(Pipeline):
     stop: Callable[[str, int], bool] | None = None
 
-    def _must_stop(self) -> bool:
+    def must_stop(self) -> bool:
         progress = self.progress
         return self.stop is not None and self.stop(progress.stage, progress.steps_done)
 

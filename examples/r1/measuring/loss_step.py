@@ -152,7 +152,7 @@ def compare_at(stage: RLStage, index: int, vocabulary: int, samples: int = 16, r
     Head, tokens and log-probs of the old and the reference policy are random: they cost what others cost.
     """
     hidden, inputs = _samples(stage, index)
-    inputs = inputs.groups(0, max(1, samples * len(inputs.sequences.prompts) // len(hidden)))
+    inputs = inputs.select(slice(0, max(1, samples * len(inputs.sequences.prompts) // len(hidden))))
     rows = len(inputs.advantages)
     generator = torch_rng(hidden.device, stage.settings.seed, "vocabulary", vocabulary)
     head = FusedLMHead(nn.Linear(hidden.shape[-1], vocabulary, bias=False, device=hidden.device))

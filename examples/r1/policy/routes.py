@@ -45,25 +45,14 @@ class Routes:
         """The same routes for another pass, with reports of its own."""
         return Routes(self.prompts, self.completions)
 
-    def groups(self, start: int, end: int, prompts: int) -> Routes:
-        """Those of prompts start to end, of as many as there are, and of their completions."""
-
-        def part(replay: RouterReplay | None) -> RouterReplay | None:
-            if replay is None or replay.num_tokens is None:
-                return None
-            size = replay.num_tokens // prompts
-            return replay[start * size : end * size]
-
-        return Routes(part(self.prompts), part(self.completions))
-
-    def select(self, groups: Tensor, prompts: int) -> Routes:
+    def select(self, groups: Tensor | slice, prompts: int) -> Routes:
         """Those of the prompts of these indices, of as many as there are, and of their completions."""
 
         def part(replay: RouterReplay | None) -> RouterReplay | None:
             if replay is None or replay.num_tokens is None:
                 return None
             packed = replay.pack()
-            rows = packed.view(prompts, -1, *packed.shape[1:])[groups.to(packed.device)]
+            rows = packed.view(prompts, -1, *packed.shape[1:])[groups]
             return RouterReplay.from_packed(rows.flatten(0, 1), replay.num_experts, replay.layer_ids)
 
         return Routes(part(self.prompts), part(self.completions))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -22,19 +22,24 @@ class Sequences(NamedTuple):
     def group_size(self) -> int:
         return len(self.completions) // max(len(self.prompts), 1)
 
-    def groups(self, start: int, end: int) -> Sequences:
-        """Prompts start to end with all their completions."""
-        rows = slice(start * self.group_size, end * self.group_size)
-        return Sequences(self.prompts[start:end], self.completions[rows], self.mask[rows])
-
-    def select(self, groups: Tensor) -> Sequences:
+    def select(self, groups: Tensor | slice) -> Sequences:
         """The prompts of these indices with all their completions."""
         rows = rows_of_groups(groups, self.group_size)
         return Sequences(self.prompts[groups], self.completions[rows], self.mask[rows])
 
 
-def rows_of_groups(groups: Tensor, group_size: int) -> Tensor:
-    """Indices of the samples of these groups, [len(groups) * group_size]."""
+@overload
+def rows_of_groups(groups: Tensor, group_size: int) -> Tensor: ...
+
+
+@overload
+def rows_of_groups(groups: Tensor | slice, group_size: int) -> Tensor | slice: ...
+
+
+def rows_of_groups(groups: Tensor | slice, group_size: int) -> Tensor | slice:
+    """Where the samples of these groups are: indices, or of a slice (without steps) a slice."""
+    if isinstance(groups, slice):
+        return slice(groups.start * group_size, groups.stop * group_size)
     return (groups.unsqueeze(1) * group_size + torch.arange(group_size, device=groups.device)).flatten()
 
 

@@ -51,12 +51,11 @@ class LossInputs(NamedTuple):
     routes: Routes | None = None  # of an MoE model, for every pass over the rows
     num_items: Tensor | None = None  # 0-d, what the loss of these rows is divided by, if it was counted before
 
-    def groups(self, start: int, end: int) -> LossInputs:
-        """Groups start to end, whole."""
-        size = len(self.advantages) // len(self.sequences.prompts)
-        rows = slice(start * size, end * size)
-        sequences = self.sequences.groups(start, end)
-        routes = None if self.routes is None else self.routes.groups(start, end, len(self.sequences.prompts))
+    def select(self, groups: slice) -> LossInputs:
+        """These groups, whole."""
+        rows = rows_of_groups(groups, self.sequences.group_size)
+        sequences = self.sequences.select(groups)
+        routes = None if self.routes is None else self.routes.select(groups, len(self.sequences.prompts))
         return LossInputs(sequences, self.old_log_probs[rows], self.ref_log_probs[rows], self.advantages[rows], routes)
 
 
@@ -220,7 +219,7 @@ class RLStage(Stage):
         record: Record = {}
         torch.manual_seed(stream_seed(self.settings.seed, self.name, index, "loss"))  # clip_cov draws tokens
         for start in range(0, prompts, size):
-            part = inputs.groups(start, start + size)
+            part = inputs.select(slice(start, start + size))
             routes = part.routes or Routes()
             loss, metrics, record = self._objective(part, routes)
             record["grad_norm"] = self.descend(loss, index)

@@ -43,7 +43,7 @@ class RewardModelStage(SFTStage):
         """Mean scores of right answers and of wrong ones, and how often the right one of a pair scores higher."""
         judge = RewardModel(self.model, self.run.ranks)
         part = self.run.ranks.part("evaluation_prompts", len(self._wrong.prompts))
-        right, wrong = (judge.score(data.groups(part.start, part.stop)) for data in (self.validation_data, self._wrong))
+        right, wrong = (judge.score(data.select(part)) for data in (self.validation_data, self._wrong))
         return {
             "validation_loss": self.validation_loss(),
             "judge/right": float(right.mean()),

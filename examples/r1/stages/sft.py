@@ -84,7 +84,7 @@ class SFTStage(Stage):
         """The loss on completions of held-out problems, nats a token. The balance loss is not in it."""
         data, ranks = self.validation_data, self.run.ranks
         own = ranks.part("evaluation_prompts", len(data.prompts))
-        return ranks.total(self.loss(data.groups(own.start, own.stop)))
+        return ranks.total(self.loss(data.select(own)))
 
     def evaluate(self) -> Record:
         return super().evaluate() | {"validation_loss": self.validation_loss()}
