@@ -20,7 +20,7 @@ JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench lint format wheel gpu-check clean
+.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench bench-targets lint format wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,9 @@ bench: $(STAMP)/build  ## every op against eager PyTorch and torch.compile; the 
 	$(PY) -m bench --save bench/results --plot docs/images
 	$(PY) -m bench.fp8_bytes --save
 	$(PY) -m bench.docs
+
+bench-targets: $(STAMP)/build  ## the targets of the design on this machine, nine interleaved rounds; fails where one is missed by far
+	$(PY) -m bench.targets; status=$$?; $(PY) -m bench.docs docs/benchmarks.md && exit $$status
 
 lint: $(STAMP)/build  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

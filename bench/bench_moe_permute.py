@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ import grpo_kernels
 
 from . import moe_definitions as definitions
 from . import moe_peers as peers
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import ALLOCATION, Case, Inputs, Provider, Rows, Target, compiled, host_target
 from .moe_definitions import DEEPSEEK, GPT_OSS, QWEN, Model, Values
 
 _MAP_TOKENS = 4096
 _GPU_TOKENS, _CPU_TOKENS = 8192, 1024
+_HOST_TOKENS, _HOST_EXPERTS = 24, 16  # those of the smoke size
 
 Forward = Callable[[Inputs], Values]
 
@@ -168,8 +170,84 @@ def _move_case(device: str, model: Model, dtype: torch.dtype, *, back: bool, bac
     )
 
 
+# --- host ------------------------------------------------------------------------------------------------------------
+
+
+class _Maps(torch.autograd.Function):
+    """The least that an op with the outputs of a map costs the host."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, experts: int) -> tuple[Tensor, ...]:
+        shapes = (ids.shape, (ids.numel(),), (experts,), (experts,))
+        outputs = tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
+        ctx.mark_non_differentiable(*outputs)
+        return outputs
+
+
+class _Moved(torch.autograd.Function):
+    """The same of a move."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, number: int, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
+        return rows.new_empty(number, rows.shape[1])
+
+
+def _host_case(
+    device: str, op: str, make: Callable[[str, str], Inputs], ours: Forward, eager: Forward, allocate: Forward
+) -> Case:
+    return Case(
+        op=op,
+        name=f"host cost of a {'call' if op == 'build_permutation' else 'forward'}, {_HOST_TOKENS} tokens",
+        make=lambda device, size: make(device, "smoke"),
+        providers=(
+            Provider("ours", ours, "ours"),
+            Provider("eager", eager, "eager"),
+            Provider(ALLOCATION, allocate, "part"),
+        ),
+        targets=(host_target(device, native=op == "build_permutation"),),
+        clock="host",
+        definition=lambda inputs: definitions.sample(eager(inputs)),
+        sample_outputs=definitions.sample,
+    )
+
+
+def _host_cases(device: str) -> list[Case]:
+    """Of the map, and of the moves with a gradient to come."""
+    experts = _HOST_EXPERTS
+
+    def ours_map(inputs: Inputs) -> Values:
+        return tuple(grpo_kernels.build_permutation(inputs["ids"], experts))
+
+    def eager_map(inputs: Inputs) -> Values:
+        return definitions.maps(inputs["ids"], experts)
+
+    def allocate_map(inputs: Inputs) -> Values:
+        return tuple(_Maps.apply(inputs["ids"], experts))
+
+    def allocate_permuted(inputs: Inputs) -> Values:
+        return (_Moved.apply(inputs["rows"], inputs["ids"].numel(), inputs["row_id_map"]),)
+
+    def allocate_unpermuted(inputs: Inputs) -> Values:
+        saved = (inputs["rows"], inputs["row_id_map"], inputs["inv_map"], inputs["weights"])
+        return (_Moved.apply(inputs["rows"], len(inputs["ids"]), *saved),)
+
+    found = [_host_case(device, "build_permutation", partial(_make_map, QWEN), ours_map, eager_map, allocate_map)]
+    for back, op, allocate in (
+        (False, "moe_permute", allocate_permuted),
+        (True, "moe_unpermute", allocate_unpermuted),
+    ):
+        forwards = (_unpermute_providers if back else _permute_providers)(QWEN, device)
+        ours, eager = forwards["ours"], forwards["eager"]
+        assert ours is not None
+        assert eager is not None
+        make = partial(_make_moves, QWEN, _HOST_TOKENS, torch.float32, back, True)
+        found.append(_host_case(device, op, make, ours, eager, allocate))
+    return found
+
+
 def cases(device: str) -> list[Case]:
-    """The map of each model; the moves in bf16, and in float32 on a CPU."""
+    """The map of each model; the moves in bf16, and in float32 on a CPU; and what calls cost the host."""
     maps = [_map_case(device, model) for model in (DEEPSEEK, QWEN, GPT_OSS)]
     second = torch.bfloat16 if device == "cuda" else torch.float32
     wanted = [(DEEPSEEK, torch.bfloat16, False), (DEEPSEEK, torch.bfloat16, True), (QWEN, second, True),
@@ -179,4 +257,4 @@ def cases(device: str) -> list[Case]:
         for back in (False, True)
         for model, dtype, backward in wanted
     ]
-    return [*maps, *moves]
+    return [*maps, *moves, *_host_cases(device)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from .case import Case, Record, Row
+from .case import Case, Record, Row, Target
 from .limits import Limits, dtype_name
 
 
@@ -56,10 +56,12 @@ def _add_rates(row: Row, case: Case, limits: Limits) -> None:
             row["percent_of_bfloat16_matmul"] = rounded(100 * rate / limits.matmul["bfloat16"])
 
 
-def _judge(target: Any, rows: dict[str, Row]) -> dict[str, Any]:
+def _judge(target: Target, rows: dict[str, Row]) -> dict[str, Any]:
     value = target.value(rows)
     return {
         "target": target.text,
+        "limit": target.limit,
+        "at_least": target.at_least,
         "measured": None if value is None else rounded(value),
         "met": None if value is None else target.met(value),
     }

@@ -112,8 +112,10 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def _verdict(target: dict[str, Any]) -> str:
-    if target["met"] is None:
+    if target["measured"] is None:
         return f"  target {target['target']}: not measured"
+    if target["met"] is None:
+        return f"  {target['target']}: {target['measured']:g}"
     return f"  target {target['target']}: {target['measured']:g}, {'met' if target['met'] else 'SHORT'}"
 
 
