@@ -44,7 +44,7 @@ $(STAMP)/trl: $(STAMP)/packages requirements-trl.txt
 	$(PY) -m pip install -q -r requirements-trl.txt
 	@touch $@
 
-demo: $(STAMP)/build  ## train a small language model through the stages of R1, on this machine; five minutes
+demo: $(STAMP)/build  ## train a small language model through the stages of R1, on this machine; a few minutes
 	$(PY) -m examples.r1 --output outputs/r1 --report outputs/r1/report.html --compare-vocabulary 32768
 
 demo-quick: $(STAMP)/build  ## the same in less than a minute, with fewer and smaller steps
@@ -57,14 +57,14 @@ demo-mtp: $(STAMP)/build  ## sampling with drafts of the model's own multi-token
 	$(PY) -m examples.r1 --mtp 1 --output outputs/r1-mtp --report outputs/r1-mtp/report.html
 
 demo-ddp: $(STAMP)/build  ## the quick run on two processes, which share each group of samples
-	$(BIN)/torchrun --nproc-per-node 2 -m examples.r1 --quick --threads 1 --output outputs/r1-ddp --report outputs/r1-ddp/report.html
+	$(BIN)/torchrun --nproc-per-node 2 -m examples.r1 --quick --output outputs/r1-ddp --report outputs/r1-ddp/report.html
 
 demo-trl: $(STAMP)/build $(STAMP)/trl  ## TRL's own GRPOTrainer, as it is, patched and fused: time, memory, the same losses
 	$(PY) -m examples.trl
 
 demo-check: $(STAMP)/build  ## three seeds, MoE, drafts, FP8, and three controls, against their thresholds; experts in FP8 against bfloat16
 	$(PY) -m examples.r1.checking.check --output outputs/r1-check --jobs $(JOBS)
-	$(PY) -m examples.r1.checking.precision --threads 1 --jobs $(JOBS) --save outputs/r1-check/precision.json
+	$(PY) -m examples.r1.checking.precision --jobs $(JOBS) --save outputs/r1-check/precision.json
 
 demo-check-ci: $(STAMP)/build  ## one seed and the three controls
 	$(PY) -m examples.r1.checking.check --output outputs/r1-check --jobs $(JOBS) --seeds 0 --only seed-0 sft-alone shuffled-rewards weak-judge

@@ -92,7 +92,7 @@ def test_the_page_shows_what_was_run(tmp_path: Path, trained: list[str]) -> None
     assert page.startswith("# A\n")
     assert page.endswith(f"\n{combinations_page.END}\nB\n")
     assert "earlier" not in page
-    assert f"PyTorch {rows['dense']['machine']['torch']}, 2 threads a run." in page
+    assert f"PyTorch {rows['dense']['machine']['torch']}, one thread a run." in page
     after = rows["--mtp 1"]["stages"]["diverse_rl"]["after"]
     lines = page.splitlines()
     (model,) = (line for line in lines if line.startswith("| `--mtp 1` |"))

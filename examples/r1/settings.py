@@ -18,7 +18,7 @@ class Settings:
     start_from: Path | None = None  # another run's folder, whose models take the place of stages that are left out
     seed: int = 0
     device: str = "cpu"
-    threads: int = 2
+    threads: int = 1
     resume: bool = False
     save_every: int = 25  # steps; 0 = only where a stage begins and ends
     report: Path | None = None
