@@ -18,7 +18,7 @@ from .case import Case, Inputs, Provider, Rows, Target, compiled, with_gradients
 _SHAPES = ((8, 256, 32000), (4, 128, 151936))
 _GPU_SHAPES = (*_SHAPES, (8, 512, 151936))
 _SMOKE = (2, 5, 97)
-_CHECKED_ROWS = 16
+CHECKED_ROWS = 16
 
 Outputs = tuple[Tensor, ...]
 
@@ -100,7 +100,7 @@ def _make(shape: tuple[int, int, int], dtype: torch.dtype, device: str, size: st
 
 
 def _step(tokens: int) -> int:
-    return max(1, tokens // _CHECKED_ROWS)
+    return max(1, tokens // CHECKED_ROWS)
 
 
 def _sample_inputs(inputs: Inputs) -> Inputs:

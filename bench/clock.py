@@ -14,7 +14,7 @@ from .case import Inputs, Provider, copy_inputs
 from .machine import cache_bytes, free_bytes
 
 _SHORTEST_ROUND = 2e-3  # seconds: well above the resolution of the clock and the cost of reading it
-_MAXIMUM_SETS = 96
+MAXIMUM_SETS = 96
 
 
 @dataclass
@@ -53,7 +53,7 @@ def input_sets(inputs: Inputs, device: str, sets: int | None = None) -> list[Inp
     size = max(size_of(inputs), 1)
     if sets is None:
         wanted = max(math.ceil(2 * cache_bytes(device) / size), 4 if device == "cuda" else 2)
-        sets = max(min(wanted, _MAXIMUM_SETS, free_bytes(device) // 4 // size), 1)
+        sets = max(min(wanted, MAXIMUM_SETS, free_bytes(device) // 4 // size), 1)
     return [inputs, *(copy_inputs(inputs) for _ in range(sets - 1))]
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench.docs`: writes docs/kernels.md and the tables of docs/benchmarks.md and docs/fp8.md from
+"""`python -m bench.docs`: writes docs/kernels.md, docs/benchmarks.md and the tables of docs/fp8.md from
 bench/results/*.json.
 
 With --check nothing is written, and the exit status is 1 if a page is not what the results say.
@@ -13,19 +13,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import docs_benchmarks, docs_fp8, docs_kernels, fp8_bytes
+from bench import docs_fp8, docs_kernels, docs_page, fp8_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
+KINDS = ("benchmarks", "targets")
+
 Results = dict[str, Any]
 
 
-def results() -> dict[str, Results]:
-    """Every file of benchmark results, by name; rehearsals of gpu-check prove nothing about a GPU."""
+def results(kind: str = "benchmarks") -> dict[str, Results]:
+    """Every file of results of a machine, of this kind, by name; rehearsals of gpu-check prove nothing about a GPU."""
     files = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    return {name: content for name, content in files.items() if "machine" in content and not content.get("rehearsal")}
+    return {
+        name: content
+        for name, content in files.items()
+        if "machine" in content and content.get("kind", "benchmarks") == kind and not content.get("rehearsal")
+    }
 
 
 def between_markers(page: str, text: str) -> str:
@@ -42,7 +48,7 @@ def between_markers(page: str, text: str) -> str:
 
 
 def _benchmarks(old: str) -> str:
-    return between_markers(old, docs_benchmarks.text(results()))
+    return docs_page.text({kind: results(kind) for kind in KINDS})
 
 
 def _kernels(old: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md: what was measured on each machine, and the targets that are missed."""
+"""The tables of results in docs/benchmarks.md: what was measured on each machine, and the targets that are missed."""
 
 from __future__ import annotations
 
@@ -103,9 +103,20 @@ def _section(name: str, results: Results) -> list[str]:
     return lines
 
 
+def missed(files: Mapping[str, Results]) -> list[tuple[str, str, str]]:
+    """(op, case, target) of every target that is missed on one of the machines."""
+    return [
+        (record["op"], record["case"], target["target"])
+        for results in files.values()
+        for record in results["cases"]
+        for target in record["targets"]
+        if target["met"] is False
+    ]
+
+
 def text(files: Mapping[str, Results]) -> str:
-    """The generated part of the page."""
+    """A section for each machine."""
     lines = [line for name, results in files.items() for line in _section(name, results)]
     if not any(results["machine"].get("cuda") for results in files.values()):
         lines.append("No GPU has been measured yet.")
-    return "\n".join(lines)
+    return "\n".join(lines).strip()

@@ -19,7 +19,7 @@ OfLogits = Callable[[Tensor, Inputs], Values]
 HEAD = ("hidden", "weight")
 KL_COEF, CLIP = 0.04, 0.2
 _CHUNK = 2**25  # logits at a time
-_CHECKED_ROWS, _CHECKED_COLUMNS = 64, 2048
+CHECKED_ROWS, CHECKED_COLUMNS = 64, 2048
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def sample(outputs: Sequence[Tensor]) -> list[Tensor]:
     """What is compared with float64: all values, some rows of the hidden states' gradient, some of the weight's."""
     *values, hidden, weight = outputs
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    rows = _checked(hidden.shape[0], _CHECKED_ROWS, hidden.device)
-    return [*values, hidden[rows], weight[_checked(weight.shape[0], _CHECKED_COLUMNS, weight.device)]]
+    rows = _checked(hidden.shape[0], CHECKED_ROWS, hidden.device)
+    return [*values, hidden[rows], weight[_checked(weight.shape[0], CHECKED_COLUMNS, weight.device)]]
 
 
 def _rows_of(inputs: Inputs) -> Inputs:
@@ -105,8 +105,8 @@ def in_chunks(function: OfLogits, inputs: Inputs) -> list[Tensor]:
     numbers = {name: value for name, value in inputs.items() if value.ndim == 0}
     hidden = rows["hidden"]
     checked = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-    checked[_checked(hidden.shape[0], _CHECKED_ROWS, hidden.device)] = True
-    columns = _checked(weight.shape[0], _CHECKED_COLUMNS, weight.device)
+    checked[_checked(hidden.shape[0], CHECKED_ROWS, hidden.device)] = True
+    columns = _checked(weight.shape[0], CHECKED_COLUMNS, weight.device)
     values: list[Values] = []
     of_hidden, of_weight = [], torch.zeros_like(weight[columns])
     step = max(1, _CHUNK // weight.shape[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -14,6 +16,11 @@ import torch
 RECYCLING = "glibc.malloc.mmap_threshold=8000000000:glibc.malloc.trim_threshold=16000000000"
 # Every large block comes from the operating system and goes back to it: what a measurement of memory wants to see.
 RETURNING = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536"
+
+_PEERS = (
+    "triton", "trl", "liger-kernel", "transformers", "cut-cross-entropy", "flash-linear-attention", "torchao",
+    "deep-gemm", "scattermoe", "grouped-gemm", "transformer-engine", "flashinfer-python",
+)  # fmt: skip
 
 _MAXIMUM_CACHE = 512 * 2**20
 
@@ -53,6 +60,15 @@ def _instruction_set() -> str:
     return ""
 
 
+def packages() -> dict[str, str]:
+    """Versions of the packages whose functions compete, as far as they are installed."""
+    found = {}
+    for name in _PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def describe(device: str) -> dict[str, object]:
     """Hardware in general words, and the versions that matter."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -62,6 +78,7 @@ def describe(device: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "packages": packages(),
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -15,7 +15,7 @@ from .case import Inputs
 
 Values = tuple[Tensor, ...]
 ALPHA, LIMIT = 1.702, 7.0
-_CHECKED_ROWS, _CHECKED_EXPERTS = 64, 4
+CHECKED_ROWS, CHECKED_EXPERTS = 64, 4
 
 
 @dataclass(frozen=True)
@@ -258,9 +258,9 @@ def sample(outputs: Sequence[Tensor]) -> list[Tensor]:
     for output in outputs:
         value = output.detach()
         if value.ndim == 3:
-            value = value[_some(len(value), _CHECKED_EXPERTS, value.device)]
-            value = value[:, _some(value.shape[1], _CHECKED_ROWS, value.device)]
+            value = value[_some(len(value), CHECKED_EXPERTS, value.device)]
+            value = value[:, _some(value.shape[1], CHECKED_ROWS, value.device)]
         elif value.ndim == 2 and value.shape[1] > 1024:
-            value = value[_some(len(value), _CHECKED_ROWS * _CHECKED_EXPERTS, value.device)]
+            value = value[_some(len(value), CHECKED_ROWS * CHECKED_EXPERTS, value.device)]
         found.append(value if value.is_floating_point() else value.float())
     return found

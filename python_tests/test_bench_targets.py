@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import limits, machine, memory, run, targets
+from bench import docs_reasons, limits, machine, memory, run, targets
 from bench.case import Case, Inputs, Provider, Target
 from bench.measure import Effort
 from bench.progress import Progress
@@ -35,7 +35,20 @@ def test_verdicts(measured: float | None, limit: float | None, at_least: bool, e
     assert targets.verdict(measured, limit, at_least) == expected
 
 
-def test_every_line_of_the_design_has_a_case() -> None:
+@pytest.fixture(scope="module")
+def found() -> list[Case]:
+    """The cases of a CPU."""
+    return targets.cases("cpu", targets.OPS["cpu"])
+
+
+def test_every_reason_for_a_miss_is_for_a_target_that_there_is(found: list[Case]) -> None:
+    for reason in docs_reasons.REASONS:
+        for op in reason.ops:
+            promised = [(case, target) for case in found if case.op == op for target in case.targets]
+            assert any(reason.fits(op, case.name, target.text) for case, target in promised), (reason.subject, op)
+
+
+def test_every_line_of_the_design_has_a_case(found: list[Case]) -> None:
     """The column for CPUs of section 9, line by line: op -> dtype in the case's name -> targets."""
     promised = {
         ("token_log_probs", "float32"): {"in place >= 2.5x eager", "in place >= 2x torch.compile"},
@@ -58,7 +71,6 @@ def test_every_line_of_the_design_has_a_case() -> None:
         ("moe_unpermute", "T="): {">= 1x eager"},
     }
     memory_of_rows = {"extra memory <= 1.2x the logits", "extra memory in place about 0 (<= 0.05x)"}
-    found = targets.cases("cpu", targets.OPS["cpu"])
     for (op, word), texts in promised.items():
         chosen = [case for case in found if case.op == op and word in case.name and case.clock != "host"]
         assert chosen, f"{op} has no case of {word}"
@@ -69,8 +81,8 @@ def test_every_line_of_the_design_has_a_case() -> None:
     assert hosts == set(targets.OPS["cpu"]) - {"linear_token_log_probs", "linear_grpo_loss"}
 
 
-def test_only_what_a_target_speaks_of_is_measured() -> None:
-    for case in targets.cases("cpu", ["token_log_probs"]):
+def test_only_what_a_target_speaks_of_is_measured(found: list[Case]) -> None:
+    for case in (case for case in found if case.op == "token_log_probs"):
         names = {provider.name for provider in case.providers}
         host = {"ours", "eager", "allocation alone"}
         assert names == (host if case.clock == "host" else {"ours", "ours, in place", "eager", "torch.compile"})
