@@ -12,30 +12,30 @@ import grpo_kernels
 
 from .case import Case, Inputs, Provider, Rows, Target, compiled
 
-_GROUP = 8
+GROUP = 8
 _EPS = 1e-4
 
 
 def _ours(inputs: Inputs) -> Sequence[Tensor]:
-    return grpo_kernels.group_advantages(inputs["rewards"], group_size=_GROUP, eps=_EPS)
+    return grpo_kernels.group_advantages(inputs["rewards"], group_size=GROUP, eps=_EPS)
 
 
 def _nan_aware(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards that were not scored (NaN) stay out of the statistics, as in ours."""
-    grouped = rewards.view(-1, _GROUP)
+    grouped = rewards.view(-1, GROUP)
     count = (~grouped.isnan()).sum(dim=1)
     mean = torch.nanmean(grouped, dim=1)
     squares = torch.nansum((grouped - mean[:, None]) ** 2, dim=1)
     std = torch.sqrt(squares / (count - 1).clamp(min=1))
-    mean, std = mean.repeat_interleave(_GROUP), std.repeat_interleave(_GROUP)
+    mean, std = mean.repeat_interleave(GROUP), std.repeat_interleave(GROUP)
     return torch.nan_to_num((rewards - mean) / (std + _EPS), nan=0.0), mean, std
 
 
 def _plain(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Without an idea of missing rewards."""
-    grouped = rewards.view(-1, _GROUP)
-    mean = grouped.mean(dim=1).repeat_interleave(_GROUP)
-    std = grouped.std(dim=1).repeat_interleave(_GROUP)
+    grouped = rewards.view(-1, GROUP)
+    mean = grouped.mean(dim=1).repeat_interleave(GROUP)
+    std = grouped.std(dim=1).repeat_interleave(GROUP)
     return (rewards - mean) / (std + _EPS), mean, std
 
 
@@ -67,34 +67,35 @@ def _make(batch: int) -> Any:
     return make
 
 
+def case(device: str, batch: int) -> Case:
+    """One batch of groups."""
+    target = Target(">= 3x eager", 3.0, _speedup)
+    if device == "cuda":
+        target = Target("<= 10 us on the device", 10.0, lambda rows: rows["ours"].get("median_us"), at_least=False)
+    return Case(
+        op="group_advantages",
+        name=f"B={batch} G={GROUP}",
+        make=_make(batch),
+        providers=(
+            Provider("ours", _ours, "ours"),
+            _provider("eager", _nan_aware, "eager"),
+            _provider("eager without NaN", _plain, "peer"),
+            _provider("torch.compile", compiled(_nan_aware), "compile"),
+        ),
+        bytes_moved=None,
+        targets=(target,),
+        quick=batch == 4096,
+    )
+
+
 def cases(device: str) -> list[Case]:
     """Two batches on the device's clock, and what a call costs the host."""
-    found = []
-    for batch in (512, 4096):
-        target = Target(">= 3x eager", 3.0, _speedup)
-        if device == "cuda":
-            target = Target("<= 10 us on the device", 10.0, lambda rows: rows["ours"].get("median_us"), at_least=False)
-        found.append(
-            Case(
-                op="group_advantages",
-                name=f"B={batch} G={_GROUP}",
-                make=_make(batch),
-                providers=(
-                    Provider("ours", _ours, "ours"),
-                    _provider("eager", _nan_aware, "eager"),
-                    _provider("eager without NaN", _plain, "peer"),
-                    _provider("torch.compile", compiled(_nan_aware), "compile"),
-                ),
-                bytes_moved=None,
-                targets=(target,),
-                quick=batch == 4096,
-            )
-        )
+    found = [case(device, batch) for batch in (512, 4096)]
     found.append(
         Case(
             op="group_advantages",
-            name=f"host cost of a call, B={2 * _GROUP}",
-            make=_make(2 * _GROUP),
+            name=f"host cost of a call, B={2 * GROUP}",
+            make=_make(2 * GROUP),
             providers=(
                 Provider("ours", _ours, "ours"),
                 _provider("eager", _nan_aware, "eager"),

@@ -150,7 +150,8 @@ def _targets(device: str, variant: str, shape: tuple[int, int]) -> tuple[Target,
     )
 
 
-def _case(device: str, shape: tuple[int, int], name: str) -> Case:
+def case(device: str, shape: tuple[int, int], name: str) -> Case:
+    """A variant on [B, T] tokens, forward and backward."""
     variant = _VARIANTS[name]
     eager = partial(_eager, variant)
     providers = [
@@ -210,8 +211,8 @@ def _host_case() -> Case:
 def cases(device: str) -> list[Case]:
     """The clipped loss with KL at two sizes, three other variants at the larger, and what a call costs the host."""
     return [
-        _case(device, _SHAPES[0], "clip + k3"),
-        _case(device, _SHAPES[1], "clip + k3"),
-        *(_case(device, _SHAPES[0], name) for name in ("dapo", "gspo", "cispo")),
+        case(device, _SHAPES[0], "clip + k3"),
+        case(device, _SHAPES[1], "clip + k3"),
+        *(case(device, _SHAPES[0], name) for name in ("dapo", "gspo", "cispo")),
         _host_case(),
     ]

@@ -36,7 +36,7 @@ _CONFIG = grpo_kernels.GRPOLossConfig.preset(
 
 
 @dataclass(frozen=True)
-class _Op:
+class Op:
     """One of the three ops.
 
     Attributes:
@@ -87,19 +87,19 @@ def _log_prob_peers(entropy: bool, device: str) -> dict[str, Peer | None]:
     return found if entropy else {**found, "TRL, all logits": peers.trl_selective(entropy)}
 
 
-_LOG_PROBS = _Op(
+_LOG_PROBS = Op(
     "linear_token_log_probs", "", partial(_ours_log_probs, ()), definitions.log_probs, 4, False,
     partial(_log_prob_peers, False),
 )  # fmt: skip
-_ENTROPY = _Op(
+_ENTROPY = Op(
     "linear_token_log_probs", " + entropy", partial(_ours_log_probs, ("entropy",)),
     definitions.log_probs_and_entropy, 4, False, partial(_log_prob_peers, True),
 )  # fmt: skip
-_CROSS_ENTROPY = _Op(
+_CROSS_ENTROPY = Op(
     "linear_cross_entropy", "", _ours_cross_entropy, definitions.cross_entropy, 3, False,
     lambda device: {**peers.torch_cross_entropies(), "Liger": peers.liger_cross_entropy(device)},
 )  # fmt: skip
-_LOSS = _Op(
+LOSS = Op(
     "linear_grpo_loss", "", _ours_grpo_loss, definitions.grpo_loss, 3, True,
     lambda device: {"Liger": peers.liger_grpo_loss()},
 )  # fmt: skip
@@ -117,7 +117,7 @@ def _products(count: int, inputs: Inputs) -> tuple[Tensor, ...]:
     return logits @ weight, logits.T @ hidden
 
 
-def _providers(op: _Op, device: str) -> tuple[Provider, ...]:
+def _providers(op: Op, device: str) -> tuple[Provider, ...]:
     eager = partial(definitions.of_linear, op.definition)
     found = [
         Provider("ours", partial(_both, op.ours), "ours"),
@@ -129,7 +129,7 @@ def _providers(op: _Op, device: str) -> tuple[Provider, ...]:
     return (*found, *others)
 
 
-def _make(op: _Op, shape: Shape, dtype: torch.dtype, device: str, size: str) -> Inputs:
+def _make(op: Op, shape: Shape, dtype: torch.dtype, device: str, size: str) -> Inputs:
     rows, width, vocab = shape if size == "full" else _SMOKE
     leading = (_SEQUENCES, rows // _SEQUENCES) if op.sequences else (rows,)
     hidden = torch.randn(*leading, width, device=device, dtype=torch.float32).to(dtype)
@@ -169,7 +169,7 @@ def _against_peers(rows: Rows) -> float | None:
     return min(times) / ours if times and ours else None
 
 
-def _targets(op: _Op, device: str, dtype: torch.dtype) -> tuple[Target, ...]:
+def _targets(op: Op, device: str, dtype: torch.dtype) -> tuple[Target, ...]:
     if op.name == "linear_cross_entropy":
         return ()
     loss = op.name == "linear_grpo_loss"
@@ -193,7 +193,8 @@ def _targets(op: _Op, device: str, dtype: torch.dtype) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _case(op: _Op, device: str, shape: Shape, dtype: torch.dtype) -> Case:
+def case(op: Op, device: str, shape: Shape, dtype: torch.dtype) -> Case:
+    """One of the ops, forward and backward."""
     rows, width, vocab = shape
     return Case(
         op=op.name,
@@ -216,7 +217,7 @@ def cases(device: str) -> list[Case]:
     """Three shapes of each op: bf16 on a GPU, fp32 and bf16 on a CPU; the log-probs of one with entropy, too."""
     shapes = _GPU_SHAPES if device == "cuda" else _CPU_SHAPES
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    wanted: Sequence[tuple[_Op, Sequence[Shape]]] = (
-        (_LOG_PROBS, shapes), (_ENTROPY, shapes[:1]), (_CROSS_ENTROPY, shapes), (_LOSS, shapes)
+    wanted: Sequence[tuple[Op, Sequence[Shape]]] = (
+        (_LOG_PROBS, shapes), (_ENTROPY, shapes[:1]), (_CROSS_ENTROPY, shapes), (LOSS, shapes)
     )  # fmt: skip
-    return [_case(op, device, shape, dtype) for op, chosen in wanted for shape in chosen for dtype in dtypes]
+    return [case(op, device, shape, dtype) for op, chosen in wanted for shape in chosen for dtype in dtypes]

@@ -83,8 +83,8 @@ def _speedup(rows: Rows) -> float | None:
     return rows["ours"].get("speedup")
 
 
-def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = True) -> Case:
-    tokens = GPU_TOKENS if device == "cuda" else CPU_TOKENS
+def case(device: str, model: Model, tokens: int, dtype: torch.dtype, *, backward: bool = True) -> Case:
+    """A layer of a model."""
     others = _others(model, device, backward)
     providers = _providers(model, device, backward, others)
     eager = next(provider for provider in providers if provider.kind == "eager")
@@ -115,5 +115,6 @@ def cases(device: str) -> list[Case]:
     else:
         models = (DEEPSEEK.thinner(16), QWEN.thinner(4), GPT_OSS_SMALL.thinner(8))
         dtypes = (torch.float32, torch.float32, torch.bfloat16)
-    found = [_case(device, model, dtype) for model, dtype in zip(models, dtypes, strict=True)]
-    return [_case(device, models[0], dtypes[0], backward=False), *found, *fp8_layers.cases(device)]
+    tokens = GPU_TOKENS if device == "cuda" else CPU_TOKENS
+    found = [case(device, model, tokens, dtype) for model, dtype in zip(models, dtypes, strict=True)]
+    return [case(device, models[0], tokens, dtypes[0], backward=False), *found, *fp8_layers.cases(device)]

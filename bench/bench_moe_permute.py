@@ -38,13 +38,15 @@ def _speedup(rows: Rows) -> float | None:
 # --- map -------------------------------------------------------------------------------------------------------------
 
 
-def _make_map(model: Model, device: str, size: str) -> Inputs:
+def _make_map(model: Model, tokens: int, device: str, size: str) -> Inputs:
     if size == "smoke":
         return {"ids": _ids(24, 16, model.top_k, device)}
-    return {"ids": _ids(_MAP_TOKENS, model.experts, model.top_k, device)}
+    return {"ids": _ids(tokens, model.experts, model.top_k, device)}
 
 
-def _map_case(device: str, model: Model) -> Case:
+def map_case(device: str, model: Model, tokens: int) -> Case:
+    """The map for the routes of a model."""
+
     def ours(inputs: Inputs) -> Values:
         return tuple(grpo_kernels.build_permutation(inputs["ids"], model.experts))
 
@@ -56,14 +58,14 @@ def _map_case(device: str, model: Model) -> Case:
         target = Target("<= 8 us on the device", 8.0, lambda rows: rows["ours"].get("median_us"), at_least=False)
     return Case(
         op="build_permutation",
-        name=f"{model.name} T={_MAP_TOKENS} E={model.experts} K={model.top_k}",
-        make=partial(_make_map, model),
+        name=f"{model.name} T={tokens} E={model.experts} K={model.top_k}",
+        make=partial(_make_map, model, tokens),
         providers=(
             Provider("ours", ours, "ours"),
             Provider("eager", eager, "eager"),
             Provider("torch.compile", compiled(eager), "compile"),
         ),
-        bytes_moved=4 * (3 * _MAP_TOKENS * model.top_k + 2 * model.experts),  # ids read, two maps written
+        bytes_moved=4 * (3 * tokens * model.top_k + 2 * model.experts),  # ids read, two maps written
         targets=(target,),
         definition=lambda inputs: definitions.sample(eager(inputs)),
         sample_outputs=definitions.sample,
@@ -138,8 +140,8 @@ def _unpermute_providers(model: Model, device: str) -> dict[str, Forward | None]
 _KINDS = {"ours": "ours", "eager": "eager", "torch.compile": "compile"}
 
 
-def _move_case(device: str, model: Model, dtype: torch.dtype, *, back: bool, backward: bool) -> Case:
-    tokens = _GPU_TOKENS if device == "cuda" else _CPU_TOKENS
+def move_case(device: str, model: Model, tokens: int, dtype: torch.dtype, *, back: bool, backward: bool) -> Case:
+    """The move to the experts, or back."""
     found = (_unpermute_providers if back else _permute_providers)(model, device)
 
     def run(forward: Forward) -> Forward:
@@ -232,7 +234,11 @@ def _host_cases(device: str) -> list[Case]:
         saved = (inputs["rows"], inputs["row_id_map"], inputs["inv_map"], inputs["weights"])
         return (_Moved.apply(inputs["rows"], len(inputs["ids"]), *saved),)
 
-    found = [_host_case(device, "build_permutation", partial(_make_map, QWEN), ours_map, eager_map, allocate_map)]
+    found = [
+        _host_case(
+            device, "build_permutation", partial(_make_map, QWEN, _HOST_TOKENS), ours_map, eager_map, allocate_map
+        )
+    ]
     for back, op, allocate in (
         (False, "moe_permute", allocate_permuted),
         (True, "moe_unpermute", allocate_unpermuted),
@@ -248,12 +254,13 @@ def _host_cases(device: str) -> list[Case]:
 
 def cases(device: str) -> list[Case]:
     """The map of each model; the moves in bf16, and in float32 on a CPU; and what calls cost the host."""
-    maps = [_map_case(device, model) for model in (DEEPSEEK, QWEN, GPT_OSS)]
+    maps = [map_case(device, model, _MAP_TOKENS) for model in (DEEPSEEK, QWEN, GPT_OSS)]
+    tokens = _GPU_TOKENS if device == "cuda" else _CPU_TOKENS
     second = torch.bfloat16 if device == "cuda" else torch.float32
     wanted = [(DEEPSEEK, torch.bfloat16, False), (DEEPSEEK, torch.bfloat16, True), (QWEN, second, True),
               (GPT_OSS, torch.bfloat16, True)]  # fmt: skip
     moves = [
-        _move_case(device, model, dtype, back=back, backward=backward)
+        move_case(device, model, tokens, dtype, back=back, backward=backward)
         for back in (False, True)
         for model, dtype, backward in wanted
     ]

@@ -61,8 +61,10 @@ def _both(forward: Forward, losses: bool, inputs: Inputs) -> Values:
     return definitions.with_gradients(forward(inputs), inputs, ("grad_weights", *(_LOSSES if losses else ())))
 
 
-def _make(model: Model, dtype: torch.dtype, backward: bool, losses: bool, device: str, size: str) -> Inputs:
-    tokens = _TOKENS if size == "full" else 24
+def _make(
+    model: Model, tokens: int, dtype: torch.dtype, backward: bool, losses: bool, device: str, size: str
+) -> Inputs:
+    tokens = tokens if size == "full" else 24
     model = model if size == "full" else definitions.tiny(model)
     made: Inputs = {"logits": torch.randn(2 * tokens, model.experts, device=device).mul_(1.5).to(dtype)}
     if model.biased:
@@ -98,7 +100,16 @@ def _targets(device: str, backward: bool) -> tuple[Target, ...]:
     return () if backward else (Target("<= 8 us on the device", 8.0, _time, at_least=False),)
 
 
-def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = True, losses: bool = False) -> Case:
+def case(
+    device: str,
+    model: Model,
+    dtype: torch.dtype,
+    *,
+    tokens: int = _TOKENS,
+    backward: bool = True,
+    losses: bool = False,
+) -> Case:
+    """The gate of a model."""
     ours, eager = partial(_ours, model, losses), partial(_eager, model, losses)
 
     def run(forward: Forward) -> Forward:
@@ -106,18 +117,18 @@ def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = Tru
 
     width = torch.empty((), dtype=dtype).element_size()
     numbers = 8 * model.top_k  # weight and id of each slot
-    forward_bytes = _TOKENS * (model.experts * width + numbers)
+    forward_bytes = tokens * (model.experts * width + numbers)
     parts = ("fwd+bwd" if backward else "fwd") + (" + losses" if losses else "")
     return Case(
         op="moe_router",
-        name=f"{model.name} T={_TOKENS} E={model.experts} K={model.top_k} {str(dtype).removeprefix('torch.')} {parts}",
-        make=partial(_make, model, dtype, backward, losses),
+        name=f"{model.name} T={tokens} E={model.experts} K={model.top_k} {str(dtype).removeprefix('torch.')} {parts}",
+        make=partial(_make, model, tokens, dtype, backward, losses),
         providers=(
             Provider("ours", run(ours), "ours"),
             Provider("eager", run(eager), "eager"),
             Provider("torch.compile", run(compiled(eager)), "compile"),
         ),
-        bytes_moved=forward_bytes + backward * (2 * _TOKENS * model.experts * width + _TOKENS * numbers),
+        bytes_moved=forward_bytes + backward * (2 * tokens * model.experts * width + tokens * numbers),
         targets=_targets(device, backward),
         definition=lambda inputs: definitions.sample(run(eager)(inputs)),
         sample_outputs=definitions.sample,
@@ -167,11 +178,11 @@ def _host_case(device: str) -> Case:
 def cases(device: str) -> list[Case]:
     """The gate of each model, in float32 as DeepSeek has it and in bf16; one with its balance losses."""
     return [
-        _case(device, DEEPSEEK, torch.float32, backward=False),
-        _case(device, DEEPSEEK, torch.float32),
-        _case(device, DEEPSEEK, torch.float32, losses=True),
-        _case(device, QWEN, torch.bfloat16, backward=False),
-        _case(device, QWEN, torch.bfloat16),
-        _case(device, GPT_OSS, torch.bfloat16),
+        case(device, DEEPSEEK, torch.float32, backward=False),
+        case(device, DEEPSEEK, torch.float32),
+        case(device, DEEPSEEK, torch.float32, losses=True),
+        case(device, QWEN, torch.bfloat16, backward=False),
+        case(device, QWEN, torch.bfloat16),
+        case(device, GPT_OSS, torch.bfloat16),
         _host_case(device),
     ]

@@ -170,7 +170,8 @@ def _targets(device: str, dtype: torch.dtype) -> tuple[Target, ...]:
     )
 
 
-def _case(device: str, shape: tuple[int, int, int], dtype: torch.dtype, entropy: bool) -> Case:
+def case(device: str, shape: tuple[int, int, int], dtype: torch.dtype, entropy: bool) -> Case:
+    """[B, T, V] logits, forward and backward."""
     size = shape[0] * shape[1] * shape[2] * torch.empty((), dtype=dtype).element_size()
     name = f"{shape[0] * shape[1]}x{shape[2]} {str(dtype).removeprefix('torch.')}"
     return Case(
@@ -222,7 +223,7 @@ def _host_case(device: str) -> Case:
 def cases(device: str) -> list[Case]:
     """Shapes and dtypes, with and without entropy, forward and backward; and what a call costs the host."""
     found = [
-        _case(device, shape, dtype, entropy)
+        case(device, shape, dtype, entropy)
         for shape in (_GPU_SHAPES if device == "cuda" else _SHAPES)
         for dtype in (torch.float32, torch.bfloat16)
         for entropy in (False, True)

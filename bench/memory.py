@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import ctypes.util
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -89,10 +90,14 @@ def peak_cuda(case: Case, provider: Provider, inputs: Inputs) -> int:
     return _extra(case, peak - before, results, inputs)
 
 
-def peaks_in_new_process(op: str, provider: str, names: list[str], size: str) -> tuple[dict[str, int], str]:
-    """Peak bytes by case, measured in a fresh process, and why there are none, or ""."""
+def peaks_in_new_process(
+    op: str, provider: str, names: list[str], size: str, cases: str = "run"
+) -> tuple[dict[str, int], str]:
+    """Peak bytes by case, measured in a fresh process, and why there are none, or "". `cases` is the module of this
+    package whose `choose` has them.
+    """
     package = __package__ or ""
-    command = [sys.executable, "-m", f"{package}.memory", op, provider, size, *names]
+    command = [sys.executable, "-m", f"{package}.memory", cases, op, provider, size, *names]
     root = Path(__file__).parents[len(package.split("."))]  # where this package is found first
     try:
         done = subprocess.run(
@@ -114,14 +119,18 @@ def peaks_in_new_process(op: str, provider: str, names: list[str], size: str) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases")
     parser.add_argument("op")
     parser.add_argument("provider")
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("names", nargs="+")
     arguments = parser.parse_args()
-    from .run import cases
-
-    wanted = [case for case in cases("cpu") if case.op == arguments.op and case.name in arguments.names]
+    choose = importlib.import_module(f".{arguments.cases}", __package__).choose
+    wanted = [
+        case
+        for case in choose("cpu", [arguments.op], False)
+        if case.op == arguments.op and case.name in arguments.names
+    ]
     print(json.dumps({case.name: _peak_cpu(case, arguments.provider, arguments.size) for case in wanted}))
     return 0
 
