@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from examples.r1.command_line import parse_arguments
+from examples.r1.policy.model import CharTransformer, ModelConfig
 from examples.r1.saving.checkpoint import CheckpointError, CheckpointFolder, CheckpointMismatch, Progress
+from examples.r1.saving.model_folder import ModelFolder
 from examples.r1.saving.run_state import RunState
 from examples.r1.saving.storage import load_tensors, save_tensors
 from examples.r1.settings import Settings
@@ -179,3 +181,12 @@ def test_options_that_a_resumed_run_does_not_name_are_the_checkpoints(
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(resuming)
     assert f"{tmp_path}/checkpoint/state.json: is cut off or damaged" in capsys.readouterr().err
+
+
+def test_a_model_of_other_sizes_is_named(tmp_path: Path) -> None:
+    folder = ModelFolder(replace(SETTINGS, output=tmp_path, stages=("cold_start",)))
+    folder.save("cold_start", CharTransformer(ModelConfig(max_length=8, width=16, layers=1, heads=2)))
+    for other in ({"width": 32}, {"layers": 2}):
+        sizes = {"max_length": 8, "width": 16, "layers": 1, "heads": 2, **other}
+        with pytest.raises(CheckpointError, match=r"of other sizes: \S+ is .* there and .* here; give the options"):
+            folder.load("cold_start", CharTransformer(ModelConfig(**sizes)))

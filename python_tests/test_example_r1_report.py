@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from examples.r1.measuring.loss_step import LossStepComparison
+from examples.r1.quick import QUICK
 from examples.r1.reporting import html_report, report, stage_figures
 from examples.r1.reporting.figures import duration, ends, mean, number, percent, rate, size, times, worded
 from examples.r1.reporting.progress_bar import progress_bar, words
@@ -134,6 +135,14 @@ def test_the_summary_names_aims_and_comparisons() -> None:
     assert hacked["spelling backward"].holds is False
     assert hacked["judge, diverse RL"].holds is False
     assert "is hacked" in hacked["judge, diverse RL"].value
+
+
+def test_a_shorter_run_than_the_recipe_does_not_fail_its_aims() -> None:
+    result = r1_results.run(hacked=True)
+    result.settings = replace(result.settings, **QUICK)
+    lines = {line.label: line for line in stage_figures.summary(result)}
+    assert (lines["digit sorting"].holds, lines["spelling backward"].holds) == (True, None)
+    assert 'class="card fails"' not in html_report.page(result)
 
 
 @every_run

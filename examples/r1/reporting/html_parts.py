@@ -19,7 +19,7 @@ from examples.r1.reporting.figures import (
     worded,
 )
 from examples.r1.reporting.stage_figures import comparisons as compared
-from examples.r1.reporting.stage_figures import full_title, sections, short_title
+from examples.r1.reporting.stage_figures import full_title, met, sections, short_title
 from examples.r1.results import PipelineResult, StageResult
 
 
@@ -44,9 +44,9 @@ def header(result: PipelineResult) -> str:
     cards = []
     for task, aim in ((name, info.aim) for name, info in TASKS.items()):
         accuracy = finite(final.get(f"{task}/accuracy"))
-        holds = accuracy is not None and accuracy >= aim
         note = f"greedy, held-out prompts; aim {aim:.2f}; sampled {number(final.get(f'{task}/sampled_accuracy'))}"
-        cards.append(_card(task_title(task), number(accuracy), note, "" if accuracy is None else _verdict(holds)))
+        style = "" if accuracy is None else _verdict(met(accuracy, aim, result))
+        cards.append(_card(task_title(task), number(accuracy), note, style))
     cards.append(_card("time", duration(result.seconds), "all stages, evaluations and all"))
     model = f"{result.settings.model}, {result.settings.layers} layers, width {result.settings.width}"
     cards.append(_card("parameters", count(result.parameters), model))
@@ -206,5 +206,5 @@ def _card(label: str, value: str, note: str, style: str = "") -> str:
     )
 
 
-def _verdict(holds: bool) -> str:
-    return "holds" if holds else "fails"
+def _verdict(holds: bool | None) -> str:
+    return {None: "", True: "holds", False: "fails"}[holds]

@@ -24,6 +24,7 @@ from examples.r1.reporting.figures import (
 )
 from examples.r1.reporting.judge_watch import sentence, verdict
 from examples.r1.results import PipelineResult, StageResult
+from examples.r1.settings import Settings
 
 _DEPTHS = range(1, 10)  # of drafts, more than anybody asks for
 
@@ -178,7 +179,7 @@ def summary(result: PipelineResult) -> list[Line]:
         accuracy = finite(final.get(f"{task}/accuracy"))
         if accuracy is not None:
             found = f"{accuracy:.3f} greedy, {number(final.get(f'{task}/sampled_accuracy'))} sampled; aim {aim:.2f}"
-            lines.append(Line(task_title(task), found, accuracy >= aim))
+            lines.append(Line(task_title(task), found, met(accuracy, aim, result)))
     for stage in result.stages:
         judged = verdict(stage)
         if judged is not None:
@@ -188,6 +189,14 @@ def summary(result: PipelineResult) -> list[Line]:
     lines.append(Line("model", f"{result.parameters:,} parameters, {settings.model}, seed {settings.seed}"))
     lines.append(Line("time", duration(result.seconds)))
     return lines
+
+
+def met(accuracy: float, aim: float, result: PipelineResult) -> bool | None:
+    """Whether an accuracy reaches its aim; None if it does not, after fewer steps than the recipe has."""
+    usual = Settings()
+    steps = [f"{name}_steps" for name in STAGES]
+    whole = all(getattr(result.settings, name) >= getattr(usual, name) for name in steps)
+    return True if accuracy >= aim else False if whole else None
 
 
 _MEMORY = "  memory beyond its inputs"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from examples.r1.parallel import SINGLE, Ranks
 from examples.r1.policy.model import CharTransformer
@@ -31,10 +34,12 @@ class ModelFolder:
         """Puts the parameters after a stage into a model. Raises CheckpointError where there are none that fit."""
         path = self._path(stage)
         tensors, _ = self._ranks.from_main(lambda: load_tensors(path, "run that stage again, without --resume"))
-        try:
-            into.load_state_dict(own_state(self._ranks, tensors, shard_names(into)))
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} holds a model of other sizes: {error}") from None
+        own = own_state(self._ranks, tensors, shard_names(into))
+        if found := _difference(own, into.state_dict()):
+            raise CheckpointError(
+                f"{path} holds a model of other sizes: {found}; give the options that it was made with"
+            )
+        into.load_state_dict(own)
         return into
 
     def _path(self, stage: str) -> Path:
@@ -46,3 +51,12 @@ class ModelFolder:
                 "with --start-from"
             )
         return self._other / f"{stage}.safetensors"
+
+
+def _difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The first tensor that only one model has, or whose shape differs; "" if there is none."""
+    for name in sorted(found.keys() | wanted.keys()):
+        shapes = [str(list(model[name].shape)) if name in model else "none" for model in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            return f"{name} is {shapes[0]} there and {shapes[1]} here"
+    return ""
