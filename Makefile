@@ -20,7 +20,7 @@ JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench bench-targets lint format wheel gpu-check clean
+.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench bench-targets bench-scaling lint format wheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,8 +79,9 @@ test-slow: $(STAMP)/build $(STAMP)/trl $(STAMP)/triton-$(OLD_TRITON)  ## learnin
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m bench.gates --compiler triton --sample 4 --json build/gates.json
 	$(MAKE) demo-check-ci
 
-gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100 (FP8 products for sm_89 too), against its limits
+gates: $(STAMP)/build $(STAMP)/triton-$(OLD_TRITON)  ## every kernel compiled for sm_80, sm_90 and sm_100 (FP8 products for sm_89 too), against its limits; its floor
 	$(PY) -m bench.gates --beside $(VENV)/triton-$(OLD_TRITON)
+	$(PY) -m bench.floors
 	$(PY) -m bench.docs docs/kernels.md
 
 bench: $(STAMP)/build  ## every op against eager PyTorch and torch.compile; the record, its pages and pictures
@@ -90,6 +91,10 @@ bench: $(STAMP)/build  ## every op against eager PyTorch and torch.compile; the 
 
 bench-targets: $(STAMP)/build  ## the targets of the design on this machine, nine interleaved rounds; fails where one is missed by far
 	$(PY) -m bench.targets; status=$$?; $(PY) -m bench.docs docs/benchmarks.md && exit $$status
+
+bench-scaling: $(STAMP)/build  ## how time and memory grow with each size, against eager PyTorch; the record, its page and pictures
+	$(PY) -m bench.scaling
+	$(PY) -m bench.docs docs/benchmarks.md
 
 lint: $(STAMP)/build  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

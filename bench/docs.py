@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
-KINDS = ("benchmarks", "targets")
+KINDS = ("benchmarks", "targets", "scaling")
 
 Results = dict[str, Any]
 

@@ -14,6 +14,7 @@ from bench import (
     docs_benchmarks,
     docs_peers,
     docs_reasons,
+    docs_scaling,
     docs_targets,
     linear_definitions,
     moe_definitions,
@@ -70,6 +71,7 @@ def text(records: Mapping[str, Mapping[str, Results]]) -> str:
         "results": docs_benchmarks.text(benchmarks),
         "targets": docs_targets.text(judged),
         "reasons": _reasons(docs_targets.missed(judged) + docs_benchmarks.missed(benchmarks)),
+        "scaling": docs_scaling.text(records["scaling"]),
         "peers": docs_peers.text(benchmarks),
         "versions": docs_peers.versions(benchmarks),
     }

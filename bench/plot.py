@@ -22,8 +22,8 @@ from .case import Record
 from .report import Results
 
 # Distinguishable with every common colour blindness, and in grey.
-_COLORS = {"ours": "#0072B2", "torch.compile": "#E69F00", "fastest peer": "#B0B0B0", "eager": "#444444"}
-_STYLE = {
+COLORS = {"ours": "#0072B2", "torch.compile": "#E69F00", "fastest peer": "#B0B0B0", "eager": "#444444"}
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -47,7 +47,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, make in (("bench_speedup.png", speedup_figure), ("bench_roofline.png", roofline_figure)):
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             figure = make(results)
             if figure is not None:
                 figure.savefig(folder / name, dpi=150)
@@ -107,7 +107,7 @@ def speedup_figure(results: Results) -> Figure | None:
         _speedup_panel(axes, op, records)
     grid[-1].set_xlabel("times as fast as eager PyTorch (median, logarithmic)")
     grid[-1].set_xlim(right=grid[-1].get_xlim()[1] * 1.5)  # room for the labels of the longest bars
-    _legend(figure, [Patch(color=_COLORS[label], label=label) for label in ("ours", "torch.compile", "fastest peer")])
+    _legend(figure, [Patch(color=COLORS[label], label=label) for label in ("ours", "torch.compile", "fastest peer")])
     return figure
 
 
@@ -118,7 +118,7 @@ def _speedup_panel(axes: Axes, op: str, records: list[Record]) -> None:
         bars = [(label, best) for kind, label in kinds if (best := _best(record, kind, "speedup"))]
         for index, (label, (provider, value)) in enumerate(bars):
             y = position + (index - (len(bars) - 1) / 2) * thickness
-            axes.barh(y, value - 1, left=1, height=0.9 * thickness, color=_COLORS[label])
+            axes.barh(y, value - 1, left=1, height=0.9 * thickness, color=COLORS[label])
             if label == "ours":
                 text = f"{value:.1f}x{provider.removeprefix('ours').replace(',', '')}"
                 axes.annotate(text, (max(value, 1), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -127,7 +127,7 @@ def _speedup_panel(axes: Axes, op: str, records: list[Record]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(_TICKS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.axvline(1, color=_COLORS["eager"], linewidth=1)
+    axes.axvline(1, color=COLORS["eager"], linewidth=1)
     _rows(axes, [record["case"] for record in records])
 
 
@@ -149,8 +149,8 @@ def roofline_figure(results: Results) -> Figure | None:
 
 
 def _mark(kind: str) -> dict[str, Any]:
-    face = _COLORS[kind] if kind == "ours" else "white"
-    return {"markeredgecolor": _COLORS[kind], "markerfacecolor": face, "markersize": 6, "zorder": 4}
+    face = COLORS[kind] if kind == "ours" else "white"
+    return {"markeredgecolor": COLORS[kind], "markerfacecolor": face, "markersize": 6, "zorder": 4}
 
 
 def _bandwidth_panel(axes: Axes, records: list[Record], machine: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ def _bandwidth_panel(axes: Axes, records: list[Record], machine: dict[str, Any])
         axes.plot(list(points.values()), [y] * len(points), color="#CCCCCC", linewidth=2)
         for kind, value in points.items():
             axes.plot([value], [y], "o", **_mark(kind))
-    axes.axvline(100, color=_COLORS["eager"], linewidth=1, linestyle="--")
+    axes.axvline(100, color=COLORS["eager"], linewidth=1, linestyle="--")
     axes.set_title("achieved bandwidth", loc="left")
     axes.set_xlabel(f"percent of a large copy ({machine['copy_gigabytes_per_second']:.4g} GB/s, read plus written)")
     axes.set_xlim(left=0)
@@ -173,7 +173,7 @@ def _roofline_panel(axes: Axes, records: list[Record], machine: dict[str, Any]) 
     corners = [rate / slope for rate in roofs.values()]
     left, right = min(intensities + corners) / 4, max(intensities + corners) * 4
     for name, rate in roofs.items():
-        axes.plot([left, rate / slope, right], [left * slope, rate, rate], color=_COLORS["eager"], linewidth=1)
+        axes.plot([left, rate / slope, right], [left * slope, rate, rate], color=COLORS["eager"], linewidth=1)
         text = f"{name} matrix product, {rate:.4g} TFLOP/s"
         axes.annotate(text, (right, rate), (0, 3), ha="right", fontsize=8, textcoords="offset points")
     text = f"copy, {machine['copy_gigabytes_per_second']:.4g} GB/s"

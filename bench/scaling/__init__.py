@@ -1,0 +1,1 @@
+"""How time and memory of the ops grow along one axis at a time: `python -m bench.scaling`."""
