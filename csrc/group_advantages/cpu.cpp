@@ -1,8 +1,7 @@
 #include <cstdlib>
 
-#include "common/cpu_dtype.h"
 #include "common/parallel.h"
-#include "group_advantages/formula.h"
+#include "group_advantages/cpu_tile.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
@@ -26,30 +25,6 @@ void for_each_group(const Grouping& g, int threads, const Body& body) {
     body(begin, end);
     begin = end;
   }
-}
-
-// Sum of term(value) over the values that are not NaN, in four interleaved partial sums: groups are too short for vectors, and
-// one sum would wait for itself.
-template <typename Term>
-double sum_live(const double* values, int64_t count, const Term& term) {
-  double sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    for (int k = 0; k < 4; ++k) sums[k] += is_nan(values[i + k]) ? 0.0 : term(values[i + k]);
-  }
-  for (; i < count; ++i) sums[0] += is_nan(values[i]) ? 0.0 : term(values[i]);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// Statistics of `count` values, NaN left out, in an order that depends on the count alone.
-Statistics statistics(const double* values, int64_t count, int correction) {
-  int64_t first = 0;
-  while (first < count && is_nan(values[first])) ++first;
-  const double pivot = first < count ? values[first] : 0.0;
-  const double live = sum_live(values, count, [](double) { return 1.0; });
-  const double mean = mean_from_sum(pivot, sum_live(values, count, [=](double v) { return v - pivot; }), live);
-  const double squared = sum_live(values, count, [=](double v) { return (v - mean) * (v - mean); });
-  return {mean, std_from_sum(squared, live, correction), live};
 }
 
 // The same where every value counts as often as its response, length(i), has tokens.
@@ -93,21 +68,6 @@ Centring centring_of(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, c
   const Centring c = make_centring(a, s, compares ? peer_of_group(a, begin, end, values) : Peer{0.0, 0.0});
   for (int64_t i = 0; i < end - begin && a.baseline == kBaselineSecondBest; ++i) values[i] = raised(c, values[i]);
   return c;
-}
-
-template <typename T>
-void convert(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, double* values) {
-  const T* rewards = static_cast<const T*>(a.rewards);
-  for (int64_t p = begin; p < end; ++p) values[p - begin] = double(to_arithmetic(rewards[sample_at(a.grouping, p)]));
-}
-
-// Total rewards of a group, in float64, by position. The usual case, one function without a weight, is a mere conversion.
-void total_rewards(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, double* values) {
-  if (a.functions > 1 || a.weights != nullptr) {
-    for (int64_t p = begin; p < end; ++p) values[p - begin] = combined_reward(a, sample_at(a.grouping, p));
-    return;
-  }
-  return by_dtype(a.dtype, [&](auto element) { return convert<decltype(element)>(a, begin, end, values); });
 }
 
 template <typename Out>
@@ -170,6 +130,23 @@ void advantages_of_group(const GroupAdvantagesArgs& a, int64_t begin, int64_t en
   }
 }
 
+void advantages_of_plain_groups(const GroupAdvantagesArgs& a, int threads) {
+  const int64_t size = a.grouping.group_size;
+  const int64_t tile = size * kTileGroups <= kTileSamples ? kTileGroups : (size < kTileSamples ? kTileSamples / size : 1);
+  const int64_t grain = size < kSamplesPerChunk ? kSamplesPerChunk / size : 1;
+  parallel_rows(a.grouping.batch / size, threads, grain, [&](int64_t begin, int64_t end) {
+    double* values = a.scratch + begin * size;
+    for (int64_t first = begin; first < end; first += tile) {
+      const int64_t groups = end - first < tile ? end - first : tile;
+      if (a.dtype == kFloat64) {
+        advantages_of_tile<double>(a, first, groups, values);
+      } else {
+        advantages_of_tile<float>(a, first, groups, values);
+      }
+    }
+  });
+}
+
 void normalize_batch(const GroupAdvantagesArgs& a) {
   const int64_t batch = a.grouping.batch;
   const bool whiten = whitens_batch(a);
@@ -210,6 +187,10 @@ void sort_samples(const GroupRankArgs& a, int64_t* samples, int64_t* buffer, int
 }  // namespace
 
 int64_t group_advantages_cpu(const GroupAdvantagesArgs& a, int threads) {
+  if (is_plain(a)) {
+    advantages_of_plain_groups(a, threads);
+    return -1;
+  }
   for_each_group(a.grouping, threads, [&](int64_t begin, int64_t end) { advantages_of_group(a, begin, end); });
   if (needs_batch(a)) normalize_batch(a);
   return -1;

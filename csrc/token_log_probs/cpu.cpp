@@ -1,11 +1,12 @@
 // Forward: each row is read once, in blocks of 2048 that are transformed into a buffer in the first-level cache; the
-// maximum of a block first, then its sums. Backward: each row is read once and its gradient written, over the logits if
-// wished.
+// maximum of a block first, then its sums, while the next block is fetched. Backward: each row is read once and its gradient
+// written, over the logits if wished.
 //
 // The sums run over the aligned buffer and never over the caller's memory, so neither addresses nor other rows decide
 // their order.
 
 #include "common/cpu_dtype.h"
+#include "common/cpu_lanes.h"
 #include "common/parallel.h"
 #include "token_log_probs/formula.h"
 
@@ -14,16 +15,10 @@ namespace GK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 2048;
-#if defined(__AVX512F__)
-constexpr int64_t kStrip = 1024;  // the sum of u e^u runs in float over one strip, 64 terms to a lane
-#elif defined(__AVX2__)
-constexpr int64_t kStrip = 512;
-#else
-constexpr int64_t kStrip = 256;
-#endif
-constexpr int64_t kPadding = 64;               // a row's last strip is cut to a multiple of it: small vocabularies stay cheap
-constexpr int64_t kElementsPerChunk = 32768;   // per task
-constexpr int64_t kElementsPerThread = 65536;  // below that a second thread costs more than it brings
+constexpr int64_t kLanes = 16, kStrip = 4 * kLanes;  // of a strip, every lane has four elements
+constexpr int64_t kBytesAhead = 2048;                // that the backward fetches
+constexpr int64_t kElementsPerChunk = 32768;         // per task
+constexpr int64_t kElementsPerThread = 65536;        // below that a second thread costs more than it brings
 
 template <typename A>
 A infinity() {
@@ -51,39 +46,71 @@ void store(void* base, int64_t row, double value) {
   if (base != nullptr) static_cast<A*>(base)[row] = A(value);
 }
 
-// The block's y, padded with -inf to a multiple of kPadding. Returns its maximum, which passes over NaN.
+// The block's y, padded with -inf to whole strips. Returns its maximum; beside a NaN, any of its values.
 template <bool kCapped, typename T, typename A>
 A load_block(const T* x, int64_t count, const Transform<A>& transform, A* y) {
-  A largest = -infinity<A>();
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < count; ++i) {
-    const A value = transform.template apply<kCapped>(to_arithmetic(x[i]));
-    y[i] = value;
-    largest = largest < value ? value : largest;
+  alignas(64) A largest[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) largest[l] = -infinity<A>();
+  int64_t i = 0;
+  for (; i + kStrip <= count; i += kStrip) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const A v0 = transform.template apply<kCapped>(to_arithmetic(x[i + l]));
+      const A v1 = transform.template apply<kCapped>(to_arithmetic(x[i + kLanes + l]));
+      const A v2 = transform.template apply<kCapped>(to_arithmetic(x[i + 2 * kLanes + l]));
+      const A v3 = transform.template apply<kCapped>(to_arithmetic(x[i + 3 * kLanes + l]));
+      y[i + l] = v0;
+      y[i + kLanes + l] = v1;
+      y[i + 2 * kLanes + l] = v2;
+      y[i + 3 * kLanes + l] = v3;
+      largest[l] = larger(largest[l], larger(larger(v0, v1), larger(v2, v3)));
+    }
   }
-  for (int64_t i = count; i % kPadding != 0; ++i) y[i] = -infinity<A>();
-  return largest;
+  A rest = -infinity<A>();
+#pragma omp simd reduction(max : rest)
+  for (int64_t k = i; k < count; ++k) {
+    const A value = transform.template apply<kCapped>(to_arithmetic(x[k]));
+    y[k] = value;
+    rest = larger(rest, value);
+  }
+  for (int64_t k = count; k % kStrip != 0; ++k) y[k] = -infinity<A>();
+  for (int64_t l = 0; l < kLanes; ++l) rest = larger(rest, largest[l]);
+  return rest;
 }
 
-// Sums over 2 * half elements, half <= kStrip / 2. Two terms are added in the arithmetic type before the sum, in double, takes
-// them: the conversion is dear.
+// What is fetched while a block is computed: `bytes` from `data` on, so many with each strip.
+struct NextBlock {
+  const char* data;
+  int64_t bytes, per_strip;
+};
+
+// Sums over a block of whole strips. A lane's four terms are added in the arithmetic type before its sum, in double, takes
+// them: the conversion is dear, and three roundings lose nothing that one would keep.
 template <bool kWeighted, bool kSquared, typename A>
-inline void add_strip(const A* y, int64_t half, A y_max, A out, RowSums& sums) {
-  A weighted = 0;
-  double sum = 0.0, squared = 0.0;
-#pragma omp simd reduction(+ : sum, weighted, squared) aligned(y : 64)
-  for (int64_t i = 0; i < half; ++i) {
-    const A u0 = clamp_exponent((y[i] - y_max) * out);
-    const A u1 = clamp_exponent((y[i + half] - y_max) * out);
-    const A e0 = exp_clamped(u0);
-    const A e1 = exp_clamped(u1);
-    sum += double(e0 + e1);
-    if (kWeighted) weighted += multiply_add(e0, u0, e1 * u1);
-    if (kSquared) squared += double(multiply_add(e0, e0, e1 * e1));
+void add_block(const A* y, int64_t count, A y_max, A out, NextBlock next, RowSums& sums) {
+  alignas(64) double sum[kLanes] = {}, weighted[kLanes] = {}, squared[kLanes] = {};
+  for (int64_t i = 0; i < count; i += kStrip) {
+    prefetch(next.data, next.bytes < next.per_strip ? next.bytes : next.per_strip);
+    next.data += next.per_strip;
+    next.bytes -= next.per_strip;
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const A u0 = clamp_exponent((y[i + l] - y_max) * out);
+      const A u1 = clamp_exponent((y[i + kLanes + l] - y_max) * out);
+      const A u2 = clamp_exponent((y[i + 2 * kLanes + l] - y_max) * out);
+      const A u3 = clamp_exponent((y[i + 3 * kLanes + l] - y_max) * out);
+      const A e0 = exp_clamped(u0);
+      const A e1 = exp_clamped(u1);
+      const A e2 = exp_clamped(u2);
+      const A e3 = exp_clamped(u3);
+      sum[l] += double((e0 + e1) + (e2 + e3));
+      if (kWeighted) weighted[l] += double(multiply_add(e0, u0, e1 * u1) + multiply_add(e2, u2, e3 * u3));
+      if (kSquared) squared[l] += double(multiply_add(e0, e0, e1 * e1) + multiply_add(e2, e2, e3 * e3));
+    }
   }
-  sums.sum += sum;
-  sums.weighted += double(weighted);
-  sums.squared += squared;
+  sums.sum += sum_lanes(sum);
+  if (kWeighted) sums.weighted += sum_lanes(weighted);
+  if (kSquared) sums.squared += sum_lanes(squared);
 }
 
 template <typename A>
@@ -116,12 +143,11 @@ RowResult<A> reduce_row(const T* x, int64_t vocab, const Transform<A>& transform
       if (wants_top1) row.top1 = begin + first_equal(y, count, largest);
     }
     const A reference = row.y_max == -infinity<A>() ? A(0) : row.y_max;  // only -inf so far: terms of 0, not NaN
-    int64_t i = 0;
-    for (; i + kStrip <= count; i += kStrip) {
-      add_strip<kWeighted, kSquared>(y + i, kStrip / 2, reference, transform.out, row.sums);
-    }
-    const int64_t rest = (count - i + kPadding - 1) / kPadding * kPadding;
-    if (rest > 0) add_strip<kWeighted, kSquared>(y + i, rest / 2, reference, transform.out, row.sums);
+    const int64_t ahead = vocab - begin - kBlock < kBlock ? vocab - begin - kBlock : kBlock;
+    const NextBlock next{reinterpret_cast<const char*>(x + begin + kBlock), ahead * int64_t(sizeof(T)),
+                         kStrip * int64_t(sizeof(T))};
+    const int64_t whole = (count + kStrip - 1) / kStrip * kStrip;
+    add_block<kWeighted, kSquared>(y, whole, reference, transform.out, next, row.sums);
   }
   return row;
 }
@@ -191,13 +217,22 @@ bool is_unit(const Transform<A>& transform) {
 }
 
 template <bool kUnit, bool kCapped, typename T, typename A>
-void gradient_row(const T* x, int64_t count, const Transform<A>& transform, const RowGradient<A>& gradient, T* grad) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
+void gradient_row(const T* x, int64_t count, const Transform<A>& row_transform, const RowGradient<A>& row_gradient, T* grad) {
+  const Transform<A> transform = row_transform;
+  const RowGradient<A> gradient = row_gradient;
+  const auto store = [&](int64_t i) {
     const A y = transform.template apply<kCapped>(to_arithmetic(x[i]));
     const A u = kUnit ? y - gradient.max : exact_multiply_add(y, transform.out, -gradient.max);
     from_arithmetic(gradient.at(u) * transform.template bend<kCapped>(y), grad[i]);
+  };
+  int64_t begin = 0;
+  for (; begin + kStrip <= count; begin += kStrip) {
+    prefetch(reinterpret_cast<const char*>(x + begin) + kBytesAhead, kStrip * int64_t(sizeof(T)));
+#pragma omp simd
+    for (int64_t k = 0; k < kStrip; ++k) store(begin + k);
   }
+#pragma omp simd
+  for (int64_t i = begin; i < count; ++i) store(i);
 }
 
 template <bool kCapped, typename T>
