@@ -27,7 +27,7 @@ Shape = tuple[int, int, int]  # rows, hidden width, vocabulary
 _CPU_SHAPES: tuple[Shape, ...] = ((1024, 1024, 32000), (512, 896, 151936), (4096, 512, 32000))
 _GPU_SHAPES: tuple[Shape, ...] = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 7168, 129280))
 _QUICK = ((_CPU_SHAPES[0], torch.float32), (_GPU_SHAPES[0], torch.bfloat16))
-_SMOKE: Shape = (48, 16, 97)
+SMOKE: Shape = (48, 16, 97)
 _SEQUENCES = 8
 
 _CONFIG = grpo_kernels.GRPOLossConfig.preset(
@@ -95,9 +95,9 @@ _ENTROPY = Op(
     "linear_token_log_probs", " + entropy", partial(_ours_log_probs, ("entropy",)),
     definitions.log_probs_and_entropy, 4, False, partial(_log_prob_peers, True),
 )  # fmt: skip
-_CROSS_ENTROPY = Op(
+CROSS_ENTROPY = Op(
     "linear_cross_entropy", "", _ours_cross_entropy, definitions.cross_entropy, 3, False,
-    lambda device: {**peers.torch_cross_entropies(), "Liger": peers.liger_cross_entropy(device)},
+    peers.cross_entropies,
 )  # fmt: skip
 LOSS = Op(
     "linear_grpo_loss", "", _ours_grpo_loss, definitions.grpo_loss, 3, True,
@@ -130,7 +130,7 @@ def _providers(op: Op, device: str) -> tuple[Provider, ...]:
 
 
 def _make(op: Op, shape: Shape, dtype: torch.dtype, device: str, size: str) -> Inputs:
-    rows, width, vocab = shape if size == "full" else _SMOKE
+    rows, width, vocab = shape if size == "full" else SMOKE
     leading = (_SEQUENCES, rows // _SEQUENCES) if op.sequences else (rows,)
     hidden = torch.randn(*leading, width, device=device, dtype=torch.float32).to(dtype)
     weight = torch.randn(vocab, width, device=device, dtype=torch.float32).mul_(3.0 / width**0.5).to(dtype)
@@ -218,6 +218,6 @@ def cases(device: str) -> list[Case]:
     shapes = _GPU_SHAPES if device == "cuda" else _CPU_SHAPES
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     wanted: Sequence[tuple[Op, Sequence[Shape]]] = (
-        (_LOG_PROBS, shapes), (_ENTROPY, shapes[:1]), (_CROSS_ENTROPY, shapes), (LOSS, shapes)
+        (_LOG_PROBS, shapes), (_ENTROPY, shapes[:1]), (CROSS_ENTROPY, shapes), (LOSS, shapes)
     )  # fmt: skip
     return [case(op, device, shape, dtype) for op, chosen in wanted for shape in chosen for dtype in dtypes]

@@ -72,11 +72,7 @@ def _one_depth_peers(problem: Problem, device: str) -> dict[str, Peer | None]:
     """Heads that know one depth; none of them has the loss of a policy as well."""
     if problem.policy:
         return {}
-    return {
-        **peers.torch_cross_entropies(),
-        "Liger": peers.liger_cross_entropy(device),
-        "cut-cross-entropy": peers.cut_cross_entropy(device),
-    }
+    return peers.cross_entropies(device)
 
 
 def _providers(problem: Problem, device: str) -> tuple[Provider, ...]:

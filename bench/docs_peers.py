@@ -15,13 +15,18 @@ def _once(values: list[str], value: str) -> None:
         values.append(value)
 
 
+def _is_peer(name: str, row: dict[str, Any]) -> bool:
+    """Other ways to call ours compete too, and are no peers."""
+    return row["kind"] == "peer" and not name.startswith("ours")
+
+
 def text(files: Mapping[str, Results]) -> str:
     """Peers by name: the ops in which they compete, and the machines on which one of their rows was timed."""
     ops: dict[str, list[str]] = {}
     machines: dict[str, list[str]] = {}
     for results in files.values():
         for record in results["cases"]:
-            timed = {n: "median_us" in row for n, row in record["rows"].items() if row["kind"] == "peer"}
+            timed = {n: "median_us" in row for n, row in record["rows"].items() if _is_peer(n, row)}
             for name, has_time in (timed | dict.fromkeys(record.get("absent", ()), False)).items():
                 _once(ops.setdefault(name, []), f"`{record['op']}`")
                 where = machines.setdefault(name, [])

@@ -71,7 +71,7 @@ def deep_gemm_wgrad(device: str) -> Peer | None:
 
     def run(inputs: Inputs) -> Values:
         sizes, widths = inputs["sizes"], [len(inputs[f"{name}_data"]) for name in ("grad", "x")]
-        out = torch.zeros(len(sizes), *widths, device=device)
+        out = torch.zeros(len(sizes), *widths, device=sizes.device)
         operands = ((inputs[f"{name}_by_expert"], inputs[f"{name}_scale"].t()) for name in ("grad", "x"))
         function(*operands, out, sizes.tolist(), sizes.int(), out)
         return (out,)
@@ -87,7 +87,7 @@ def deep_gemm(device: str) -> Peer | None:
 
     def run(inputs: Inputs) -> Values:
         weight, rows = inputs["weight_data"], len(inputs["data"])
-        out = torch.empty(rows, weight.shape[1], device=device, dtype=torch.bfloat16)
+        out = torch.empty(rows, weight.shape[1], device=weight.device, dtype=torch.bfloat16)
         expert = torch.repeat_interleave(inputs["sizes"], output_size=rows)
         operands = (inputs["data"], inputs["scale"]), (weight, inputs["weight_scale"])
         function(*operands, out, expert.int())

@@ -87,11 +87,30 @@ def liger_cross_entropy(device: str) -> Peer | None:
 
 
 def cut_cross_entropy(device: str) -> Peer | None:
-    """Apple's Triton kernels, which skip gradients that bf16 would not show."""
+    """Apple's Triton kernels, which skip gradients that bf16 would not show; on a CPU what it compiles instead."""
     function = _attribute("cut_cross_entropy", "linear_cross_entropy")
-    if function is None or device != "cuda":
+    if function is None:
         return None
-    return lambda inputs: (function(inputs["hidden"], inputs["weight"], inputs["token_ids"]),)
+    chosen = {} if device == "cuda" else {"impl": "torch_compile"}
+    return lambda inputs: (function(inputs["hidden"], inputs["weight"], inputs["token_ids"], **chosen),)
+
+
+def fla_cross_entropy(device: str) -> Peer | None:
+    """flash-linear-attention's Triton kernels, in chunks of rows."""
+    loss = _attribute("fla.modules", "FusedLinearCrossEntropyLoss")
+    if loss is None or device != "cuda":
+        return None
+    return lambda inputs: (loss()(inputs["hidden"], inputs["token_ids"], inputs["weight"]),)
+
+
+def cross_entropies(device: str) -> dict[str, Peer | None]:
+    """Every other head with a cross-entropy behind it."""
+    return {
+        **torch_cross_entropies(),
+        "Liger": liger_cross_entropy(device),
+        "cut-cross-entropy": cut_cross_entropy(device),
+        "flash-linear-attention": fla_cross_entropy(device),
+    }
 
 
 def liger_grpo_loss() -> Peer | None:
