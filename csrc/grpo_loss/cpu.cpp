@@ -1,5 +1,6 @@
 // A thread takes a segment at a time, in blocks of 256 tokens that stay in the first-level cache through all stages. Statistics
-// of rows, where the options need any, take a pass of their own before, and the sequence-level gradient takes one after.
+// of rows, where the options need any, take a pass of their own before, and the sequence-level gradient takes one after: over a
+// row at a time where there are enough of them, else over all segments.
 
 #include "common/parallel.h"
 #include "grpo_loss/cpu_metrics.h"
@@ -11,20 +12,9 @@ namespace {
 
 constexpr int64_t kSegmentsPerChunk = 8;
 constexpr int64_t kTokensPerThread = 8192;  // below that a second thread costs more than it brings
+constexpr int64_t kRowsPerThread = 4;       // enough for rows of unequal lengths to even out
 
 // --- segments ----------------------------------------------------------------------------------------------------------------
-
-// Sum of term(i) over the tokens of a block; masked ones are 0.
-template <typename T, typename Term>
-double sum_terms(const T* live, int64_t count, const Term& term) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) {
-    const T value = term(i);
-    sum += double(live[i] != T(0) ? value : T(0));
-  }
-  return sum;
-}
 
 template <typename T>
 void sum_segment(const Problem<T>& p, int64_t index) {
@@ -44,17 +34,18 @@ void sum_segment(const Problem<T>& p, int64_t index) {
     const int64_t count = s.count - done < kBlock ? s.count - done : kBlock;
     if (!load_live(p.a, s, s.begin + done, count, b.live)) continue;
     load_ratio_inputs(p, s, s.begin + done, count, b);
-    sums[kRowTokens] += sum_terms(b.live, count, [&](int64_t) { return T(1); });
+    const int64_t whole = padded(count);
+    sums[kRowTokens] += sum_terms(b.live, whole, [&](int64_t) { return T(1); });
     if (o.surrogate == kGMPO) {
       load(p.a.tensors[kAdvantages], s, s.begin + done, count, b.live, b.advantage);
-      sums[kRowLogRatio] += sum_terms(b.live, count, clipped_log_ratio);
+      sums[kRowLogRatio] += sum_terms(b.live, whole, clipped_log_ratio);
     } else if (o.sequence_ratio) {
-      sums[kRowLogRatio] += sum_terms(b.live, count, log_ratio);
+      sums[kRowLogRatio] += sum_terms(b.live, whole, log_ratio);
     }
-    if (o.corrects_sequences()) sums[kRowSamplerGap] += sum_terms(b.live, count, sampler_evidence);
-    if (o.off_policy_mask) sums[kRowOffPolicy] += sum_terms(b.live, count, drift);
-    if (o.surrogate == kVESPO) sums[kRowVESPO] += sum_terms(b.live, count, bounded_log_ratio);
-    if (o.surrogate == kVESPO && o.corrects_tokens()) sums[kRowVESPO] += sum_terms(b.live, count, log_weight);
+    if (o.corrects_sequences()) sums[kRowSamplerGap] += sum_terms(b.live, whole, sampler_evidence);
+    if (o.off_policy_mask) sums[kRowOffPolicy] += sum_terms(b.live, whole, drift);
+    if (o.surrogate == kVESPO) sums[kRowVESPO] += sum_terms(b.live, whole, bounded_log_ratio);
+    if (o.surrogate == kVESPO && o.corrects_tokens()) sums[kRowVESPO] += sum_terms(b.live, whole, log_weight);
   }
 }
 
@@ -73,7 +64,7 @@ void loss_segment(const Problem<T>& p, int64_t index) {
   Block<T> b;
   for (int64_t done = 0; done < s.count; done += kBlock) {
     const int64_t begin = s.begin + done, offset = output_offset(p.a.layout, s) + done;
-    const int64_t count = s.count - done < kBlock ? s.count - done : kBlock;
+    const int64_t count = s.count - done < kBlock ? s.count - done : kBlock, whole = padded(count);
     if (!load_live(p.a, s, begin, count, b.live)) {
       clear_outputs(p, offset, count);
       continue;
@@ -83,25 +74,25 @@ void loss_segment(const Problem<T>& p, int64_t index) {
     if (p.given(kTokenEntropy)) load(p.a.tensors[kTokenEntropy], s, begin, count, b.live, b.entropy);
     const auto load_or = [&](int input, T otherwise, T* out) {
       if (p.given(input)) return load(p.a.tensors[input], s, begin, count, b.live, out);
-      for (int64_t i = 0; i < count; ++i) out[i] = otherwise;
+      for (int64_t i = 0; i < whole; ++i) out[i] = otherwise;
     };
     if (p.given(kSelection)) load(p.a.tensors[kSelection], s, begin, count, b.live, b.selected);
     load_or(kTokenWeights, T(1), b.weight);
     load_or(kUpstream, row.factor, b.upstream);
-    compute_ratio(p.o, row, count, b);
-    if (p.given(kSamplerLogProbs)) compute_sampler(p.o, row, count, b);
-    compute_weight(p, row, count, b);
-    compute_policy(p.o, row, count, b);
+    compute_ratio(p.o, row, whole, b);
+    if (p.given(kSamplerLogProbs)) compute_sampler(p.o, row, whole, b);
+    compute_weight(p, row, whole, b);
+    compute_policy(p.o, row, whole, b);
     if (p.given(kRefLogProbs)) {
       load(p.a.tensors[kRefLogProbs], s, begin, count, b.live, b.ref);
-      compute_kl(p.o, count, b);
+      compute_kl(p.o, whole, b);
     }
-    combine(p, count, b);
+    combine(p, whole, b);
     if (row.held != T(0)) memset(b.through, 0, sizeof(b.through));
     store_outputs(p, offset, count, b);
-    if (p.a.metrics != nullptr) add_metrics(p, count, b, record);
+    if (p.a.metrics != nullptr) add_metrics(p, whole, b, record);
     if (p.o.shares_gradient) {
-      record[kThrough] += sum_terms(b.live, count, [&](int64_t i) { return b.upstream[i] * b.through[i]; });
+      record[kThrough] += sum_terms(b.live, whole, [&](int64_t i) { return b.upstream[i] * b.through[i]; });
     }
   }
   record[kTokenLoss] *= factor;
@@ -137,26 +128,34 @@ void share_segment(const Problem<T>& p, int64_t index) {
 
 // --- rows --------------------------------------------------------------------------------------------------------------------
 
-// Leaves the sums of every row with its first segment.
-void merge_row_sums(const GRPOLossArgs& a) {
-  for (int64_t row = 0; row < a.layout.batch; ++row) {
-    const Segment s = first_segment(a.layout, row);
-    double* sums = segment_row_sums(a, s.first);
-    for (int64_t k = 1; k < s.segments; ++k) {
-      for (int i = 0; i < kRowSums; ++i) sums[i] += segment_row_sums(a, s.first + k)[i];
-    }
+// Leaves the sums of a row with its first segment.
+void merge_row_sums(const GRPOLossArgs& a, int64_t row) {
+  const Segment s = first_segment(a.layout, row);
+  double* sums = segment_row_sums(a, s.first);
+  for (int64_t k = 1; k < s.segments; ++k) {
+    for (int i = 0; i < kRowSums; ++i) sums[i] += segment_row_sums(a, s.first + k)[i];
   }
 }
 
 template <typename T>
-void merge_through(const GRPOLossArgs& a) {
-  for (int64_t row = 0; row < a.layout.batch; ++row) {
-    const Segment s = first_segment(a.layout, row);
-    double through = 0.0;
-    for (int64_t k = 0; k < s.segments; ++k) through += segment_record(a, s.first + k)[kThrough];
-    double* sums = segment_row_sums(a, s.first);
-    sums[kRowLogRatio] = double(shared_gradient<T>(through, sums[kRowTokens]));
-  }
+void merge_through(const GRPOLossArgs& a, int64_t row) {
+  const Segment s = first_segment(a.layout, row);
+  double through = 0.0;
+  for (int64_t k = 0; k < s.segments; ++k) through += segment_record(a, s.first + k)[kThrough];
+  double* sums = segment_row_sums(a, s.first);
+  sums[kRowLogRatio] = double(shared_gradient<T>(through, sums[kRowTokens]));
+}
+
+// All passes over a row of a padded layout.
+template <typename T>
+void row_at_once(const Problem<T>& p, int64_t row, bool shares) {
+  const Segment s = first_segment(p.a.layout, row);
+  for (int64_t k = 0; k < s.segments; ++k) sum_segment(p, s.first + k);
+  merge_row_sums(p.a, row);
+  for (int64_t k = 0; k < s.segments; ++k) loss_segment(p, s.first + k);
+  if (!shares) return;
+  merge_through<T>(p.a, row);
+  for (int64_t k = 0; k < s.segments; ++k) share_segment(p, s.first + k);
 }
 
 template <typename T>
@@ -203,14 +202,20 @@ int64_t run(const GRPOLossArgs& a, int threads) {
       for (int64_t index = begin; index < end; ++index) body(p, index);
     });
   };
-  if (p.o.needs_row_sums()) {
+  const bool shares = p.o.shares_gradient && a.grad_log_probs != nullptr;
+  if (!p.o.needs_row_sums()) {
+    for_segments(&loss_segment<T>);
+  } else if (a.layout.cu_seqlens == nullptr && a.layout.batch >= kRowsPerThread * team) {
+    // A row at a time: what its passes read again is still in the cache.
+    parallel_rows(a.layout.batch, team, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) row_at_once(p, row, shares);
+    });
+  } else {
     for_segments(&sum_segment<T>);
-    merge_row_sums(a);
-  }
-  for_segments(&loss_segment<T>);
-  if (p.o.shares_gradient && a.grad_log_probs != nullptr) {
-    merge_through<T>(a);
-    for_segments(&share_segment<T>);
+    for (int64_t row = 0; row < a.layout.batch; ++row) merge_row_sums(a, row);
+    for_segments(&loss_segment<T>);
+    for (int64_t row = 0; row < a.layout.batch && shares; ++row) merge_through<T>(a, row);
+    if (shares) for_segments(&share_segment<T>);
   }
   if (a.metrics != nullptr) merge_records<T>(a, p.o);
   return -1;

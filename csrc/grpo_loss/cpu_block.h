@@ -1,16 +1,21 @@
 // The stages of the CPU kernel for a block of tokens: load, ratio, weights, policy term, KL, outputs. Each is a loop over
 // arrays in the first-level cache, without branches inside, so that it vectorises. Masked tokens become zeros when they are
-// loaded.
+// loaded, and so do those that fill up a block's last lanes: the stages after loading, and the sums, take whole lanes.
 #pragma once
 
 #include <cstring>
 
+#include "common/cpu_lanes.h"
 #include "grpo_loss/records.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
 namespace loss_kernels {
 constexpr int64_t kBlock = 256;
+constexpr int64_t kLanes = 8;  // of a sum, whatever the instruction set: they decide its order
+
+// Tokens of a block with those that fill it up, to twice the lanes.
+inline int64_t padded(int64_t count) { return (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
 template <typename T>
 struct Block {
@@ -31,6 +36,7 @@ struct Problem {
   T beta, entropy_coef, threshold;
 
   bool given(int input) const { return a.tensors[input].data != nullptr; }
+  bool masks_by_entropy() const { return a.numbers[kEntropyThreshold].data != nullptr; }
 };
 
 template <typename T>
@@ -51,6 +57,7 @@ bool load_mask(const LossTensor& tensor, const Segment& s, int64_t begin, int64_
     live[i] = mask[i] != 0 ? T(1) : T(0);
     any = live[i] > any ? live[i] : any;
   }
+  for (int64_t i = count; i < padded(count); ++i) live[i] = T(0);
   return any != T(0);
 }
 
@@ -61,6 +68,7 @@ bool load_live(const GRPOLossArgs& a, const Segment& s, int64_t begin, int64_t c
   const LossTensor& mask = a.tensors[kMask];
   if (mask.data == nullptr) {
     for (int64_t i = 0; i < count; ++i) live[i] = T(1);
+    for (int64_t i = count; i < padded(count); ++i) live[i] = T(0);
     return true;
   }
   if (a.mask_bytes == 1) return load_mask<int8_t>(mask, s, begin, count, live);
@@ -74,11 +82,27 @@ void load(const LossTensor& tensor, const Segment& s, int64_t begin, int64_t cou
   if (tensor.token_stride == 0) {
     const T value = *data;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = live[i] != T(0) ? value : T(0);
+    for (int64_t i = 0; i < padded(count); ++i) out[i] = live[i] != T(0) ? value : T(0);
     return;
   }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = live[i] != T(0) ? data[i] : T(0);
+  for (int64_t i = count; i < padded(count); ++i) out[i] = T(0);
+}
+
+// Sum of term(i) over the live tokens of a block.
+template <typename T, typename Term>
+double sum_terms(const T* live, int64_t count, const Term& term) {
+  alignas(64) double sums[kLanes] = {};
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t j = i + l, k = j + kLanes;
+      const T first = term(j), second = term(k);
+      sums[l] += double(live[j] != T(0) ? first : T(0)) + double(live[k] != T(0) ? second : T(0));
+    }
+  }
+  return sum_lanes(sums);
 }
 
 template <typename T>
@@ -156,7 +180,7 @@ void weigh(const LossOptions<T>& options, T off_policy, int64_t count, Block<T>&
 template <typename T>
 void compute_weight(const Problem<T>& p, const RowState<T>& row, int64_t count, Block<T>& b) {
   const T threshold = p.threshold;
-  const bool masked_by_entropy = p.a.numbers[kEntropyThreshold].data != nullptr;
+  const bool masked_by_entropy = p.masks_by_entropy();
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) b.kept[i] = !masked_by_entropy | (b.entropy[i] >= threshold) ? b.live[i] : T(0);
   if (p.o.surrogate == kDRO || p.given(kSelection)) {
@@ -166,7 +190,7 @@ void compute_weight(const Problem<T>& p, const RowState<T>& row, int64_t count, 
   if (p.given(kTokenWeights) || p.o.off_policy_mask || masked_by_entropy || p.o.correction != kNoCorrection) {
     return weigh<false>(p.o, row.off_policy, count, b);
   }
-  for (int64_t i = 0; i < count; ++i) b.weight[i] = b.advantage[i];
+  memcpy(b.weight, b.advantage, size_t(count) * sizeof(T));
 }
 
 template <int kKind, typename T>

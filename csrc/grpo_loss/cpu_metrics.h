@@ -1,4 +1,5 @@
-// What the CPU kernel adds to a record for a block of tokens. Each sum is a loop over arrays in the first-level cache.
+// What the CPU kernel adds to a record for a block of tokens, from arrays in the first-level cache. Counts are padded: see
+// cpu_block.h.
 #pragma once
 
 #include "grpo_loss/cpu_block.h"
@@ -11,21 +12,20 @@ namespace loss_kernels {
 
 template <typename T>
 double sum_live(const T* x, const T* live, int64_t count) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += double(live[i] != T(0) ? x[i] : T(0));
-  return sum;
+  return sum_terms(live, count, [=](int64_t i) { return x[i]; });
 }
 
 template <typename T>
 double sum_squares(const T* x, const T* live, int64_t count) {
-  double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) {
-    const double value = double(live[i] != T(0) ? x[i] : T(0));
-    sum += value * value;
+  alignas(64) double sums[kLanes] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const double value = double(live[i + l] != T(0) ? x[i + l] : T(0));
+      sums[l] = multiply_add(value, value, sums[l]);
+    }
   }
-  return sum;
+  return sum_lanes(sums);
 }
 
 // Exact: at most 256 ones.
@@ -52,8 +52,9 @@ void add_extremes(const T* x, const T* live, int64_t count, double* minimum, dou
   if (double(high) > *maximum) *maximum = double(high);
 }
 
+// Returns the number of live tokens.
 template <typename T>
-void add_flags(const Problem<T>& p, int64_t count, const Block<T>& b, double* record) {
+double add_flags(const Problem<T>& p, int64_t count, const Block<T>& b, double* record) {
   const LossOptions<T> o = p.o;
   const bool bounds_divergence = o.bounds_divergence();
   const T* clipped = o.surrogate == kGMPO ? b.log_ratio : (bounds_divergence ? b.moved : b.ratio);
@@ -76,18 +77,50 @@ void add_flags(const Problem<T>& p, int64_t count, const Block<T>& b, double* re
   record[kClipHigh] += double(high);
   record[kCapped] += double(capped);
   record[kZeroAdvantage] += double(zero);
+  return double(tokens);
+}
+
+// Sets what every configuration sums to zero in masked tokens: GCC vectorises no loop that selects and converts.
+template <typename T>
+void mask_sums(int64_t count, Block<T>& b) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    b.loss[i] = b.live[i] != T(0) ? b.loss[i] : T(0);
+    b.log_ratio[i] = b.live[i] != T(0) ? b.log_ratio[i] : T(0);
+    b.ratio[i] = b.live[i] != T(0) ? b.ratio[i] : T(0);
+  }
+}
+
+// The sums that every configuration has, in one loop. Returns that of the losses.
+template <typename T>
+double add_sums(int64_t count, const Block<T>& b, double* record) {
+  alignas(64) double losses[kLanes] = {}, log_ratios[kLanes] = {}, ratios[kLanes] = {}, squares[kLanes] = {};
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t j = i + l, k = j + kLanes;
+      const double first = double(b.ratio[j]), second = double(b.ratio[k]);
+      losses[l] += double(b.loss[j]) + double(b.loss[k]);
+      log_ratios[l] += double(b.log_ratio[j]) + double(b.log_ratio[k]);
+      ratios[l] += first + second;
+      squares[l] += multiply_add(first, first, second * second);
+    }
+  }
+  record[kLogRatio] += sum_lanes(log_ratios);
+  record[kRatio] += sum_lanes(ratios);
+  record[kRatioSquared] += sum_lanes(squares);
+  return sum_lanes(losses);
 }
 
 template <typename T>
-void add_metrics(const Problem<T>& p, int64_t count, const Block<T>& b, double* record) {
-  add_flags(p, count, b, record);
-  record[kTokenLoss] += sum_live(b.loss, b.live, count);
-  record[kPolicyLoss] += sum_live(b.policy, b.live, count);
-  record[kLogRatio] += sum_live(b.log_ratio, b.live, count);
-  record[kRatio] += sum_live(b.ratio, b.live, count);
-  record[kRatioSquared] += sum_squares(b.ratio, b.live, count);
+void add_metrics(const Problem<T>& p, int64_t count, Block<T>& b, double* record) {
+  const double tokens = add_flags(p, count, b, record);
   add_extremes(b.ratio, b.live, count, &record[kRatioMin], &record[kRatioMax]);
-  record[kHighEntropy] += count_live(b.kept, b.live, count);
+  mask_sums(count, b);
+  const double loss = add_sums(count, b, record);
+  record[kTokenLoss] += loss;
+  record[kPolicyLoss] += p.given(kRefLogProbs) ? sum_live(b.policy, b.live, count) : loss;
+  record[kHighEntropy] += p.masks_by_entropy() ? count_live(b.kept, b.live, count) : tokens;
   if (p.given(kRefLogProbs)) record[kKL] += sum_live(b.kl, b.live, count);
   if (p.given(kTokenEntropy)) {
     record[kEntropy] += sum_live(b.entropy, b.live, count);
