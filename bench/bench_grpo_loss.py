@@ -30,6 +30,15 @@ class _Variant:
     config: grpo_kernels.GRPOLossConfig
     policy: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     reduce: Callable[[Tensor, Tensor], Tensor]
+    log_ratio: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _token_log_ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    return log_probs - old
+
+
+def _sequence_log_ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    return ((log_probs - old) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _clipped(low: float, high: float, log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -38,12 +47,11 @@ def _clipped(low: float, high: float, log_ratio: Tensor, advantages: Tensor) -> 
 
 
 def _token_clip(low: float, high: float, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    return _clipped(low, high, log_probs - old, advantages)
+    return _clipped(low, high, _token_log_ratio(log_probs, old, mask), advantages)
 
 
 def _sequence_clip(low: float, high: float, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    mean = ((log_probs - old) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return _clipped(low, high, mean, advantages)
+    return _clipped(low, high, _sequence_log_ratio(log_probs, old, mask), advantages)
 
 
 def _capped(cap: float, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -64,10 +72,10 @@ def _preset(name: str, **overrides: Any) -> grpo_kernels.GRPOLossConfig:
 
 
 _VARIANTS = {
-    "clip + k3": _Variant(_preset("bnpo", kl_coef=0.04), partial(_token_clip, 0.2, 0.2), _token_mean),
-    "dapo": _Variant(_preset("dapo"), partial(_token_clip, 0.2, 0.28), _token_mean),
-    "gspo": _Variant(_preset("gspo"), partial(_sequence_clip, 3e-4, 4e-4), _sequence_mean),
-    "cispo": _Variant(_preset("cispo"), partial(_capped, 5.0), _token_mean),
+    "clip + k3": _Variant(_preset("bnpo", kl_coef=0.04), partial(_token_clip, 0.2, 0.2), _token_mean, _token_log_ratio),
+    "dapo": _Variant(_preset("dapo"), partial(_token_clip, 0.2, 0.28), _token_mean, _token_log_ratio),
+    "gspo": _Variant(_preset("gspo"), partial(_sequence_clip, 3e-4, 4e-4), _sequence_mean, _sequence_log_ratio),
+    "cispo": _Variant(_preset("cispo"), partial(_capped, 5.0), _token_mean, _token_log_ratio),
 }
 
 
@@ -106,7 +114,7 @@ def _eager_with_metrics(
     weight = mask.to(loss.dtype)
     with torch.no_grad():
         tokens = weight.sum().clamp(min=1)
-        ratio = torch.exp(log_probs - old)
+        ratio = torch.exp(variant.log_ratio(log_probs, old, weight))
         low = (ratio < 1 - variant.config.clip_low) & (advantages[:, None] < 0)
         high = (ratio > 1 + (variant.config.clip_high or variant.config.clip_low)) & (advantages[:, None] > 0)
         for value in (low, high, low | high, ratio, kl):
@@ -159,9 +167,8 @@ def case(device: str, shape: tuple[int, int], name: str) -> Case:
         Provider("ours, forward", lambda inputs: (_ours(variant, inputs),), "part"),
         Provider("eager", _plain(eager), "eager"),
         Provider("torch.compile", _plain(compiled(eager)), "compile"),
+        Provider("eager with metrics", _plain(partial(_eager_with_metrics, variant)), "peer"),
     ]
-    if name == "clip + k3":
-        providers.append(Provider("eager with metrics", _plain(partial(_eager_with_metrics, variant)), "peer"))
     elements = shape[0] * shape[1]
     reads = 3 if variant.config.kl_coef else 2
     return Case(
