@@ -2,6 +2,7 @@
 
 Every kernel function ends with (device, stream_or_threads): -1 and a number of threads for the CPU, or a CUDA ordinal
 and a stream. It returns -1, or the first row with a fault that only the data shows. csrc/<op>/<op>.h explains the rest.
+On the CPU a `scratch` or `workspace` of 0 leaves it to the launcher to allocate that.
 """
 
 from collections.abc import Sequence

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The element types that ops accept."""
 INTEGER = (torch.int64, torch.int32)
+
+
+_Check = TypeVar("_Check", bound=Callable[..., None])
+
+
+def remembered(check: _Check) -> _Check:
+    """A check of options alone, made once for the same values of the same types; never of tensors or sequences."""
+    passed = functools.lru_cache(maxsize=256, typed=True)(check)
+
+    def run(*options: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*options)
+        try:
+            return passed(*options)
+        except TypeError:  # an option is of the wrong type, or cannot be looked up
+            return check(*options)
+
+    return cast(_Check, run)
 
 
 def check_tensor(op: str, name: str, value: Any) -> None:
@@ -28,15 +47,20 @@ def check_dtype(op: str, name: str, tensor: torch.Tensor, allowed: Sequence[torc
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, *allowed: tuple[str, Sequence[int]]) -> None:
     """The shape is one of `allowed`, each a symbolic form such as "[B, T]" and its sizes in this call."""
-    if not any(tuple(tensor.shape) == tuple(shape) for _, shape in allowed):
-        wanted = " or ".join(f"{symbol} = {list(shape)}" for symbol, shape in allowed)
-        raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
+    found = tuple(tensor.shape)
+    for _, shape in allowed:
+        if found == tuple(shape):
+            return
+    wanted = " or ".join(f"{symbol} = {list(shape)}" for symbol, shape in allowed)
+    raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
 
 
 def check_ndim(op: str, name: str, tensor: torch.Tensor, *allowed: str) -> None:
     """The number of dimensions is that of one of the symbolic forms `allowed`, such as "[B, T]"."""
-    if not any(tensor.ndim == symbol.count(",") + 1 for symbol in allowed):
-        raise ValueError(f"{op}: {name} must have shape {' or '.join(allowed)}, got {list(tensor.shape)}")
+    for symbol in allowed:
+        if tensor.ndim == symbol.count(",") + 1:
+            return
+    raise ValueError(f"{op}: {name} must have shape {' or '.join(allowed)}, got {list(tensor.shape)}")
 
 
 def check_same_device(op: str, name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 
 from grpo_kernels import _extension
 from grpo_kernels._autocast import no_autocast
+from grpo_kernels._direct import is_direct
 
 BACKENDS = ("native", "triton", "reference")
 MINIMUM_CAPABILITY = (8, 0)
@@ -42,7 +44,7 @@ class Backends:
 
 _registered: dict[str, Backends] = {}
 _ops: dict[str, str] = {}
-_resolved: dict[tuple[str, str | None, str, int, torch.dtype], str] = {}
+_resolved: dict[tuple[str, str | None, torch.device, torch.dtype], str] = {}
 _forced: str | None = None
 
 
@@ -76,6 +78,22 @@ def define(schema: str, *, package: str, fake: Callable[..., Any], definition: s
     _ops[name] = package
     overload: torch._ops.OpOverload = getattr(torch.ops.grpo_kernels, name).default
     return overload
+
+
+def direct(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The op as it is called: past torch.library where that changes nothing but the time that a call takes."""
+    name = op._schema.name.partition("::")[2]
+    modules = {backend: f"{_ops[name]}._{backend}" for backend in ("native", "triton")}
+    places = [place for place, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+    tensors = operator.itemgetter(*places, *places[:1])  # two at least: of one alone it would give no tuple
+
+    def call(*arguments: Any) -> Any:
+        module = modules.get(arguments[-1])
+        if module is None or torch.compiler.is_compiling() or not is_direct(tensors(arguments)):
+            return op(*arguments)
+        return _implementation(module, name)(*arguments[:-1])
+
+    return call
 
 
 @functools.cache
@@ -121,8 +139,7 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
     Raises:
         BackendUnavailable: one was asked for with `backend(...)` and cannot be used.
     """
-    device = tensor.device
-    chosen: str = _resolve(op, _forced, device.type, -1 if device.index is None else device.index, tensor.dtype)
+    chosen: str = _resolve(op, _forced, tensor.device, tensor.dtype)
     return chosen
 
 
@@ -131,16 +148,16 @@ def resolve_part(op: str, tensor: torch.Tensor, backend: str) -> str:
     asked for, unless all is to be plain PyTorch."""
     if backend == "reference":
         return backend
-    device = tensor.device
-    chosen: str = _resolve(op, None, device.type, -1 if device.index is None else device.index, tensor.dtype)
+    chosen: str = _resolve(op, None, tensor.device, tensor.dtype)
     return chosen
 
 
-def _resolve(op: str, forced: str | None, device_type: str, index: int, dtype: torch.dtype) -> str:
-    key = (op, forced, device_type, index, dtype)
+def _resolve(op: str, forced: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    key = (op, forced, device, dtype)
     chosen = _resolved.get(key)
     if chosen is None:
-        chosen = _resolved[key] = _choose(*key)
+        index = -1 if device.index is None else device.index
+        chosen = _resolved[key] = _choose(op, forced, device.type, index, dtype)
     return chosen
 
 

@@ -20,6 +20,7 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the extension is not built ({error})"
 
 
+@functools.cache
 def extension() -> ModuleType:
     """The compiled module. Callers have resolved the backend to "native", so it is there."""
     module, problem = _load()
@@ -47,9 +48,9 @@ def cuda_problem(device: int) -> str:
 
 def execution(tensor: torch.Tensor) -> tuple[int, int]:
     """Where a kernel runs: (-1, number of threads) on the CPU, (ordinal, current stream) on CUDA."""
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return -1, torch.get_num_threads()
-    index = tensor.device.index
+    index = tensor.get_device()
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 

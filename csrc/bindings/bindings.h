@@ -7,8 +7,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/cpu_isa.h"
 
@@ -26,6 +28,23 @@ template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+// Scratch of a kernel: what the caller allocated, or, where that is nothing (on the CPU), memory of the call, full of NaN so
+// that a number that is read before it was written shows.
+class Scratch {
+ public:
+  template <typename Size>
+  Scratch(Address given, Size doubles) : data_(pointer<double>(given)) {
+    if (data_ != nullptr) return;
+    own_.assign(size_t(doubles()), std::numeric_limits<double>::quiet_NaN());
+    data_ = own_.data();
+  }
+  double* data() const { return data_; }
+
+ private:
+  std::vector<double> own_;
+  double* data_;
+};
 
 #if defined(GK_CUDA)
 inline void check_cuda(const char* op, int status) {

@@ -34,7 +34,8 @@ int64_t grpo_loss(int64_t batch, int64_t tokens, Address cu_seqlens, bool wide_c
   for (size_t i = 0; i < options.size(); ++i) args.options[i] = options[i];
   for (size_t i = 0; i < parameters.size(); ++i) args.parameters[i] = parameters[i];
   args.max_length = max_length;
-  args.workspace = pointer<double>(workspace);
+  const Scratch memory(workspace, [&] { return GK_ISA::loss_kernels::workspace_size(args.layout); });
+  args.workspace = memory.data();
   args.counters = pointer<uint32_t>(counters);
   args.loss = pointer<void>(loss);
   args.grad_log_probs = pointer<void>(grad_log_probs);

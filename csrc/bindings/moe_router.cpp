@@ -43,7 +43,8 @@ int64_t moe_router(Address logits, int64_t tokens, int64_t row_stride, int exper
   args.mask = pointer<const uint8_t>(mask);
   args.replay = pointer<const void>(replay);
   args.replay_type = replay_type;
-  args.workspace = pointer<double>(workspace);
+  const Scratch memory(workspace, [&] { return moe_router_workspace(tokens, experts, sequences, losses, device >= 0); });
+  args.workspace = memory.data();
   args.counters = reinterpret_cast<uint32_t*>(args.workspace + sums_size(tokens, experts, sequences, losses, device >= 0));
   args.topk_weights = pointer<void>(outputs[0]);
   args.topk_ids = pointer<int32_t>(outputs[1]);

@@ -44,9 +44,10 @@ def group_advantages(
     order, sorted_ids = _sorted_groups(group_ids)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     execution = _extension.execution(rewards)
-    batch_statistic = normalize_by in ("batch", "batch_tokens") or aggregation == "normalize_then_sum"
-    scratch_size = batch * batch_statistic if execution[0] >= 0 else 2 * batch
-    scratch = rewards.new_empty(scratch_size, dtype=torch.float64)
+    scratch = None  # on the CPU the launcher has its own
+    if execution[0] >= 0:
+        batch_statistic = normalize_by in ("batch", "batch_tokens") or aggregation == "normalize_then_sum"
+        scratch = rewards.new_empty(batch * batch_statistic, dtype=torch.float64)
     advantages = rewards.new_empty(batch, dtype=dtype)
     mean, std = torch.empty_like(advantages), torch.empty_like(advantages)
     _extension.extension().group_advantages(
@@ -66,7 +67,7 @@ def group_advantages(
         correction,
         eps,
         batch_eps,
-        scratch.data_ptr(),
+        pointer(scratch),
         advantages.data_ptr(),
         mean.data_ptr(),
         std.data_ptr(),

@@ -78,6 +78,7 @@ def _check_flags(op: str, name: str, flags: Tensor | None, values_name: str, val
     return flags if flags.dtype == torch.bool else flags != 0
 
 
+@_checks.remembered
 def _check_normalization(
     baseline: str,
     normalize_by: str,
@@ -205,7 +206,7 @@ def group_advantages(
         reward_weights = reward_weights.detach()
     lengths = _check_lengths(lengths, rewards, baseline, normalize_by)
 
-    rewards = rewards.detach()
+    rewards = rewards.detach() if rewards.requires_grad else rewards
     batch = rewards.shape[0]
     ranks = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     size = _check_groups(op, rewards, "rewards", group_size, group_ids, ranks)
@@ -213,8 +214,8 @@ def group_advantages(
         rewards = _gather(rewards, process_group)
         group_ids = None if group_ids is None else _gather(group_ids, process_group)
         lengths = None if lengths is None else _gather(lengths, process_group)
-    epsilons = (float(eps), float(eps if batch_eps is None else batch_eps))
-    options = (size, baseline, normalize_by, aggregation, singleton, *epsilons, correction)
+    batch_eps = eps if batch_eps is None else batch_eps
+    options = (size, baseline, normalize_by, aggregation, singleton, float(eps), float(batch_eps), correction)
     arguments = (rewards, group_ids, reward_weights, lengths, *options)
     backend = resolve(op, rewards)
     if backend == "reference":

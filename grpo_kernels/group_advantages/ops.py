@@ -23,13 +23,14 @@ def _group_advantages_fake(rewards: Tensor, *_: object) -> tuple[Tensor, Tensor,
     )
 
 
-group_advantages = _dispatch.define(
+_group_advantages = _dispatch.define(
     "group_advantages(Tensor rewards, Tensor? group_ids, Tensor? reward_weights, Tensor? lengths, int group_size, "
     "str baseline, str normalize_by, str aggregation, str singleton, float eps, float batch_eps, int correction, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     package=_PACKAGE,
     fake=_group_advantages_fake,
 )
+group_advantages = _dispatch.direct(_group_advantages)
 
 informative_groups = _dispatch.define(
     "informative_groups(Tensor rewards, Tensor? group_ids, Tensor? mask, int group_size, float tolerance, str backend) "

@@ -12,18 +12,21 @@ from grpo_kernels.grpo_loss.ops import METRICS, NO_REDUCTION
 _ABSENT = (0, 0, 0)
 
 
-def _dense(value: Tensor | None) -> Tensor | None:
-    """The kernels stride over rows and take the last axis as it lies."""
-    return value if value is None or value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+def _place(value: Tensor | None, shape: torch.Size, kept: list[Tensor]) -> tuple[int, int, int]:
+    """Address, and strides in elements from sequence to sequence and from token to token.
 
-
-def _place(value: Tensor | None, per_token: tuple[int, ...]) -> tuple[int, int, int]:
-    """Address, and strides in elements from sequence to sequence and from token to token."""
+    The kernels stride over rows and take the last axis as it lies: where it does not, `kept` keeps a copy alive.
+    """
     if value is None:
         return _ABSENT
-    if value.shape != per_token:
-        return value.data_ptr(), value.stride(0), 0
-    return value.data_ptr(), value.stride(0) if value.ndim == 2 else 0, 1
+    strides = value.stride()
+    if strides[-1] != 1 and value.shape[-1] != 1:
+        value = value.contiguous()
+        kept.append(value)
+        strides = value.stride()
+    if value.shape != shape:
+        return value.data_ptr(), strides[0], 0
+    return value.data_ptr(), strides[0] if len(strides) == 2 else 0, 1
 
 
 def grpo_loss(
@@ -58,19 +61,18 @@ def grpo_loss(
     need_log_probs_grad = need_log_probs_grad and with_grad
     need_entropy_grad = need_entropy_grad and with_grad and entropy is not None
 
-    def output(wanted: bool, *size: int) -> Tensor:  # outputs must not share memory, not even empty ones
-        return log_probs.new_empty(size if wanted else (0,))
-
-    loss = output(not again, *(shape if per_token else ()))
-    grad_log_probs = output(need_log_probs_grad, *shape)
-    grad_entropy = output(need_entropy_grad, *shape)
-    scale = output(not per_token, 2)
-    metrics = log_probs.new_empty(0 if again else METRICS, dtype=torch.float32)
+    empty = log_probs.new_empty  # outputs must not share memory, not even those of no elements
+    loss = empty(shape if per_token and not again else (0,) if again else ())
+    grad_log_probs = empty(shape) if need_log_probs_grad else empty(0)
+    grad_entropy = empty(shape) if need_entropy_grad else empty(0)
+    scale = empty(0 if per_token else 2)
+    metrics = empty(0 if again else METRICS, dtype=torch.float32)
 
     native, execution = _extension.extension(), _extension.execution(log_probs)
-    workspace_size, counters_size = native.grpo_loss_sizes(batch, shape[-1], cu_seqlens is not None)
-    workspace = log_probs.new_empty(workspace_size, dtype=torch.float64)
-    counters = log_probs.new_empty(counters_size, dtype=torch.int32) if execution[0] >= 0 else None
+    workspace = counters = None  # on the CPU the launcher has its own
+    if execution[0] >= 0:
+        workspace_size, counters_size = native.grpo_loss_sizes(batch, shape[-1], cu_seqlens is not None)
+        workspace, counters = empty(workspace_size, dtype=torch.float64), empty(counters_size, dtype=torch.int32)
     inputs = (
         log_probs,
         old_log_probs,
@@ -83,7 +85,7 @@ def grpo_loss(
         selection,
         upstream,
     )
-    kept = [_dense(value) for value in inputs]  # copies must outlive the call
+    kept: list[Tensor] = []
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
 
     bad_row = native.grpo_loss(
@@ -93,7 +95,7 @@ def grpo_loss(
         cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
         DTYPE_CODE[log_probs.dtype],
         0 if mask is None else mask.element_size(),
-        [_place(value, shape) for value in kept],
+        [_place(value, shape, kept) for value in inputs],
         (
             (pointer(kl_coef_tensor), kl_coef),
             (pointer(entropy_coef_tensor), entropy_coef),
@@ -103,7 +105,7 @@ def grpo_loss(
         max_length,
         options,
         parameters,
-        workspace.data_ptr(),
+        pointer(workspace),
         pointer(counters),
         pointer(None if again else loss),
         grad_log_probs.data_ptr() if need_log_probs_grad else 0,

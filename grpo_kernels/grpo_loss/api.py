@@ -141,39 +141,33 @@ def evaluate(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[
     """The loss, differentiable in log_probs and entropy, and the values of its metrics."""
     if backend == "reference":
         return reference.grpo_loss(inputs, config)
-    tensors: list[Tensor | None] = list(inputs[:11])
+    log_probs, entropy = inputs.log_probs, inputs.entropy
     numbers: list[Any] = []
     for value in inputs[11:14]:
-        tensor, number = (value, 0.0) if isinstance(value, Tensor) else (None, value)
-        tensors.append(tensor)
-        numbers.append(number)
-    constants = (*numbers, inputs.max_length, *config.pack(), backend)
-    entropy = inputs.entropy
-    if torch.is_grad_enabled() and (inputs.log_probs.requires_grad or (entropy is not None and entropy.requires_grad)):
-        loss, values = _GRPOLoss.apply(config.reduction == "none", constants, *tensors)  # type: ignore[no-untyped-call]
+        numbers += (value, 0.0) if isinstance(value, Tensor) else (None, value)
+    fixed = (inputs[1:7], inputs[8:11], (*numbers, inputs[14], *config.pack()), backend)
+    if torch.is_grad_enabled() and (log_probs.requires_grad or (entropy is not None and entropy.requires_grad)):
+        loss, values = _GRPOLoss.apply(log_probs, entropy, fixed, config.reduction == "none")  # type: ignore[no-untyped-call]
     else:
-        loss, _, _, _, values = _call(tensors, constants, None, False, False)
+        loss, _, _, _, values = _call(log_probs, entropy, fixed, None, False, False)
     return loss, values
 
 
-def _call(tensors: Any, constants: Any, upstream: Tensor | None, need_log_probs: bool, need_entropy: bool) -> Any:
-    kl_coef, entropy_coef, num_items, max_length, options, parameters, backend = constants
-    kl_tensor, entropy_tensor, items_tensor = tensors[11:]
+_Fixed = tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], tuple[Any, ...], str]
+"""The op's arguments without a gradient: before `entropy`, before `upstream`, the numbers and options, the backend."""
+
+
+def _call(
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    fixed: _Fixed,
+    upstream: Tensor | None,
+    need_log_probs: bool,
+    need_entropy: bool,
+) -> Any:
+    tensors, statistics, options, backend = fixed
     return ops.grpo_loss(
-        *tensors[:11],
-        upstream,
-        kl_tensor,
-        kl_coef,
-        entropy_tensor,
-        entropy_coef,
-        items_tensor,
-        num_items,
-        max_length,
-        options,
-        parameters,
-        need_log_probs,
-        need_entropy,
-        backend,
+        log_probs, *tensors, entropy, *statistics, upstream, *options, need_log_probs, need_entropy, backend
     )
 
 
@@ -185,31 +179,39 @@ class _GRPOLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, per_token: bool, constants: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
-        ctx.per_token, ctx.constants = per_token, constants
-        ctx.needs = ctx.needs_input_grad[2], ctx.needs_input_grad[9]
-        now = (False, False) if per_token else ctx.needs
-        loss, grad_log_probs, grad_entropy, scale, values = _call(tensors, constants, None, *now)
-        ctx.save_for_backward(*(tensors if per_token else (grad_log_probs, grad_entropy, scale)))
+    def forward(
+        ctx: Any, log_probs: Tensor, entropy: Tensor | None, fixed: _Fixed, per_token: bool
+    ) -> tuple[Tensor, Tensor]:
+        need_log_probs, need_entropy, _, _ = ctx.needs_input_grad
+        if per_token:
+            loss, _, _, _, values = _call(log_probs, entropy, fixed, None, False, False)
+            tensors, statistics, (kl, kl_coef, bonus, entropy_coef, items, *others), backend = fixed
+            ctx.save_for_backward(log_probs, entropy, kl, bonus, items, *statistics, *tensors)
+            ctx.again = (kl_coef, entropy_coef, others, backend)
+        else:
+            loss, grad_log_probs, grad_entropy, scale, values = _call(
+                log_probs, entropy, fixed, None, need_log_probs, need_entropy
+            )
+            ctx.save_for_backward(grad_log_probs, grad_entropy, scale)
+            ctx.again = None
         ctx.mark_non_differentiable(values)
         return loss, values
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         upstream = upstreams[0]
-        need_log_probs, need_entropy = ctx.needs
-        if ctx.per_token:
-            _, grad_log_probs, grad_entropy, _, _ = _call(ctx.saved_tensors, ctx.constants, upstream, *ctx.needs)
+        need_log_probs, need_entropy, _, _ = ctx.needs_input_grad
+        if ctx.again is not None:
+            log_probs, entropy, kl, bonus, items, *tensors = ctx.saved_tensors
+            kl_coef, entropy_coef, others, backend = ctx.again
+            options = (kl, kl_coef, bonus, entropy_coef, items, *others)
+            fixed = (tuple(tensors[3:]), tuple(tensors[:3]), options, backend)
+            _, grad_log_probs, grad_entropy, _, _ = _call(
+                log_probs, entropy, fixed, upstream, need_log_probs, need_entropy
+            )
         else:
             grad_log_probs, grad_entropy, scale = ctx.saved_tensors
             factors = upstream * scale
             grad_log_probs = grad_log_probs * factors[0] if need_log_probs else None
             grad_entropy = grad_entropy * factors[1] if need_entropy else None
-        return (
-            None,
-            None,
-            grad_log_probs if need_log_probs else None,
-            *(None,) * 6,
-            grad_entropy if need_entropy else None,
-            *(None,) * 6,
-        )
+        return grad_log_probs if need_log_probs else None, grad_entropy if need_entropy else None, None, None

@@ -11,7 +11,6 @@ from grpo_kernels import _checks
 from grpo_kernels.grpo_loss.config import GRPOLossConfig
 from grpo_kernels.grpo_loss.rows import LossInputs
 
-_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
 
 
@@ -61,74 +60,94 @@ def loss_inputs(
     """Checks every argument but the log-probs and cu_seqlens. What takes the whole batch is left open."""
     if not isinstance(config, GRPOLossConfig):
         raise TypeError(f"{subject.op}: config must be a GRPOLossConfig, got {type(config).__name__}")
-    per_row: _Shapes = (("[B]", (batch,)),)
-    sampler = _per_token(subject, "sampler_log_probs", sampler_log_probs)
-    ref = _per_token(subject, "ref_log_probs", ref_log_probs)
-    entropy = _per_token(subject, "entropy", entropy)
-    mask = _check_mask(subject, mask)
-    kl, bonus = _coefficients(subject, config, kl_coef, entropy_coef, ref, entropy, sampler)
+    like = _like(subject)
+    log_probs, row = subject.log_probs, torch.Size((batch,))
+    sampler = _per_token(like, "sampler_log_probs", sampler_log_probs)
+    ref = _per_token(like, "ref_log_probs", ref_log_probs)
+    entropy = _per_token(like, "entropy", entropy)
+    mask = _check_mask(like, mask)
+    kl, bonus = _coefficients(like, config, kl_coef, entropy_coef, ref, entropy, sampler)
     return LossInputs(
-        log_probs=_computed(subject.log_probs, subject.log_probs),
-        old_log_probs=_per_token(subject, "old_log_probs", old_log_probs),
-        advantages=_per_sequence(subject, "advantages", advantages, batch, per_row),
-        mask=mask,
-        ref_log_probs=ref,
-        sampler_log_probs=sampler,
-        token_weights=None
+        log_probs if like.dtype == like.computed else log_probs.to(like.computed),
+        _per_token(like, "old_log_probs", old_log_probs),
+        _per_sequence(like, "advantages", advantages, batch, (row, like.shape)),
+        mask,
+        ref,
+        sampler,
+        None
         if token_weights is None
-        else _per_sequence(subject, "token_weights", token_weights, batch, (*per_row, ("[B, 1]", (batch, 1)))),
-        entropy=entropy,
-        entropy_threshold=None,
-        selection=None,
-        cu_seqlens=cu_seqlens,
-        kl_coef=kl,
-        entropy_coef=bonus,
-        num_items=_check_num_items(subject, num_items, config),
-        max_length=_check_max_length(subject.op, max_length, config, cu_seqlens),
+        else _per_sequence(like, "token_weights", token_weights, batch, (row, torch.Size((batch, 1)), like.shape)),
+        entropy,
+        None,
+        None,
+        cu_seqlens,
+        kl,
+        bonus,
+        _check_num_items(like, num_items, config),
+        _check_max_length(like.op, max_length, config, cu_seqlens),
     )
 
 
-def _computed(value: Tensor, log_probs: Tensor) -> Tensor:
-    """The value in the dtype that the loss is computed in."""
-    dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
-    return value if value.dtype == dtype else value.to(dtype)
+class _Like(NamedTuple):
+    """The subject, each of its attributes read once."""
+
+    op: str
+    name: str
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+    computed: torch.dtype  # what the loss is computed in
 
 
-def _check(subject: Subject, name: str, value: Any, shapes: _Shapes = ()) -> None:
-    """`value` is a floating tensor (a mask may have any type) like the log-probs, or of another of `shapes`."""
-    op, log_probs, like = subject
-    if not (isinstance(value, Tensor) and value.shape == log_probs.shape and value.device == log_probs.device):
-        _checks.check_tensor(op, name, value)
-        symbol = "[B, T]" if log_probs.ndim == 2 else "[N]"
-        _checks.check_shape(op, name, value, *shapes, (symbol, tuple(log_probs.shape)))
-        _checks.check_same_device(op, name, value, like, log_probs)
-    if value.dtype != log_probs.dtype and name != "mask":
-        _checks.check_dtype(op, name, value)
+def _like(subject: Subject) -> _Like:
+    op, log_probs, name = subject
+    dtype = log_probs.dtype
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    return _Like(op, name, log_probs.shape, log_probs.device, dtype, computed)
 
 
-def _per_token(subject: Subject, name: str, value: Tensor | None) -> Tensor | None:
-    if value is None:
-        return None
-    _check(subject, name, value)
-    return _computed(value.detach() if value.requires_grad and name != "entropy" else value, subject.log_probs)
+def _check(like: _Like, name: str, value: Any, shapes: tuple[torch.Size, ...]) -> None:
+    """`value` is a floating tensor (a mask may have any type) of one of the shapes, the last that of the log-probs."""
+    _checks.check_tensor(like.op, name, value)
+    symbols = (*("[B]", "[B, 1]")[: len(shapes) - 1], "[B, T]" if len(like.shape) == 2 else "[N]")
+    _checks.check_shape(like.op, name, value, *zip(symbols, shapes, strict=True))
+    if value.device != like.device:
+        raise ValueError(f"{like.op}: {name} must be on {like.device} like {like.name}, got {value.device}")
+    if name != "mask":
+        _checks.check_dtype(like.op, name, value)
 
 
-def _per_sequence(subject: Subject, name: str, value: Tensor, batch: int, shapes: _Shapes) -> Tensor:
+def _floating(like: _Like, name: str, value: Any, shapes: tuple[torch.Size, ...]) -> Tensor:
+    """The checked value, without gradient, in the dtype that the loss is computed in."""
+    if not isinstance(value, Tensor) or value.shape not in shapes or value.device != like.device:
+        _check(like, name, value, shapes)
+    if value.dtype != like.computed:
+        _check(like, name, value, shapes)
+        value = value.to(like.computed)
+    checked: Tensor = value.detach() if value.requires_grad and name != "entropy" else value
+    return checked
+
+
+def _per_token(like: _Like, name: str, value: Tensor | None) -> Tensor | None:
+    return None if value is None else _floating(like, name, value, (like.shape,))
+
+
+def _per_sequence(like: _Like, name: str, value: Tensor, batch: int, shapes: tuple[torch.Size, ...]) -> Tensor:
     """[B, 1], or the shape of the log-probs."""
-    _check(subject, name, value, shapes)
-    value = _computed(value.detach() if value.requires_grad else value, subject.log_probs)
-    return value[:, None] if value.ndim == 1 and value.shape[0] == batch else value
+    value = _floating(like, name, value, shapes)
+    return value.unsqueeze(1) if value.ndim == 1 and value.shape[0] == batch else value
 
 
-def _check_mask(subject: Subject, mask: Tensor | None) -> Tensor | None:
+def _check_mask(like: _Like, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
-    _check(subject, "mask", mask)
+    if not isinstance(mask, Tensor) or mask.shape != like.shape or mask.device != like.device:
+        _check(like, "mask", mask, (like.shape,))
     return mask if mask.dtype in _MASK_DTYPES else mask != 0
 
 
 def _coefficients(
-    subject: Subject,
+    like: _Like,
     config: GRPOLossConfig,
     kl_coef: Tensor | float | None,
     entropy_coef: Tensor | float | None,
@@ -137,37 +156,38 @@ def _coefficients(
     sampler: Tensor | None,
 ) -> tuple[Tensor | float, Tensor | float]:
     """The two coefficients, after checking that what they and the config need is there."""
-    op = subject.op
-    kl_coef = config.kl_coef if kl_coef is None else kl_coef
-    entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
-    if ref is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
+    op = like.op
+    kl = config.kl_coef if kl_coef is None else kl_coef
+    bonus = config.entropy_coef if entropy_coef is None else entropy_coef
+    if ref is None and (isinstance(kl, Tensor) or kl != 0):
         raise ValueError(f"{op}: ref_log_probs must be given when kl_coef is set, got None")
-    if entropy is None and (isinstance(entropy_coef, Tensor) or entropy_coef != 0):
+    if entropy is None and (isinstance(bonus, Tensor) or bonus != 0):
         raise ValueError(f"{op}: entropy must be given when entropy_coef is set, got None")
     if entropy is None and config.top_entropy_quantile < 1.0:
         raise ValueError(f"{op}: entropy must be given when top_entropy_quantile is set, got None")
     if sampler is None and config.sampler_correction != "none":
         raise ValueError(f"{op}: sampler_log_probs must be given when sampler_correction is set, got None")
-    return _scalar(subject, "kl_coef", kl_coef), _scalar(subject, "entropy_coef", entropy_coef)
+    if kl_coef is None and entropy_coef is None and not torch.compiler.is_compiling():
+        return float(kl), float(bonus)  # the config has checked its own
+    return _scalar(like, "kl_coef", kl), _scalar(like, "entropy_coef", bonus)
 
 
-def _scalar(subject: Subject, name: str, value: Tensor | float) -> Tensor | float:
-    dtype = torch.float64 if subject.log_probs.dtype == torch.float64 else torch.float32
-    tensor, number = _checks.scalar_argument(subject.op, name, value, subject.log_probs.device, dtype)
+def _scalar(like: _Like, name: str, value: Tensor | float) -> Tensor | float:
+    tensor, number = _checks.scalar_argument(like.op, name, value, like.device, like.computed)
     return number if tensor is None else tensor
 
 
-def _check_num_items(subject: Subject, num_items: Tensor | float | None, config: GRPOLossConfig) -> Tensor | float:
+def _check_num_items(like: _Like, num_items: Tensor | float | None, config: GRPOLossConfig) -> Tensor | float:
     """0.0 stands for None."""
     if num_items is None:
         return 0.0
     if config.reduction in ("none", "token_sum"):
         raise ValueError(
-            f"{subject.op}: num_items must be None with reduction={config.reduction!r}, which divides by nothing"
+            f"{like.op}: num_items must be None with reduction={config.reduction!r}, which divides by nothing"
         )
     if isinstance(num_items, (int, float)) and not torch.compiler.is_compiling():
-        _checks.check_number(subject.op, "num_items", num_items, minimum=0.0)
-    return _scalar(subject, "num_items", num_items)
+        _checks.check_number(like.op, "num_items", num_items, minimum=0.0)
+    return _scalar(like, "num_items", num_items)
 
 
 def _check_max_length(op: str, max_length: int | None, config: GRPOLossConfig, cu_seqlens: Tensor | None) -> int:

@@ -34,7 +34,7 @@ def _grpo_loss_fake(log_probs: Tensor, *arguments: object) -> tuple[Tensor, Tens
     )
 
 
-grpo_loss = _dispatch.define(
+_grpo_loss = _dispatch.define(
     "grpo_loss(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? mask, Tensor? ref_log_probs, "
     "Tensor? sampler_log_probs, Tensor? token_weights, Tensor? entropy, Tensor? entropy_threshold, Tensor? selection, "
     "Tensor? cu_seqlens, Tensor? upstream, Tensor? kl_coef_tensor, float kl_coef, Tensor? entropy_coef_tensor, "
@@ -44,6 +44,7 @@ grpo_loss = _dispatch.define(
     package="grpo_kernels.grpo_loss",
     fake=_grpo_loss_fake,
 )
+grpo_loss = _dispatch.direct(_grpo_loss)
 """Returns loss, grad_log_probs, grad_entropy, scale, metrics; absent ones are empty. The first gradient is still to
 be multiplied by scale[0], the second by scale[1]. With ``upstream`` (reduction "none", in the backward) the gradients
 are final and the rest is empty."""

@@ -54,12 +54,16 @@ def moe_router(
     outputs = empty_outputs(logits, cu_seqlens, top_k, aux_loss, seq_aux_loss)
     rows = _dense_rows(logits)
     bias = None if bias is None else bias.to(result_dtype(logits)).contiguous()
-    mask, replay, ends = (None if t is None else t.contiguous() for t in (token_mask, replay_ids, cu_seqlens))
+    mask = None if token_mask is None else token_mask.contiguous()
+    replay = None if replay_ids is None else replay_ids.contiguous()
+    ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     native, execution = _extension.extension(), _extension.execution(logits)
     asked = (z_loss, aux_loss, seq_aux_loss)
     sequences = _sequences(ends)
-    size = native.moe_router_workspace(*logits.shape, sequences[2], asked, execution[0] >= 0)
-    workspace = logits.new_empty(size, dtype=torch.float64)
+    workspace = None  # on the CPU the launcher has its own
+    if execution[0] >= 0:
+        size = native.moe_router_workspace(*logits.shape, sequences[2], asked, True)
+        workspace = logits.new_empty(size, dtype=torch.float64)
     bad = native.moe_router(
         *_rows(rows, top_k),
         _SCORING[scoring_func],
@@ -74,7 +78,7 @@ def moe_router(
         pointer(mask),
         pointer(replay),
         0 if replay is None else _REPLAY[replay.dtype],
-        workspace.data_ptr(),
+        pointer(workspace),
         [output.data_ptr() for output in outputs],
         *execution,
     )

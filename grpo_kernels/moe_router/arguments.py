@@ -25,6 +25,12 @@ def check_logits(logits: Tensor) -> None:
 
 def check_options(tokens: int, experts: int, options: RouterOptions) -> None:
     """The options by themselves, and against the numbers of tokens and experts."""
+    _check_options(tokens, experts, *options)
+
+
+@_checks.remembered
+def _check_options(tokens: int, experts: int, *values: Any) -> None:
+    options = RouterOptions(*values)
     _checks.check_integer(OP, "top_k", options.top_k, minimum=1)
     if options.top_k > min(MAX_TOP_K, experts):
         raise ValueError(f"{OP}: top_k must be <= min(E, {MAX_TOP_K}) = {min(experts, MAX_TOP_K)}, got {options.top_k}")

@@ -24,7 +24,7 @@ def route(
     """topk_weights, topk_ids, tokens_per_expert, losses [3] and replay_mismatch."""
     inputs = (logits, bias, token_mask, replay_ids, cu_seqlens)
     if torch.is_grad_enabled() and logits.requires_grad:
-        applied: tuple[Tensor, ...] = _Route.apply(*inputs, tuple(options), backend)  # type: ignore[no-untyped-call]
+        applied: tuple[Tensor, ...] = _Route.apply(logits, inputs[1:], options, backend)  # type: ignore[no-untyped-call]
         return applied
     results: tuple[Tensor, ...] = ops.moe_router(*inputs, *options, backend)
     return results[:5]
@@ -35,19 +35,12 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        bias: Tensor | None,
-        token_mask: Tensor | None,
-        replay_ids: Tensor | None,
-        cu_seqlens: Tensor | None,
-        options: tuple[Any, ...],
-        backend: str,
+        ctx: Any, logits: Tensor, others: tuple[Tensor | None, ...], options: RouterOptions, backend: str
     ) -> tuple[Tensor, ...]:
-        results = ops.moe_router(logits, bias, token_mask, replay_ids, cu_seqlens, *options, backend)
+        results = ops.moe_router(logits, *others, *options, backend)
         weights, ids, per_expert, losses, mismatch, balance, live_tokens = results
         asked = options[-3:]
-        ctx.save_for_backward(logits, weights, ids, cu_seqlens if asked[2] else None, balance, live_tokens)
+        ctx.save_for_backward(logits, weights, ids, others[3] if asked[2] else None, balance, live_tokens)
         ctx.options, ctx.backend = (options[1], *options[5:]), backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ids, per_expert, mismatch, *([] if any(asked) else [losses]))
@@ -57,4 +50,4 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_weights: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = ops.moe_router_backward(*ctx.saved_tensors, grad_weights, grads[2], *ctx.options, ctx.backend)
-        return (grad, *([None] * 6))
+        return grad, None, None, None

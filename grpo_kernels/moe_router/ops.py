@@ -62,7 +62,7 @@ def _forward_fake(
     return empty_outputs(logits, cu_seqlens, top_k, aux_loss, seq_aux_loss)
 
 
-moe_router = _dispatch.define(
+_moe_router = _dispatch.define(
     "moe_router(Tensor logits, Tensor? bias, Tensor? token_mask, Tensor? replay_ids, Tensor? cu_seqlens, int top_k, "
     "str scoring_func, int n_group, int topk_group, str group_score, bool norm_topk_prob, "
     "float routed_scaling_factor, bool z_loss, bool aux_loss, bool seq_aux_loss, str backend) "
@@ -70,6 +70,7 @@ moe_router = _dispatch.define(
     package=_PACKAGE,
     fake=_forward_fake,
 )
+moe_router = _dispatch.direct(_moe_router)
 """topk_weights [T, K], topk_ids [T, K], tokens_per_expert [E], losses [3] (z, auxiliary, sequence-wise; without
 coefficients, 0 where not asked for), replay_mismatch [], balance [rows, E], live_tokens [].
 

@@ -43,10 +43,6 @@ def _transform(
     return arguments, (ids, live, temperatures)
 
 
-def _wanted(output: Tensor, wanted: bool) -> int:
-    return output.data_ptr() if wanted else 0
-
-
 def token_log_probs(
     logits: Tensor,
     token_ids: Tensor,
@@ -60,15 +56,18 @@ def token_log_probs(
     top1_ids: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wanted = (True, entropy, sum_squared_probs, top1_ids, statistics)
-    outputs = empty_outputs(logits, *wanted[1:])
+    outputs = empty_outputs(logits, entropy, sum_squared_probs, top1_ids, statistics)
     logits, layout = readable(logits)
     arguments, alive = _transform(
         logits, layout, token_ids, mask, temperature_tensor, temperature, logit_scale, softcap
     )
     bad_row = _extension.extension().token_log_probs(
         *arguments,
-        *(_wanted(output, want) for output, want in zip(outputs, wanted, strict=True)),
+        outputs[0].data_ptr(),
+        outputs[1].data_ptr() if entropy else 0,
+        outputs[2].data_ptr() if sum_squared_probs else 0,
+        outputs[3].data_ptr() if top1_ids else 0,
+        outputs[4].data_ptr() if statistics else 0,
         *_extension.execution(logits),
     )
     del alive

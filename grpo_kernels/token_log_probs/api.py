@@ -116,8 +116,10 @@ def token_log_probs(
         return _reference(logits, token_ids, mask, divisor, float(logit_scale), cap, wanted)
     rows = (logits, token_ids, mask, temperatures, number, float(logit_scale), cap)
     results = token_rows(_OP, *rows, wanted, inplace_backward, vocab_shard, backend)
-    optional = (result if want else None for result, want in zip(results[1:4], wanted, strict=True))
-    return TokenLogProbsOutput(results[0], *optional)
+    log_probs, entropy, squared, top1_ids, *_ = results
+    return TokenLogProbsOutput(
+        log_probs, entropy if wanted[0] else None, squared if wanted[1] else None, top1_ids if wanted[2] else None
+    )
 
 
 def _check(

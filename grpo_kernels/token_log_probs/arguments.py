@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +41,17 @@ def check_rows(
     op: str, like: Tensor, like_name: str, leading: torch.Size, ids_name: str, ids: Tensor, mask: Tensor | None
 ) -> None:
     """The ids and the mask have the shape `leading`."""
-    for name, value in ((ids_name, ids), ("mask", mask)):
-        if value is None and name == "mask":
-            continue
-        _checks.check_tensor(op, name, value)
-        _checks.check_shape(op, name, value, ("[...]", leading))  # type: ignore[arg-type]
-        _checks.check_same_device(op, name, value, like_name, like)  # type: ignore[arg-type]
+    if not isinstance(ids, Tensor) or ids.shape != leading or ids.device != like.device:
+        _check_row_values(op, like, like_name, leading, ids_name, ids)
     _checks.check_dtype(op, ids_name, ids, _checks.INTEGER)
+    if mask is not None:
+        _check_row_values(op, like, like_name, leading, "mask", mask)
+
+
+def _check_row_values(op: str, like: Tensor, like_name: str, leading: torch.Size, name: str, value: Any) -> None:
+    _checks.check_tensor(op, name, value)
+    _checks.check_shape(op, name, value, ("[...]", leading))
+    _checks.check_same_device(op, name, value, like_name, like)
 
 
 def check_outputs(op: str, outputs: Iterable[str]) -> tuple[bool, bool, bool]:
@@ -55,7 +60,8 @@ def check_outputs(op: str, outputs: Iterable[str]) -> tuple[bool, bool, bool]:
         raise TypeError(f"{op}: outputs must be a collection of names, such as ({outputs!r},), got a str")
     names = tuple(outputs)
     for name in names:
-        _checks.check_choice(op, "outputs", name, OUTPUTS)
+        if name not in OUTPUTS:
+            _checks.check_choice(op, "outputs", name, OUTPUTS)
     return "entropy" in names, "sum_squared_probs" in names, "top1_ids" in names
 
 

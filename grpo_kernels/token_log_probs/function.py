@@ -27,16 +27,17 @@ def token_rows(
     shard: vocab.VocabShard | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """log_probs, entropy, sum of squared probabilities, top-1 ids; what is not wanted is empty.
+    """log_probs, entropy, sum of squared probabilities, top-1 ids; what is not wanted is empty or None.
 
     Args:
         op: who asks, for messages.
         shard: the part of the vocabulary that the logits are of; columns beyond it are padding.
     """
-    rows = (logits, token_ids, mask, temperatures, temperature, logit_scale, softcap)
+    targets = (token_ids, mask, temperatures, temperature, logit_scale, softcap)
     if torch.is_grad_enabled() and logits.requires_grad:
-        applied: tuple[Tensor, ...] = _TokenRows.apply(op, *rows, wanted, inplace_backward, shard, backend)  # type: ignore[no-untyped-call]
+        applied: tuple[Tensor, ...] = _TokenRows.apply(logits, targets, wanted, inplace_backward, shard, op, backend)  # type: ignore[no-untyped-call]
         return applied
+    rows = (logits, *targets)
     if shard is None:
         results: tuple[Tensor, ...] = ops.token_log_probs(*rows, *wanted, False, backend)
         return results
@@ -63,36 +64,32 @@ class _TokenRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        op: str,
         logits: Tensor,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        temperatures: Tensor | None,
-        temperature: float,
-        logit_scale: float,
-        softcap: float,
+        targets: tuple[Any, ...],
         wanted: tuple[bool, bool, bool],
         inplace_backward: bool,
         shard: vocab.VocabShard | None,
+        op: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = (logits, token_ids, mask, temperatures, temperature, logit_scale, softcap)
+    ) -> tuple[Tensor | None, ...]:
+        token_ids, mask, temperatures, *numbers = targets
+        rows = (logits, *targets)
         if shard is None:
             results = ops.token_log_probs(*rows, *wanted, True, backend)
         else:
             results = _sharded(op, rows, wanted, shard, backend)
         log_probs, entropy, squared, top1, statistics = results
         ctx.save_for_backward(logits, token_ids, mask, temperatures, statistics)
-        ctx.options = (temperature, logit_scale, softcap)
-        ctx.entropy, ctx.inplace, ctx.shard, ctx.backend = wanted[0], inplace_backward, shard, backend
-        ctx.mark_non_differentiable(squared, top1, *([] if wanted[0] else [entropy]))
-        return log_probs, entropy, squared, top1
+        ctx.options = numbers
+        ctx.inplace, ctx.shard, ctx.backend = inplace_backward, shard, backend
+        ctx.mark_non_differentiable(*(value for value, want in ((squared, wanted[1]), (top1, wanted[2])) if want))
+        return log_probs, entropy if wanted[0] else None, squared if wanted[1] else None, top1 if wanted[2] else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         logits, token_ids, mask, temperatures, statistics = ctx.saved_tensors
-        upstream = (statistics, grad_log_probs, grad_entropy if ctx.entropy else None, None)
+        upstream = (statistics, grad_log_probs, grad_entropy, None)
         columns = logits.shape[-1]
         part = logits
         if ctx.shard is not None:
@@ -111,4 +108,4 @@ class _TokenRows(torch.autograd.Function):
         else:
             grad = ops.token_log_probs_backward(*arguments, None, ctx.backend)
             grad = F.pad(grad, (0, padding)) if padding > 0 else grad
-        return (None, grad, *([None] * 10))
+        return (grad, *([None] * 6))

@@ -28,13 +28,16 @@ def empty_outputs(
     logits: Tensor, entropy: bool, sum_squared_probs: bool, top1_ids: bool, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward's outputs, not yet written; those that are not wanted are empty."""
-    shape, dtype = logits.shape[:-1], result_dtype(logits)
+    shape = logits.shape[:-1]
+    log_probs = logits.new_empty(
+        shape, dtype=result_dtype(logits)
+    )  # the others take its dtype: cheaper than to name it
     return (
-        logits.new_empty(shape, dtype=dtype),
-        logits.new_empty(shape if entropy else (0,), dtype=dtype),
-        logits.new_empty(shape if sum_squared_probs else (0,), dtype=dtype),
-        logits.new_empty(shape if top1_ids else (0,), dtype=torch.int64),
-        logits.new_empty((STATISTICS, *shape) if statistics else (0,), dtype=dtype),
+        log_probs,
+        log_probs.new_empty(shape if entropy else 0),
+        log_probs.new_empty(shape if sum_squared_probs else 0),
+        log_probs.new_empty(shape if top1_ids else 0, dtype=torch.int64),
+        log_probs.new_empty((STATISTICS, *shape) if statistics else 0),
     )
 
 
@@ -61,12 +64,13 @@ def _forward_fake(
 
 _TRANSFORM = "Tensor? mask, Tensor? temperature_tensor, float temperature, float logit_scale, float softcap"
 
-token_log_probs = _dispatch.define(
+_token_log_probs = _dispatch.define(
     f"token_log_probs(Tensor logits, Tensor token_ids, {_TRANSFORM}, bool entropy, bool sum_squared_probs, "
     "bool top1_ids, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     package=_PACKAGE,
     fake=_forward_fake,
 )
+token_log_probs = _dispatch.direct(_token_log_probs)
 
 
 def _backward_fake(logits: Tensor, *arguments: object) -> Tensor:
