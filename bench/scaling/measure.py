@@ -13,7 +13,7 @@ from ..measure import Effort, measure
 from ..progress import Progress
 from .sweeps import Sweep
 
-EFFORT = Effort(seconds=1.0, minimum_rounds=5, maximum_rounds=15, memory=True)
+EFFORT = Effort(seconds=0.7, minimum_rounds=5, maximum_rounds=15)
 KEPT = ("kind", "median_us", "iqr_us", "extra_bytes", "error", "accuracy")
 
 Point = dict[str, Any]

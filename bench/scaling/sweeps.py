@@ -73,7 +73,7 @@ def _token_log_probs() -> Iterator[Sweep]:
     both = {"compiled": True, "memory": True}
     yield Sweep(
         "token_log_probs", "N", "rows", "V = 32000, float32, with entropy, forward and backward",
-        _doubled(64, 2048), lambda rows: case(rows, 32000), **both,
+        _doubled(64, 1024), lambda rows: case(rows, 32000), **both,
     )  # fmt: skip
     yield Sweep(
         "token_log_probs", "V", "vocabulary", "N = 256, float32, with entropy, forward and backward",
@@ -88,15 +88,15 @@ def _linear_grpo_loss() -> Iterator[Sweep]:
     parts = "float32, clip + k3, forward and backward"
     yield Sweep(
         "linear_grpo_loss", "N", "rows", f"H = 512, V = 32000, {parts}",
-        _doubled(64, 1024), lambda rows: case(rows, 512, 32000), memory=True,
+        _doubled(32, 512), lambda rows: case(rows, 512, 32000), memory=True,
     )  # fmt: skip
     yield Sweep(
-        "linear_grpo_loss", "V", "vocabulary", f"N = 256, H = 512, {parts}",
-        _doubled(8000, 128000), lambda vocab: case(256, 512, vocab), memory=True,
+        "linear_grpo_loss", "V", "vocabulary", f"N = 128, H = 512, {parts}",
+        _doubled(8000, 128000), lambda vocab: case(128, 512, vocab), memory=True,
     )  # fmt: skip
     yield Sweep(
-        "linear_grpo_loss", "H", "hidden width", f"N = 256, V = 32000, {parts}",
-        _doubled(128, 2048), lambda width: case(256, width, 32000), memory=True,
+        "linear_grpo_loss", "H", "hidden width", f"N = 128, V = 32000, {parts}",
+        _doubled(128, 2048), lambda width: case(128, width, 32000), memory=True,
     )  # fmt: skip
 
 
