@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.docs_benchmarks import limit_text, markdown
+from bench.floors import page as floors_page
 from bench.gates import cuda_kernels, fingerprint, report
 from bench.gates.gate import ARCHITECTURES
 
@@ -24,7 +25,7 @@ Made by `python -m bench.docs` from `bench/results`; edit those programs, not th
 
 What each GPU kernel was put through so far. From weak to strong:
 
-- **compile-verified**: compiled for that architecture within the limits of the second table. It has not run there.
+- **compile-verified**: compiled for that architecture within the limits of the last table. It has not run there.
 - **interpreted**: a Triton kernel that the tests run on the CPU in Triton's interpreter. It proves the arithmetic and
   the indices, not the compiled code.
 - **emulated**: a CUDA C++ source that the tests compile for the CPU and run there, one fiber a thread
@@ -162,4 +163,6 @@ def text(files: Mapping[str, Results]) -> str:
     """The page."""
     rows = report.load()["rows"]
     gates = markdown(report.COLUMNS, (report.cells(row) for row in report.order(rows)))
-    return "\n".join([_HEAD, *_runs(files), "", *_status(rows, files), "", _NOTE, _GATES, *gates, ""])
+    return "\n".join(
+        [_HEAD, *_runs(files), "", *_status(rows, files), "", _NOTE, *floors_page.text(), "", _GATES, *gates, ""]
+    )

@@ -51,14 +51,14 @@ def problem(*others: str) -> str:
     return ""
 
 
-def _output(command: list[str]) -> str:
+def output(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {result.stderr.strip() or result.stdout.strip()}")
     return result.stdout
 
 
-def _sections(code: str) -> dict[str, str]:
+def sections(code: str) -> dict[str, str]:
     """Symbol of each kernel -> its disassembly."""
     parts = re.split(r"^\.text\.(\S+):$", code, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -83,8 +83,8 @@ def contents(cubin: bytes, of_triton: bool = False) -> dict[str, tuple[int, int,
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.cubin"
         path.write_bytes(cubin)
-        usage = _output([tool("cuobjdump", of_triton), "--dump-resource-usage", str(path)])
-        code = _sections(_output([tool("nvdisasm", of_triton), "-c", str(path)]))
+        usage = output([tool("cuobjdump", of_triton), "--dump-resource-usage", str(path)])
+        code = sections(output([tool("nvdisasm", of_triton), "-c", str(path)]))
     found = {}
     for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
         found[symbol] = (int(registers), int(stack), opcodes_of(code[symbol]))

@@ -161,12 +161,17 @@ def record(launch: Callable[[], None], architecture: int = 80) -> list[Launch]:
     return list(found.values())
 
 
+def compiled(launch: Launch, architecture: int) -> Any:
+    """Triton's compiled kernel of a launch."""
+    with _target(architecture):
+        return launch.function.warmup(*launch.arguments, grid=(1,), **launch.options)
+
+
 def compile_launch(launch: Launch, architecture: int) -> Measured:
     """What Triton makes of a launch."""
-    with _target(architecture):
-        compiled = launch.function.warmup(*launch.arguments, grid=(1,), **launch.options)
-    ((registers, stack, opcodes),) = binary.contents(compiled.asm["cubin"], of_triton=True).values()
-    return Measured(registers, binary.local_bytes(opcodes), stack, compiled.metadata.shared, opcodes)
+    found = compiled(launch, architecture)
+    ((registers, stack, opcodes),) = binary.contents(found.asm["cubin"], of_triton=True).values()
+    return Measured(registers, binary.local_bytes(opcodes), stack, found.metadata.shared, opcodes)
 
 
 def declared_kernels(folder: Path) -> set[str]:

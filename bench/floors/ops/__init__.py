@@ -1,0 +1,1 @@
+"""The floors, one module per op: `FLOORS`, a shape of every kernel with its formulas."""

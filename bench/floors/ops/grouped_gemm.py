@@ -1,0 +1,143 @@
+"""Floors of grouped_gemm: R rows of width K, E experts with weights [N, K]."""
+
+from __future__ import annotations
+
+from bench.floors.floor import Floor, Part
+
+_SHAPE = {"R": 32768, "E": 8, "N": 4096, "K": 7168}
+_FEW = {"E": 256}
+_BF16 = {"LOADS": "tma", "PRECISION": "ieee"}
+_K_LOOP = r"HGMMA\..*"
+_FP8_LOOP = r"QGMMA\..*"
+
+FLOORS = (
+    Floor(
+        kernel="grouped_kernel",
+        form="bfloat16",
+        shape=_SHAPE,
+        read="2*R*K + 2*E*N*K + 4*E",
+        written="2*R*N",
+        operations="2*R*N*K",
+        unit="bf16",
+        programs="132",
+        rounds=2,
+        parts=(
+            Part(_K_LOOP, "ceil(R/128)*ceil(N/256)*8*K/16/m"),
+            Part(r"STG\..*", "ceil(R/128)*ceil(N/256)*8", without=_K_LOOP, exposed=True),
+        ),
+        where={**_BF16, "TURNED": False, "HAS_BIAS": False, "BLOCK_M": 128, "BLOCK_N": 256},
+        types={"x": "*bf16", "out": "*bf16"},
+    ),
+    Floor(
+        kernel="wgrad_kernel",
+        form="bfloat16",
+        shape=_SHAPE,
+        read="2*R*K + 2*R*N + 4*E",
+        written="2*E*N*K",
+        operations="2*R*N*K",
+        unit="bf16",
+        programs="132",
+        rounds=2,
+        parts=(
+            Part(_K_LOOP, "ceil(N/128)*ceil(K/256)*8*R/16/m"),
+            Part(r"STG\..*", "E*ceil(N/128)*ceil(K/256)*8", without=_K_LOOP, exposed=True),
+        ),
+        where={**_BF16, "ACCUMULATE": False, "BLOCK_N": 128, "BLOCK_K": 256},
+        types={"x": "*bf16", "out": "*bf16"},
+    ),
+    Floor(
+        kernel="fp8_grouped_kernel",
+        form="e4m3 to bfloat16",
+        shape=_SHAPE,
+        read="R*K + E*N*K + 4*R*ceil(K/128) + 4*E*ceil(N/128)*ceil(K/128)",
+        written="2*R*N",
+        operations="2*R*N*K",
+        unit="fp8",
+        programs="132",
+        rounds=3,
+        parts=(
+            Part(_FP8_LOOP, "ceil(R/128)*ceil(N/128)*ceil(K/128)*32/m"),
+            Part(r"STG\..*", "ceil(R/128)*ceil(N/128)*8", without=_FP8_LOOP, exposed=True),
+        ),
+        where={"LOADS": "tma", "SPECIALIZED": True, "HAS_BIAS": False},
+        types={"out": "*bf16"},
+    ),
+    Floor(
+        kernel="fp8_wgrad_kernel",
+        form="e4m3 to bfloat16",
+        shape=_SHAPE,
+        read="R*K + R*N + 4*K*ceil(R/128) + 4*N*ceil(R/128)",
+        written="2*E*N*K",
+        operations="2*R*N*K",
+        unit="fp8",
+        programs="132",
+        rounds=3,
+        parts=(
+            Part(_FP8_LOOP, "ceil(R/128)*ceil(N/128)*ceil(K/128)*32/m"),
+            Part(r"STG\..*", "E*ceil(N/128)*ceil(K/128)*8", without=_FP8_LOOP, exposed=True),
+        ),
+        where={"SPECIALIZED": True, "ACCUMULATE": False},
+        types={"out": "*bf16"},
+    ),
+    Floor(
+        kernel="row_sum_kernel",
+        form="bfloat16",
+        shape={**_SHAPE, "E": 128},
+        read="2*R*N + 4*E",
+        written="4*E*N",
+        operations="R*N",
+        unit="fp32",
+        programs="E*ceil(N/64)",
+        rounds=2,
+        parts=(Part(r"LDG\.E\.128", "R*N/(256*m)"),),
+        types={"grad": "*bf16", "out": "*fp32"},
+    ),
+    Floor(
+        kernel="ends_kernel",
+        form="int32 offsets",
+        shape=_FEW,
+        read="4*E",
+        written="4*E",
+        operations="0",
+        unit="fp32",
+        programs="1",
+        rounds=1,
+        types={"offsets": "*i32"},
+    ),
+    Floor(
+        kernel="tile_table_kernel",
+        form="int32 offsets",
+        shape={"R": 32768, "E": 256},
+        read="4*E",
+        written="16*(ceil(R/128) + E)",
+        operations="0",
+        unit="fp32",
+        programs="E + 1",
+        rounds=1,
+        types={"offsets": "*i32"},
+    ),
+    Floor(
+        kernel="clear_tail_kernel",
+        form="bfloat16, half of the rows",
+        shape={"R": 32768, "N": 4096},
+        read="4",
+        written="2*R*N/2",
+        operations="0",
+        unit="fp32",
+        programs="8*132",
+        rounds=1,
+        parts=(Part(r"STG\.E\.128", "R/2*N/(256*m)"),),
+    ),
+    Floor(
+        kernel="clear_empty_kernel",
+        form="bfloat16, half of the experts",
+        shape=_SHAPE,
+        read="4*E",
+        written="2*E/2*N*K",
+        operations="0",
+        unit="fp32",
+        programs="8*132",
+        rounds=1,
+        parts=(Part(r"STG\.E\.128", "E/2*N*K/(256*m)"),),
+    ),
+)
