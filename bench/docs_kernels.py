@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,9 @@ def on_the_cpu(op: str, language: str) -> str:
     return "emulated" if everywhere and any(re.search(rf"\b{op}\b", text) for text in texts) else ""
 
 
-def compiled(rows: list[Row]) -> str:
-    """What the gates say about one kernel on one architecture, for each compiler."""
-    if any(row["sources"] != fingerprint.of(row["op"], row["compiler"]) for row in rows):
+def compiled(rows: list[Row], stamp: Callable[[str, str], str] = fingerprint.of) -> str:
+    """What the gates say about one kernel on one architecture, for each compiler. stamp: gives fingerprints."""
+    if any(row["sources"] != stamp(row["op"], row["compiler"]) for row in rows):
         return "changed since it was compiled"
     broken = sorted({row["compiler"] for row in rows if row["failures"]})
     sound = [row for row in rows if row["compiler"] not in broken]
@@ -148,11 +149,12 @@ def _runs(files: Mapping[str, Results]) -> list[str]:
 def _status(rows: list[Row], files: Mapping[str, Results]) -> list[str]:
     kernels = sorted({(row["op"], _language(row), row["kernel"]) for row in rows})
     table = []
+    stamp = functools.cache(fingerprint.of)
     for op, language, kernel in kernels:
         cells = []
         for architecture in ARCHITECTURES:
             mine = [r for r in rows if (r["op"], r["kernel"], r["arch"]) == (op, kernel, architecture)]
-            texts = [compiled(mine), *run_on(op, language, architecture, files)]
+            texts = [compiled(mine, stamp), *run_on(op, language, architecture, files)]
             cells.append("; ".join(text for text in texts if text) or "not built")
         table.append((f"`{op}`", f"`{kernel}`", language, on_the_cpu(op, language) or "no", *cells))
     columns = ("op", "kernel", "language", "on the CPU", *(f"sm_{architecture}" for architecture in ARCHITECTURES))
