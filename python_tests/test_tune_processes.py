@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.case import Provider
 from bench.clock import Runner
+from bench.gates import fingerprint
 from bench.tune import __main__ as command
-from bench.tune import problems, worker
+from bench.tune import choose, heads, problems, worker
 from bench.tune import trials as tune_trials
-from bench.tune.candidates import Choice, candidates
+from bench.tune.candidates import Choice, candidates, default
+from bench.tune.heads import Head
 from bench.tune.problems import GROUPS
 from bench.tune.trials import Trials
 
-GROUP = GROUPS[1]
+GROUP = next(group for group in GROUPS if group.text == "product few")
 TRIED = candidates(GROUP.op, 90, GROUP.size)
 
 # What stands in for the device: seconds by the number of stages, and what becomes of some candidates.
@@ -28,7 +28,7 @@ FAKE = """
 import json, sys, time
 import torch
 from bench.clock import Runner
-from bench.tune import problems, worker
+from bench.tune import choose, heads, problems, worker
 from bench.tune.candidates import Choice, candidates
 
 FATES = {{Choice(*choice): fate for choice, fate in {fates!r}}}
@@ -140,10 +140,9 @@ def test_times_are_medians_of_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -
     def make_runner(provider: Provider) -> Runner:
         return Runner(provider, lambda: next(seconds[provider.name]), "made up")
 
-    monkeypatch.setattr(problems, "result", lambda group, inputs, choice: torch.ones(2))
     base = make_runner(Provider("default", lambda inputs: (), "ours"))
     base.samples.append(base.round())  # of another candidate's rounds
-    found = worker.candidate(GROUP, {}, TRIED[1], torch.ones(2), make_runner, base, 0.0)
+    found = worker.candidate(GROUP, TRIED[1], lambda choice: {"held": True}, make_runner, base, 0.0)
     assert found["rounds"] == worker.MINIMUM_ROUNDS
     assert (found["microseconds"], found["default_microseconds"]) == (2e6, 3e6)
 
@@ -153,29 +152,91 @@ def test_a_candidate_reaches_the_launcher() -> None:
     from grpo_kernels.grouped_gemm import _fp8_config_triton, _fp8_triton, _fp8_wgrad_triton
 
     choice = Choice(64, 8, 3, False, 2, 8)
-    with problems.using(GROUPS[0], choice, 4096):
+    inputs = {"x": torch.empty(1, 4096)}
+    with problems.using(GROUP, choice, inputs):
         assert _fp8_triton.launch_config(1, 1, 4096, 90) == (64, 8, 3, False, 2, 32)
     assert _fp8_triton.launch_config is _fp8_config_triton.launch_config
-    with problems.using(GROUPS[2], choice, 4096):
+    with problems.using(next(group for group in GROUPS if group.op == "wgrad"), choice, inputs):
         assert _fp8_wgrad_triton.wgrad_config(90, False)[:5] == choice[:5]
     assert _fp8_wgrad_triton.wgrad_config is _fp8_config_triton.wgrad_config
 
 
+def _shape(group: problems.Group, problem: problems.Problem) -> tuple[int, ...]:
+    """Of what is compared."""
+    if isinstance(problem, Head):
+        return (2, problem.rows) if group.op == "forward" else (1, problem.vocab)
+    experts, rows, width, columns = problem.shape
+    if group.op in ("product", "grouped"):
+        return rows, columns
+    return experts, columns, width + (group.size == "narrow")
+
+
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.text)
 def test_every_problem_runs(group: problems.Group, native_cpu: None) -> None:
-    """Tiny and on the CPU. An accumulator gets one gradient, however often it ran before."""
+    """Tiny and on the CPU. An accumulator gets one gradient, however often it ran before; the default is accepted."""
     del native_cpu
+    first = default(group.op, 90, group.size)
     for problem in group.problems:
         tiny = problem.on("cpu")
         inputs = problems.make(group, tiny, "cpu")
-        experts, rows, width, columns = tiny.shape
-        found = problems.result(group, inputs, TRIED[0])
-        again: Callable[[], Tensor] = lambda inputs=inputs: problems.result(group, inputs, TRIED[0])  # noqa: E731
-        assert torch.equal(found, again())
+        found = problems.result(group, inputs, first)
+        assert torch.equal(found, problems.result(group, inputs, first))
         assert found.isfinite().all()
         assert found.any()
-        wanted = {"few": (rows, columns), "many": (rows, columns), "aligned": (experts, columns, width)}
-        assert tuple(found.shape) == wanted.get(group.size, (experts, columns, width + 1))
+        assert tuple(found.shape) == _shape(group, tiny)
+        assert problems.run(group, inputs, first) is not None
+        if group.op != "forward":  # the CPU's bits depend on the number of rows
+            assert problems.judge(group, inputs, first)(first) == {"held": True}
+
+
+def test_log_probs_are_judged_by_their_errors_and_without_other_rows() -> None:
+    torch.manual_seed(0)
+    inputs = heads.make("forward", "16-bit lora", Head("small", 50, 16, 40), "cpu", "native")
+    judge = heads.Judge("16-bit lora", inputs)
+    rows = torch.arange(40)
+    exact = heads._definition("16-bit lora", inputs, rows, torch.float64).float()
+    found = judge.verdict(exact, lambda fewer: exact[:, : len(fewer["hidden"])])
+    assert found == {"held": True}
+    for row in (0, 1):  # log-probs, entropy
+        wrong = exact.clone()
+        wrong[row] *= 1 + 1e-4
+        found = judge.verdict(wrong, lambda fewer: exact)
+        assert (found["held"], found["why"]) == (False, "less exact than the budget")
+    found = judge.verdict(exact, lambda fewer: exact[:, : len(fewer["hidden"])].nextafter(torch.ones(())))
+    assert (found["held"], found["why"]) == (False, "bits depend on the number of rows")
+    whole = torch.nn.functional.linear(inputs["hidden"].double(), inputs["weight"].double())
+    whole += heads.SCALE * (inputs["hidden"].double() @ inputs["lora_a"].double().t()) @ inputs["lora_b"].double().t()
+    log_probs = torch.log_softmax(whole, 1).gather(1, inputs["token_ids"][:, None])[:, 0]
+    torch.testing.assert_close(exact[0], log_probs.float())
+
+
+def test_what_was_measured_to_the_end_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run with --resume goes on; another code, or without it, begins anew."""
+    asked: list[str] = []
+
+    def measured(self: Trials, group: problems.Group) -> dict[str, object]:
+        asked.append(group.text)
+        lines = [
+            {"choice": list(choice), "held": True, "microseconds": 1.0, "default_microseconds": 1.0}
+            for choice in candidates(group.op, 90, group.size)
+        ]
+        record = {"op": group.op, "size": group.size, "complete": len(asked) != 2}
+        record["problems"] = [{"problem": "made up", "candidates": lines}]
+        return {**record, "winner": choose.winner(record)}
+
+    monkeypatch.setattr(Trials, "group", measured)
+    names = [group.text for group in GROUPS if group.package == "linear_log_probs"]
+    arguments = ["--device", "cpu", "--op", "linear_log_probs", "--save", str(tmp_path / "tune.json")]
+    assert command.main(arguments) == 75
+    assert asked == names
+    asked.append("again")
+    assert command.main([*arguments, "--resume"]) == 0
+    assert asked[len(names) + 1 :] == names[1:2]
+    assert command.main([*arguments, "--resume"]) == 0
+    assert asked[len(names) + 1 :] == names[1:2]
+    monkeypatch.setattr(fingerprint, "of", lambda op, compiler: "other code")
+    assert command.main([*arguments, "--resume"]) == 0
+    assert len(asked) == 2 * len(names) + 2
 
 
 def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
@@ -14,21 +15,26 @@ import torch
 
 import bench.tune as package
 from bench import machine
+from bench.gates import fingerprint
 from bench.gpu_check import processes
 from bench.gpu_check.phases import NOT_RUN, SKIPPED
-from bench.tune import choose, problems, table
+from bench.tune import choose, problems, table, tiles
+from bench.tune.candidates import candidates
 from bench.tune.trials import Trials
 
-OPS = ("grouped_gemm",)
-SECONDS = 150.0
+OPS = ("grouped_gemm", "linear_log_probs")
+SECONDS = 600.0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.tune", description=package.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", choices=OPS, default=OPS[0], help="the only one so far with tables")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this one; may be repeated")
     parser.add_argument("--save", type=Path, metavar="FILE", help="where the measurements go; otherwise only printed")
+    parser.add_argument("--resume", action="store_true",
+                        help="keep what FILE has of this machine, these versions and this code")  # fmt: skip
+    parser.add_argument("--compile", type=int, choices=(80, 90), help="measure nothing; compile every candidate")
     parser.add_argument("--apply", type=Path, nargs="+", metavar="FILE", help="measure nothing; rewrite the tables")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default %(default).0f)")
     parser.add_argument("--candidate-seconds", type=float, default=0.12, help="for each candidate and problem")
@@ -36,13 +42,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="cpu: tiny problems, to try the command itself")  # fmt: skip
     names = [group.text for group in problems.GROUPS]
     parser.add_argument("--group", action="append", choices=names, help="only this one; may be repeated")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.resume and options.save is None:
+        parser.error("--resume: needs --save FILE")
+    return options
 
 
-def _family(device: str) -> tuple[int, dict[str, Any]]:
-    """Whose tables, and the machine in words."""
-    described = machine.describe(device)
-    return (problems.family_of(str(described["capability"])) if device == "cuda" else 90), described
+def _architecture(described: dict[str, Any], device: str) -> int:
+    """10 * major + minor of the GPU; a rehearsal plays sm_90."""
+    if device == "cpu":
+        return 90
+    major, minor = map(int, str(described["capability"]).split("."))
+    return 10 * major + minor
+
+
+def _chosen(options: argparse.Namespace, architecture: int) -> list[problems.Group]:
+    return [
+        group
+        for group in problems.groups(architecture)
+        if group.text in (options.group or [group.text]) and group.package in (options.op or OPS)
+    ]
 
 
 def _line(group: dict[str, Any]) -> str:
@@ -62,32 +81,69 @@ def _save(results: dict[str, Any], path: Path | None) -> None:
         path.write_text(table.results_text(results))
 
 
+def _kept(
+    options: argparse.Namespace, results: dict[str, Any], chosen: list[problems.Group], architecture: int
+) -> dict[str, dict[str, Any]]:
+    """By their names the groups that an earlier run measured to the end: the same candidates, machine and code."""
+    if not (options.resume and options.save.exists()):
+        return {}
+    try:
+        before = json.loads(options.save.read_text())
+    except ValueError:
+        return {}
+    if any(before.get(name) != results[name] for name in ("schema", "architecture", "measured_on", "sources")):
+        return {}
+    tried = {
+        group.text: [list(choice) for choice in candidates(group.op, architecture, group.size)] for group in chosen
+    }
+    kept = {}
+    for group in before["groups"]:
+        name = f"{group['op']} {group['size']}"
+        choices = [[line["choice"] for line in problem["candidates"]] for problem in group["problems"]]
+        if group["complete"] and group["winner"] is not None and all(found == tried.get(name) for found in choices):
+            kept[name] = group
+    return kept
+
+
 def measure(options: argparse.Namespace) -> int:
     """Measures, prints, saves."""
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch.cuda sees no device")
         return SKIPPED
-    begin = time.monotonic()
-    family, described = _family(options.device)
-    if not family:
-        print(f"{described['device']} has no products of FP8: nothing to tune")
+    begin, described = time.monotonic(), machine.describe(options.device)
+    architecture = _architecture(described, options.device)
+    chosen = _chosen(options, architecture)
+    if not chosen:
+        print(f"{described['device']} has nothing to tune")
         return SKIPPED
-    here = problems.GROUPS if options.device == "cpu" else problems.groups(family)
-    chosen = [group for group in here if group.text in (options.group or [group.text])]
-    results: dict[str, Any] = {"schema": table.SCHEMA, "measured_on": described}
-    results |= {"family": family if options.device == "cuda" else 0, "seconds": 0.0, "groups": []}
+    sources = {op: fingerprint.of(op, "Triton") for op in OPS}
+    results: dict[str, Any] = {"schema": table.SCHEMA, "measured_on": described, "sources": sources}
+    results |= {"architecture": architecture if options.device == "cuda" else 0, "seconds": 0.0, "groups": []}
+    kept = _kept(options, results, chosen, architecture)
     with tempfile.TemporaryDirectory() as folder:
-        end = begin + options.seconds
-        trials = Trials(options.device, family, Path(folder), end, options.candidate_seconds)
-        for group in chosen:
-            record = trials.group(group)
+        trials = Trials(
+            options.device, architecture, Path(folder), begin + options.seconds, options.candidate_seconds
+        )  # fmt: skip
+        for index, group in enumerate(chosen):
+            record = kept.get(group.text) or trials.group(group)
             results["groups"].append(record)
             results["seconds"] = round(time.monotonic() - begin, 1)
-            _save(results, options.save)
+            later = [kept[other.text] for other in chosen[index + 1 :] if other.text in kept]
+            _save({**results, "groups": results["groups"] + later}, options.save)
             print("\n".join([_line(record), *(f"  {text}" for text in choose.problems_of(record))]), flush=True)
         if any(choose.default_failed(record) for record in results["groups"]):
             print((Path(folder) / "log").read_text(errors="replace")[-4000:])
     return _verdict(results)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    """Every candidate of the chosen groups for an architecture, without a GPU."""
+    from bench.tune import compiled
+
+    chosen = [(group.op, group.size) for group in _chosen(options, options.compile) if group.op in tiles.OPS]
+    failed = compiled.report(options.compile, chosen)
+    print(f"{failed} candidates of {len(chosen)} classes break a limit")
+    return 1 if failed else 0
 
 
 def _verdict(results: dict[str, Any]) -> int:
@@ -104,13 +160,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.apply:
         try:
-            before = table.text(table.shipped())
-            changed = table.apply(options.apply) != before
+            changed = table.apply(options.apply)
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
-        print(f"{table.PATH.relative_to(table.ROOT)} {'changed: now run the gates' if changed else 'stays as it was'}")
+        for path in changed:
+            print(f"{path} changed: now run the gates")
+        if not changed:
+            print("the tables stay as they were")
         return 0
+    if options.compile:
+        return _compile(options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: processes.stop.set())
     return measure(options)

@@ -1,12 +1,14 @@
-"""The configurations that are tried, and which of them a GPU can hold."""
+"""The configurations that are tried, and which of them a GPU can hold: here those of FP8 products."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from grpo_kernels.grouped_gemm._fp8_config_triton import TILE
+from bench.tune import tiles
+from bench.tune.tiles import Tiles
+from grpo_kernels.grouped_gemm._fp8_config_triton import TILE, family
 from grpo_kernels.grouped_gemm._fp8_table_triton import PRODUCT, WGRAD
 
 REGISTERS = 65536
@@ -32,6 +34,9 @@ class Choice(NamedTuple):
     def threads(self) -> int:
         """Of a program. Specialised: one group of warps loads, two multiply."""
         return 32 * self.num_warps * (3 if self.specialized else 1)
+
+
+AnyChoice = Choice | Tiles
 
 
 class Form(NamedTuple):
@@ -87,11 +92,23 @@ def fits(choice: Choice, family: int) -> bool:
     )
 
 
-def default(op: str, family: int, size: str) -> Choice:
-    """What the package's table says."""
+def key(op: str, architecture: int) -> int:
+    """The architecture under which a table has the entry: FP8 products share those of their family."""
+    return architecture if op in tiles.OPS else family(architecture)
+
+
+def choice_of(op: str, numbers: Iterable[Any]) -> AnyChoice:
+    """From what a file says."""
+    return Tiles(*numbers) if op in tiles.OPS else Choice(*numbers)
+
+
+def default(op: str, architecture: int, size: str) -> AnyChoice:
+    """What the package's table says, or its heuristics where they have no entry."""
+    if op in tiles.OPS:
+        return tiles.default(op, architecture, size)
     if op == "product":
-        return Choice(*PRODUCT[family, size])
-    return Choice(TILE, *WGRAD[family, size])
+        return Choice(*PRODUCT[family(architecture), size])
+    return Choice(TILE, *WGRAD[family(architecture), size])
 
 
 def _all(family: int, forms: Iterable[Form]) -> Iterator[Choice]:
@@ -102,18 +119,22 @@ def _all(family: int, forms: Iterable[Form]) -> Iterator[Choice]:
                 yield choice
 
 
-def candidates(op: str, family: int, size: str) -> list[Choice]:
-    """The default first. Other orders of the work are tried with the default's tiles alone."""
-    first = default(op, family, size)
+def _of_fp8(op: str, architecture: int, size: str) -> list[Choice]:
+    first, of = Choice(*default(op, architecture, size)), family(architecture)
     if op == "wgrad":
-        forms = [form for form in WGRAD_FORMS[family] if size == "aligned" or not form.specialized]
-        tried = _all(family, forms)
-        return list(dict.fromkeys([first, *tried]))
-    tiles = [choice._replace(mib=first.mib) for choice in _all(family, PRODUCT_FORMS[family])]
-    return list(dict.fromkeys([first, *tiles, *(first._replace(mib=mib) for mib in _MIB)]))
+        forms = [form for form in WGRAD_FORMS[of] if size == "aligned" or not form.specialized]
+        return list(dict.fromkeys([first, *_all(of, forms)]))
+    choices = [choice._replace(mib=first.mib) for choice in _all(of, PRODUCT_FORMS[of])]
+    return list(dict.fromkeys([first, *choices, *(first._replace(mib=mib) for mib in _MIB)]))
 
 
-def known(op: str, family: int, size: str, choice: Choice) -> bool:
+def candidates(op: str, architecture: int, size: str) -> Sequence[AnyChoice]:
+    """The default first. Other orders of the work are tried with the default's tiles alone."""
+    return tiles.candidates(op, architecture, size) if op in tiles.OPS else _of_fp8(op, architecture, size)
+
+
+def known(op: str, architecture: int, size: str, choice: AnyChoice) -> bool:
     """Whether it is one that could have been tried."""
-    tiles = set(candidates(op, family, size))
-    return choice.mib in _MIB and any(choice == tile._replace(mib=choice.mib) for tile in tiles)
+    tried = candidates(op, architecture, size)
+    of_group = choice.mib in (*_MIB, tried[0].mib)
+    return of_group and any(choice == other._replace(mib=choice.mib) for other in tried)

@@ -20,7 +20,7 @@ def _gain(lines: list[Record]) -> float | None:
 
 
 def winner(group: Record) -> Record | None:
-    """The fastest candidate of those that gave the default's bits for every problem of the group, or the default; None
+    """The fastest candidate of those that gave what they have to for every problem of the group, or the default; None
     where something was not measured.
 
     Returns:
@@ -47,7 +47,7 @@ def winner(group: Record) -> Record | None:
 
 
 def problems_of(group: Record) -> list[str]:
-    """What a reader has to know: candidates that failed or gave other bits."""
+    """What a reader has to know: candidates that failed, gave other bits or were not exact enough."""
     found = []
     for problem in group["problems"]:
         if "error" in problem:
@@ -57,12 +57,14 @@ def problems_of(group: Record) -> list[str]:
             if "error" in line:
                 found.append(f"{problem['problem']}, {choice}: {line['error']}")
             elif line.get("held") is False:
-                found.append(f"{problem['problem']}, {choice}: other bits, by {line['difference']:.1e} of the largest")
+                found.append(
+                    f"{problem['problem']}, {choice}: {line['why']}, by {line['difference']:.1e} of the largest"
+                )
     return found
 
 
 def default_failed(group: Record) -> bool:
-    """Whether what is shipped does not run, or gives other bits the second time."""
+    """Whether what is shipped does not run, or gives other bits the second time, or is not exact."""
     firsts = [problem["candidates"][0] for problem in group["problems"]]
     return any("error" in p for p in group["problems"]) or any(
         "error" in line or line.get("held") is False for line in firsts

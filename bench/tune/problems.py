@@ -1,69 +1,71 @@
-"""What is timed: products of the benchmarks' models, with segments of equal sizes."""
+"""What is timed, in order of value, and how a configuration reaches its kernel."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bench import moe_definitions as definitions
 from bench.case import Inputs
-from bench.moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN, Model
-from bench.tune.candidates import Choice
-from grpo_kernels.fp8_quantize.layout import DATA_DTYPE, empty_scale, tiles
-from grpo_kernels.grouped_gemm import ops
-from grpo_kernels.grouped_gemm._fp8_config_triton import LARGE_MEMORY, LaunchConfig, family, row_blocks
+from bench.moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN
+from bench.tune import experts, fp8, heads, tiles
+from bench.tune.candidates import AnyChoice
+from bench.tune.experts import Experts
+from bench.tune.heads import Head
+from grpo_kernels.grouped_gemm._config_triton import LARGE_MEMORY
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One product of a model's experts, each with so many rows."""
-
-    model: Model
-    down: bool
-    rows: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(E, R, K, N)."""
-        model = self.model
-        width, columns = (model.width, model.hidden) if self.down else (model.hidden, 2 * model.width)
-        return model.experts, model.experts * self.rows, width, columns
-
-    @property
-    def text(self) -> str:
-        experts, rows, width, columns = self.shape
-        return f"{self.model.name} E={experts} {rows}x{width}x{columns}"
-
-    def on(self, device: str) -> Problem:
-        """A tiny one on a CPU, to see that everything runs."""
-        return self if device == "cuda" else Problem(definitions.tiny(self.model), self.down, 128)
+Problem = Experts | Head
 
 
 @dataclass(frozen=True)
 class Group:
     """Problems that share an entry of a table."""
 
-    op: str  # "product", "wgrad"
-    size: str  # "few" or "many" rows of an expert; "aligned" or "narrow" rows of the accumulator
+    op: str  # "product", "wgrad": of FP8; "grouped", "grouped_wgrad"; "forward", "dlogits": of a linear head
+    size: str  # the class: rows of an expert, rows of the accumulator, or bits and what a head has
     problems: tuple[Problem, ...]
 
     @property
     def text(self) -> str:
         return f"{self.op} {self.size}"
 
+    @property
+    def package(self) -> str:
+        """Whose table it is."""
+        return "linear_log_probs" if self.op in heads.OPS else "grouped_gemm"
+
 
 _RANK = DEEPSEEK.fewer(32)
-_FIRST, _SECOND = Problem(_RANK, False, 1024), Problem(_RANK, True, 1024)
+_FIRST, _SECOND = Experts(_RANK, False, 1024), Experts(_RANK, True, 1024)
+_FEW = (Experts(QWEN, False, 64), Experts(GPT_OSS_SMALL, True, 64))
+_LLAMA, _QWEN = Head("Llama-3.1-8B", 128256, 4096, 4096), Head("Qwen3-4B", 151936, 2560, 4096)
+_GEMMA = Head("Gemma-2-9B", 256000, 3584, 2048)
+_SHORT = Head("Llama-3.1-8B", 128256, 4096, 512)
 GROUPS = (
-    Group("product", "many", (_FIRST, _SECOND, Problem(GPT_OSS_SMALL, False, 512))),
-    Group("product", "few", (Problem(QWEN, False, 256), Problem(GPT_OSS_SMALL, True, 128))),
-    Group("wgrad", "aligned", (_FIRST, Problem(QWEN, True, 256))),
-    Group("wgrad", "narrow", (Problem(QWEN.fewer(8), False, 1024),)),
+    Group("forward", "16-bit plain", (_LLAMA, _QWEN)),
+    Group("dlogits", "16-bit plain", (_LLAMA,)),
+    Group("product", "many", (_FIRST, _SECOND, Experts(GPT_OSS_SMALL, False, 512))),
+    Group("grouped", "16-bit many", (Experts(GPT_OSS_SMALL, False, 512), _SECOND)),
+    Group("grouped_wgrad", "16-bit many", (_FIRST, Experts(QWEN, True, 256))),
+    Group("product", "few", (Experts(QWEN, False, 256), Experts(GPT_OSS_SMALL, True, 128))),
+    Group("grouped", "16-bit few", _FEW),
+    Group("grouped_wgrad", "16-bit few", _FEW[:1]),
+    Group("wgrad", "aligned", (_FIRST, Experts(QWEN, True, 256))),
+    Group("wgrad", "narrow", (Experts(QWEN.fewer(8), False, 1024),)),
+    Group("forward", "16-bit lora", (_LLAMA,)),
+    Group("dlogits", "16-bit lora", (_LLAMA,)),
+    Group("forward", "16-bit capped", (_GEMMA,)),
+    Group("dlogits", "16-bit capped", (_GEMMA,)),
+    Group("forward", "32-bit plain", (_SHORT,)),
+    Group("dlogits", "32-bit plain", (_SHORT,)),
+    Group("grouped", "32-bit many", (Experts(QWEN.fewer(8), False, 256),)),
+    Group("grouped_wgrad", "32-bit many", (Experts(QWEN.fewer(8), False, 256),)),
 )
 """In order of value: what there is no time for stays as it is."""
 
@@ -71,66 +73,53 @@ GROUPS = (
 def groups(architecture: int) -> list[Group]:
     """Those whose kernels an architecture has."""
     has = {"product": architecture >= 89, "wgrad": architecture in LARGE_MEMORY}
-    return [group for group in GROUPS if has[group.op]]
+    return [group for group in GROUPS if has.get(group.op, architecture >= 80)]
 
 
-def _codes(device: str, *shape: int) -> Tensor:
-    return (torch.randn(shape, device=device, dtype=torch.bfloat16) * 100).clamp_(-448, 448).to(DATA_DTYPE)
+def backend_of(tensor: Tensor) -> str:
+    """Triton's kernels on a GPU and in its interpreter; else the CPU's own, which take no configuration."""
+    return "triton" if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else "native"
 
 
-def _scales(data: Tensor, *shape: int) -> Tensor:
-    return torch.exp2(torch.randint(-8, 8, shape, device=data.device).float())
-
-
-def _rows(device: str, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Quantised by tiles of 1 x 128."""
-    data = _codes(device, height, width)
-    scale = empty_scale(data, (), height, width, square=False)
-    return data, scale.copy_(_scales(data, height, tiles(width)))
+def architecture_of(tensor: Tensor) -> int:
+    """Whose entry is tried; in a rehearsal that of sm_90."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def make(group: Group, problem: Problem, device: str) -> Inputs:
-    """Random operands; as many rows for every expert."""
-    experts, rows, width, columns = problem.shape
-    offsets = (torch.arange(1, experts + 1, device=device) * problem.rows).int()
-    if group.op == "product":
-        x, scale = _rows(device, rows, width)
-        weight = _codes(device, experts, columns, width)
-        weight_scale = _scales(weight, experts, tiles(columns), tiles(width))
-        return {"x": x, "scale": scale, "weight": weight, "weight_scale": weight_scale, "offsets": offsets}
-    x, scale = _rows(device, width, rows)
-    grad, grad_scale = _rows(device, columns, rows)
-    made = {"x": x, "scale": scale, "grad": grad, "grad_scale": grad_scale, "offsets": offsets}
-    if group.size == "narrow":
-        made["accumulator"] = torch.zeros(experts, columns, width + 1, device=device)
-    return made
+    """Random operands."""
+    if isinstance(problem, Head):
+        return heads.make(group.op, group.size, problem, device, backend_of(torch.empty(0, device=device)))
+    module = fp8 if group.op in fp8.OPS else experts
+    return module.make(group.op, group.size, problem, device)
 
 
-@contextlib.contextmanager
-def using(group: Group, choice: Choice, width: int) -> Iterator[None]:
+def using(group: Group, choice: AnyChoice, inputs: Inputs) -> contextlib.AbstractContextManager[object]:
     """Makes the launcher take this configuration, whatever the table says."""
-    module = "_fp8_triton.launch_config" if group.op == "product" else "_fp8_wgrad_triton.wgrad_config"
-    *head, mib = choice
-    config = LaunchConfig(*head, row_blocks(mib, choice.block_m, width))
-    with mock.patch(f"grpo_kernels.grouped_gemm.{module}", return_value=config):
-        yield
+    first = next(iter(inputs.values()))
+    if group.op in fp8.OPS:
+        return fp8.using(group.op, choice, first.shape[-1])
+    return mock.patch.dict(tiles.TABLES[group.op], {(architecture_of(first), group.size): tuple(choice)})
 
 
-def run(group: Group, inputs: Inputs, choice: Choice) -> tuple[Tensor, ...]:
+def run(group: Group, inputs: Inputs, choice: AnyChoice) -> tuple[Tensor, ...]:
     """The op with this configuration. An accumulator is not returned."""
-    backend = "triton" if inputs["x"].is_cuda else "native"
-    *operands, offsets = (value for name, value in inputs.items() if name != "accumulator")
-    with using(group, choice, inputs["x"].shape[-1]):
-        if group.op == "product":
-            return (ops.fp8_grouped_gemm(*operands, offsets, None, torch.bfloat16, backend),)
-        if group.size == "aligned":
-            return (ops.fp8_grouped_gemm_wgrad(*operands, offsets, torch.bfloat16, backend),)
-        ops.fp8_grouped_gemm_wgrad_add_(*operands, offsets, inputs["accumulator"][..., :-1], backend)
-        return ()
+    backend = backend_of(next(iter(inputs.values())))
+    module: Any = fp8 if group.op in fp8.OPS else heads if group.op in heads.OPS else experts
+    with using(group, choice, inputs):
+        found: tuple[Tensor, ...] = module.run(group.op, group.size, inputs, backend)
+        return found
 
 
-def result(group: Group, inputs: Inputs, choice: Choice) -> Tensor:
+def result(group: Group, inputs: Inputs, choice: AnyChoice) -> Tensor:
     """What one run of it gives, also where that is added to an accumulator."""
+    if group.op in heads.OPS:
+        backend = backend_of(inputs["hidden"])
+        with using(group, choice, inputs):
+            return torch.stack(heads.run(group.op, group.size, inputs, backend, summed=True))
     if "accumulator" not in inputs:
         return run(group, inputs, choice)[0]
     inputs["accumulator"].zero_()
@@ -138,8 +127,24 @@ def result(group: Group, inputs: Inputs, choice: Choice) -> Tensor:
     return inputs["accumulator"].clone()
 
 
-def family_of(capability: str) -> int:
-    """Of a compute capability such as "9.0", or 0 where there is nothing to tune."""
-    major, minor = map(int, capability.split("."))
-    architecture = 10 * major + minor
-    return family(architecture) if groups(architecture) else 0
+def _same_bits(found: Tensor, wanted: Tensor) -> dict[str, Any]:
+    if torch.equal(found, wanted):
+        return {"held": True}
+    error = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    return {"held": False, "why": "other bits", "difference": float(error)}
+
+
+def judge(group: Group, inputs: Inputs, first: AnyChoice) -> Callable[[AnyChoice], dict[str, Any]]:
+    """What tells whether a candidate's result may be used.
+
+    The log-probs of a head: as exact as the accuracy budget asks for, and the same however many rows there are; their
+    configuration is chosen by the head, never by the rows. All else: the default's bits, since there the number of rows
+    chooses, or the backward has to form the logits of the forward again.
+    """
+    if group.op == "forward":
+        exact = heads.Judge(group.size, inputs)
+        return lambda choice: exact.verdict(
+            result(group, inputs, choice), lambda fewer: result(group, fewer, choice)
+        )  # fmt: skip
+    wanted = result(group, inputs, first)
+    return lambda choice: _same_bits(result(group, inputs, choice), wanted)

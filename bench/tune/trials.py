@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from bench.gpu_check import processes
 from bench.gpu_check.settings import ROOT
 from bench.tune import choose
-from bench.tune.candidates import Choice, candidates
+from bench.tune.candidates import AnyChoice, candidates
 from bench.tune.problems import GROUPS, Group
 
 Record = dict[str, Any]
@@ -31,7 +32,7 @@ class Trials:
     """
 
     device: str
-    family: int
+    architecture: int
     folder: Path
     end: float
     candidate_seconds: float = 0.12
@@ -40,7 +41,7 @@ class Trials:
 
     def group(self, group: Group) -> Record:
         """The record of one group. `complete`: nothing was left out for lack of time."""
-        choices = candidates(group.op, self.family, group.size)
+        choices = candidates(group.op, self.architecture, group.size)
         jobs = [(which, index) for which in range(len(group.problems)) for index in range(len(choices))]
         found: dict[tuple[int, int], Record] = {}
         failed: dict[int, str] = {}
@@ -62,7 +63,7 @@ class Trials:
     def _work(
         self,
         group: Group,
-        choices: list[Choice],
+        choices: Sequence[AnyChoice],
         jobs: list[tuple[int, int]],
         found: dict[tuple[int, int], Record],
         failed: dict[int, str],

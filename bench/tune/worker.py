@@ -20,7 +20,7 @@ from bench import clock
 from bench.case import Inputs, Provider
 from bench.cuda_clock import CudaClock
 from bench.tune import problems
-from bench.tune.candidates import Choice
+from bench.tune.candidates import AnyChoice, choice_of
 from bench.tune.problems import Group, Problem
 
 SEED = 20261123
@@ -29,6 +29,7 @@ BROKEN = 3
 """Exit status after an error that leaves the device unusable."""
 
 Emit = Callable[[dict[str, Any]], None]
+Judge = Callable[[AnyChoice], dict[str, Any]]
 MakeRunner = Callable[[Provider], clock.Runner]
 
 
@@ -42,7 +43,7 @@ class Request(NamedTuple):
     """
 
     group: int
-    choices: list[Choice]
+    choices: list[AnyChoice]
     jobs: list[tuple[int, int]]
     device: str
     seconds: float
@@ -52,7 +53,8 @@ class Request(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> Request:
         fields = json.loads(path.read_text())
-        fields["choices"] = [Choice(*choice) for choice in fields["choices"]]
+        op = problems.GROUPS[fields["group"]].op
+        fields["choices"] = [choice_of(op, choice) for choice in fields["choices"]]
         return cls(**fields)
 
 
@@ -61,21 +63,19 @@ def _median(runner: clock.Runner) -> float:
 
 
 def candidate(
-    group: Group, inputs: Inputs, choice: Choice, wanted: torch.Tensor, make_runner: MakeRunner, base: clock.Runner,
-    seconds: float,
+    group: Group, choice: AnyChoice, judge: Judge, make_runner: MakeRunner, base: clock.Runner, seconds: float
 ) -> dict[str, Any]:  # fmt: skip
-    """Its microseconds and, in the same rounds, the default's; without them, where it gives other bits."""
-    found = problems.result(group, inputs, choice)
-    if not torch.equal(found, wanted):
-        error = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
-        return {"held": False, "difference": float(error)}
+    """Its microseconds and, in the same rounds, the default's; without them, where its result may not be used."""
+    verdict = judge(choice)
+    if not verdict["held"]:
+        return verdict
     runner = make_runner(Provider(str(tuple(choice)), lambda given: problems.run(group, given, choice), "ours"))
     base.samples.clear()
     clock.interleave([base, runner], seconds, MINIMUM_ROUNDS, MAXIMUM_ROUNDS, lambda text: None)
     if runner.error or base.error:
         raise RuntimeError(runner.error or base.error)
     times = {"microseconds": _median(runner), "default_microseconds": _median(base)}
-    return {"held": True, **times, "rounds": len(runner.samples), "clock": runner.clock}
+    return {**verdict, **times, "rounds": len(runner.samples), "clock": runner.clock}
 
 
 def _runners(device: str, inputs: Inputs) -> MakeRunner:
@@ -101,7 +101,7 @@ def measure(request: Request, group: Group, which: int, problem: Problem, emit: 
     faulthandler.dump_traceback_later(request.limit, exit=True)
     inputs = problems.make(group, problem, request.device)
     first = request.choices[0]
-    wanted = problems.result(group, inputs, first)
+    judge = problems.judge(group, inputs, first)
     make_runner = _runners(request.device, inputs)
     base = make_runner(Provider("default", lambda given: problems.run(group, given, first), "ours"))
     for index in (choice for number, choice in request.jobs if number == which):
@@ -109,9 +109,7 @@ def measure(request: Request, group: Group, which: int, problem: Problem, emit: 
         emit({**job, "begun": True})
         faulthandler.dump_traceback_later(request.limit, exit=True)
         try:
-            emit(
-                {**job, **candidate(group, inputs, request.choices[index], wanted, make_runner, base, request.seconds)}
-            )
+            emit({**job, **candidate(group, request.choices[index], judge, make_runner, base, request.seconds)})
         except Exception as error:
             emit({**job, "error": clock.error_text(error)})
             _check_device(request.device)

@@ -10,7 +10,7 @@ from grpo_kernels._gemm import without_autocast
 from grpo_kernels._launch import TILE, Matrix, architecture, loads, matrix, precision, programs, run
 from grpo_kernels.grouped_gemm import _library_triton as library
 from grpo_kernels.grouped_gemm import ops
-from grpo_kernels.grouped_gemm._config_triton import PANEL, launch_config, segments, wgrad_config
+from grpo_kernels.grouped_gemm._config_triton import launch_config, segments, wgrad_config
 from grpo_kernels.grouped_gemm._fp8_triton import fp8_grouped_gemm
 from grpo_kernels.grouped_gemm._fp8_wgrad_triton import fp8_grouped_gemm_wgrad, fp8_grouped_gemm_wgrad_add_
 from grpo_kernels.grouped_gemm._kernels_triton import grouped_kernel, row_sum_kernel, wgrad_kernel
@@ -86,7 +86,7 @@ def grouped_gemm(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
-            PIECES=config.block_n // PANEL,
+            PIECES=config.pieces,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -149,7 +149,7 @@ def _wgrad(x: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, *, accumulate:
             BLOCK_N=config.block_m,
             BLOCK_K=config.block_n,
             BLOCK_R=config.block_k,
-            PIECES=config.block_n // PANEL,
+            PIECES=config.pieces,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

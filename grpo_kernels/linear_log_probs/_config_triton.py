@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from grpo_kernels.linear_log_probs._table_triton import DLOGITS, FORWARD, Entry
+
 MAX_SPLITS = 128
 """Most parts of a vocabulary that are reduced on their own: as many programs are busy even with one block of rows."""
 WORKSPACE_BYTES = 256 << 20
@@ -25,16 +27,40 @@ class LaunchConfig(NamedTuple):
     pieces: int  # panels of a tile that are reduced one after another
     num_warps: int
     num_stages: int
+    on_each: int  # programs that share a multiprocessor
     max_registers: int | None  # of a thread; None: the compiler may give up some for a second program
     splits: int
     tiles_per_split: int
     group: int  # row blocks that share their panels of the weight
 
 
+def table_class(element_size: int, rank: int, capped: bool) -> str:
+    """The class of heads that an entry of a table is for; "" where there is none: both a softcap and LoRA."""
+    if rank and capped:
+        return ""
+    return f"{8 * element_size}-bit {'lora' if rank else 'capped' if capped else 'plain'}"
+
+
+def _tuned(kernel: str, element_size: int, architecture: int, loads: str, rank: int, capped: bool) -> Entry | None:
+    """The entry of a table, or None. Entries are for the best loads that an architecture has."""
+    table = FORWARD if kernel == "forward" else DLOGITS
+    if not table or loads != ("tma" if architecture >= 90 else "vector"):
+        return None
+    return table.get((architecture, table_class(element_size, rank, capped)))
+
+
 def launch_config(
-    vocab: int, width: int, element_size: int, architecture: int, loads: str, rank: int = 0, capped: bool = False
+    vocab: int,
+    width: int,
+    element_size: int,
+    architecture: int,
+    loads: str,
+    rank: int = 0,
+    capped: bool = False,
+    kernel: str = "forward",
 ) -> LaunchConfig:
-    """The configuration that compiles without spills and keeps the tensor cores fed as far as the arithmetic says.
+    """An entry of the tables, which were measured on a GPU; else the configuration that compiles without spills and keeps
+    the tensor cores fed as far as the arithmetic says (docs/tuning.md).
 
     128 x 256 tiles read 48 KiB for 1024 cycles of bfloat16 tensor cores on sm_90; square ones would ask a third more
     of the L2 cache. A thread then holds 128 accumulators, so that logits are reduced in panels of 32 columns.
@@ -44,7 +70,9 @@ def launch_config(
         loads: "tma"; "vector", 16 bytes a thread; "scalar", an element a thread.
         rank: of the LoRA factors, 0 without.
         capped: with a softcap.
+        kernel: "forward" or "dlogits". block_k is the same for both: the backward forms the very logits of the forward.
     """
+    block_m, warps, on_each, kept = 128, 8, 1, L2_BYTES
     if element_size == 4:  # three products of tf32 each, whose halves are formed in registers
         block_n, block_k, pieces, stages = 64, 32 if loads == "tma" else 16, 2, 3
     elif loads == "scalar":
@@ -56,12 +84,18 @@ def launch_config(
         block_n, block_k, pieces, stages = 128 if heavy else 256, 64, 8, 4
     else:  # 100 or 164 KiB of shared memory
         block_n, block_k, pieces, stages = 64 if capped else 128, 32, 2, 4
+    tuned = _tuned(kernel, element_size, architecture, loads, rank, capped)
+    if tuned is not None:
+        block_m, block_n, block_k, pieces, warps, stages, on_each, mib = tuned
+        kept = mib << 20
     tiles = -(-vocab // block_n)
     tiles_per_split = -(-tiles // MAX_SPLITS)
-    group = min(1024, max(1, L2_BYTES // (128 * width * element_size)))
-    splits = -(-tiles // tiles_per_split)
+    group = min(1024, max(1, kept // (block_m * width * element_size)))
     registers = 255 if rank and architecture in _TENSOR_MEMORY else None
-    return LaunchConfig(128, block_n, block_k, 16, pieces, 8, stages, registers, splits, tiles_per_split, group)
+    return LaunchConfig(
+        block_m, block_n, block_k, 16, pieces, warps, stages, on_each, registers, -(-tiles // tiles_per_split),
+        tiles_per_split, group,
+    )  # fmt: skip
 
 
 def slice_width(rows: int, vocab: int, element_size: int) -> int:

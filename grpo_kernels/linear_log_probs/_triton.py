@@ -59,6 +59,7 @@ def _operands(
     logit_scale: float,
     softcap: float,
     parts: Tensor | None,
+    kernel: str,
 ) -> _Operands:
     vocab, width = head.weight.shape
     target = architecture(hidden)
@@ -66,7 +67,7 @@ def _operands(
     way = loads(target, x, w)
     lora_b = None if head.lora_b is None else matrix(head.lora_b)
     rank = 0 if parts is None else parts.shape[2]
-    config = launch_config(vocab, width, hidden.element_size(), target, way, rank, softcap > 0.0)
+    config = launch_config(vocab, width, hidden.element_size(), target, way, rank, softcap > 0.0, kernel)
     in_factor, in_low, out_factor, kind = host_factors(temperature_tensor, temperature, logit_scale, softcap)
     arguments = {
         "hidden": x.tensor,
@@ -140,7 +141,7 @@ def linear_token_log_probs(
     head = Head(weight, bias, lora_a, lora_b, lora_scale)
     parts = _projected(hidden, head)
     arguments, constants, config = _operands(
-        hidden, head, token_ids, temperature_tensor, temperature, logit_scale, softcap, parts
+        hidden, head, token_ids, temperature_tensor, temperature, logit_scale, softcap, parts, "forward"
     )
     partials = hidden.new_empty((2 + entropy + sum_squared_probs, config.splits, rows), dtype=torch.float32)
     shared = {
@@ -155,7 +156,7 @@ def linear_token_log_probs(
         "TOP1": top1_ids,
     }
     of_merge = ("token_ids", "temperatures", "out_factor", "rows", "vocab")
-    grid = programs(hidden, triton.cdiv(rows, config.block_m) * config.splits)
+    grid = programs(hidden, triton.cdiv(rows, config.block_m) * config.splits, config.on_each)
 
     def launch() -> None:
         forward_kernel[(grid,)](**arguments, **shared, **constants, tiles_per_split=config.tiles_per_split)
@@ -269,7 +270,9 @@ def linear_token_log_probs_backward(
         grad_b if need_lora else None,
         through,
     )
-    operands = _operands(hidden, head, token_ids, temperature_tensor, temperature, logit_scale, softcap, parts)
+    operands = _operands(
+        hidden, head, token_ids, temperature_tensor, temperature, logit_scale, softcap, parts, "dlogits"
+    )
     _walk_slices(operands, gradients, head, hidden, parts, active, statistics, upstream)
     if through is not None and lora_a is not None:
         through *= lora_scale
@@ -303,7 +306,7 @@ def _walk_slices(
     for start in range(0, vocab, width):
         end = min(start + width, vocab)
         column_blocks = triton.cdiv(end - start, config.block_n)
-        grid = programs(hidden, triton.cdiv(rows, config.block_m) * column_blocks)
+        grid = programs(hidden, triton.cdiv(rows, config.block_m) * column_blocks, config.on_each)
 
         def launch(start: int = start, column_blocks: int = column_blocks, grid: int = grid) -> None:
             dlogits_kernel[(grid,)](
