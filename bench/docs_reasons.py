@@ -50,8 +50,8 @@ REASONS = (
         ("group_advantages",),
         "B=",
         "x eager",
-        "recorded with a kernel that took one group after another, each a chain of dependent operations. It now takes 64 "
-        "groups at a time. Next to so little work the call itself counts.",
+        "recorded with a kernel that took one group after another, each a chain of dependent operations. It now takes "
+        "64 groups at a time. Next to so little work the call itself counts.",
     ),
     Reason(
         "host cost",
