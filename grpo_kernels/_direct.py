@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set, _has_torch_function
-from torch._C._autograd import _profiler_enabled
 
-_INFERENCE = DispatchKeySet(DispatchKey.BackendSelect)
-_EAGER = (_INFERENCE.raw_repr(), (_INFERENCE | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr())
+_EAGER: tuple[int, ...] = ()
 """What a thread adds to the keys of every call, in inference mode and outside. A mode or transform adds its own."""
+
+try:
+    from torch._C import (
+        DispatchKey,
+        DispatchKeySet,
+        _dispatch_keys,
+        _dispatch_tls_local_include_set,
+        _has_torch_function,
+    )
+    from torch._C._autograd import _profiler_enabled
+
+    _INFERENCE = DispatchKeySet(DispatchKey.BackendSelect)
+    _EAGER = (_INFERENCE.raw_repr(), (_INFERENCE | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr())
+except (ImportError, AttributeError):  # names that PyTorch promises to nobody; without them no call is direct
+    pass
 
 _plain_keys: set[int] = set()
 
 
 def is_direct(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether torch.library would do nothing with an op of these tensors but call the implementation."""
-    if _dispatch_tls_local_include_set().raw_repr() not in _EAGER:
+    if not _EAGER or _dispatch_tls_local_include_set().raw_repr() not in _EAGER:
         return False
     if _has_torch_function(tensors) or _profiler_enabled():
         return False

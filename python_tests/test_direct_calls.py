@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
-from grpo_kernels import _dispatch, _extension
+from grpo_kernels import _direct, _dispatch, _extension
 from grpo_kernels._direct import is_direct
 from python_tests import samples
 from python_tests.samples import Call, tensors
@@ -88,6 +89,12 @@ def test_plain_tensors_are_called_directly() -> None:
         inference = torch.ones(2)
         assert is_direct((plain, parameter, inference))
     assert is_direct((plain, inference))
+
+
+def test_nothing_is_direct_where_pytorch_lacks_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runpy.run_path(_direct.__file__)["is_direct"]((torch.zeros(2),))
+    monkeypatch.delattr(torch._C, "_dispatch_keys")
+    assert not runpy.run_path(_direct.__file__)["is_direct"]((torch.zeros(2),))
 
 
 def test_a_second_derivative_is_warned_of() -> None:

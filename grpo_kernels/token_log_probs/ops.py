@@ -29,9 +29,7 @@ def empty_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward's outputs, not yet written; those that are not wanted are empty."""
     shape = logits.shape[:-1]
-    log_probs = logits.new_empty(
-        shape, dtype=result_dtype(logits)
-    )  # the others take its dtype: cheaper than to name it
+    log_probs = logits.new_empty(shape, dtype=result_dtype(logits))  # whose dtype the others take: cheaper than named
     return (
         log_probs,
         log_probs.new_empty(shape if entropy else 0),
