@@ -104,7 +104,9 @@ def test_compiles_without_a_graph_break(call: Call, backend: str, compiler: str,
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
 def test_autocast_casts_the_operands_of_products_and_nothing_else(call: Call, backend: str) -> None:
-    """Of an op without products it changes nothing. Its gradients are those of the casts, each rounded in its way."""
+    """Of an op without products it changes nothing. Of one with them the gradients are those of the casts, each rounded
+    in its way, and since those are wider than the operands, sums may be formed in another order.
+    """
     _need(backend)
 
     def cast(*inputs: Any) -> Any:
@@ -114,11 +116,11 @@ def test_autocast_casts_the_operands_of_products_and_nothing_else(call: Call, ba
         plain = _run(call, cast)
         with torch.autocast("cpu", torch.bfloat16):
             autocast = _run(call, call.function)
-    _assert_same(autocast[:1], plain[:1], rtol=0, atol=0)
     if call.autocast:
+        _assert_same(autocast[:1], plain[:1])  # to rounding in float32, a thousandth of bfloat16's
         assert_gradients_agree(dataclasses.replace(call, rounds=torch.bfloat16), autocast[1], plain[1])
     else:
-        _assert_same(autocast[1:], plain[1:], rtol=0, atol=0)
+        _assert_same(autocast, plain, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

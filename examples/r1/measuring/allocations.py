@@ -49,8 +49,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 def _cpu_changes(work: Callable[[], Result]) -> tuple[Result, list[int]]:
     """What `work` returns, and the bytes of every allocation (positive) and its release (negative), in their order.
 
-    What was allocated before has no size when it is released now.
+    What was allocated before has no size when it is released now, but for what an earlier profile saw: that is
+    collected first.
     """
+    gc.collect()
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     trace = profiler.profiler
