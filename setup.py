@@ -72,7 +72,7 @@ class BuildPackages(build_py):
     """Ships bench/ as grpo_kernels._bench, for `grpo-kernels bench`; editable installations use the folder itself."""
 
     BENCH = "grpo_kernels._bench"
-    NOT_SHIPPED = ("conftest", "docs", "gates", "gpu_check", "pytest_rows", "targets", "test_")
+    NOT_SHIPPED = ("conftest", "docs", "gates", "gpu_check", "pytest_rows", "row_file", "targets", "test_")
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -33,12 +32,6 @@ def _again(arguments: argparse.Namespace) -> list[str]:
             for item in value if isinstance(value, list) else [value]:
                 line += [option, str(item)]
     return line
-
-
-def _recycle_pages(arguments: argparse.Namespace) -> None:
-    """Restarts the process with the allocator's settings for benchmarks: it reads them when it starts."""
-    sys.stdout.flush()
-    os.execve(sys.executable, _again(arguments), machine.environment(machine.RECYCLING))
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -85,8 +78,7 @@ def _path(arguments: argparse.Namespace, device: str) -> Path | None:
 
 def _measure(arguments: argparse.Namespace) -> report.Results:
     device = _device(arguments)
-    if device == "cpu" and sys.platform == "linux" and not machine.pages_are_recycled():
-        _recycle_pages(arguments)
+    machine.recycle_pages(device, _again(arguments))
     from . import run
 
     given = {name: getattr(arguments, name) for name in ("seconds", "deadline") if getattr(arguments, name)}

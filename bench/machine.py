@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +34,17 @@ def environment(tunables: str) -> dict[str, str]:
 def pages_are_recycled() -> bool:
     """Whether this process runs under `RECYCLING`."""
     return os.environ.get("GLIBC_TUNABLES") == RECYCLING
+
+
+def recycle_pages(device: str, line: list[str]) -> None:
+    """Restarts a process that measures a CPU under other settings: the allocator reads them when it starts.
+
+    Args:
+        line: the command line that does what this process shall do, its program first.
+    """
+    if device == "cpu" and sys.platform == "linux" and not pages_are_recycled():
+        sys.stdout.flush()
+        os.execve(line[0], line, environment(RECYCLING))
 
 
 def default_device() -> str:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import machine, progress, run
+from bench import machine, progress, row_file, run
 from bench.case import Case, Row
 from bench.measure import Effort
 from grpo_kernels.cli.table import Table
@@ -138,18 +136,6 @@ def measure(device: str, chosen: Sequence[Case], display: progress.Progress, eff
     }
 
 
-def save(results: Results, path: Path) -> None:
-    """JSON with a target, and the figures of a case, a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for key, value in results.items():
-        text = json.dumps(value)
-        if isinstance(value, list):
-            text = "[\n  " + ",\n  ".join(json.dumps(line) for line in value) + "\n ]"
-        parts.append(f" {json.dumps(key)}: {text}")
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-
-
 _STYLES = {"met": "green", "reported": "dim", "SHORT": "yellow", "FAILED": "red"}
 
 
@@ -184,14 +170,12 @@ def main() -> int:
     known = OPS[arguments.device]
     if unknown := set(arguments.op or ()) - set(known):
         parser.error(f"--op must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    if arguments.device == "cpu" and sys.platform == "linux" and not machine.pages_are_recycled():
-        line = [sys.executable, "-m", "bench.targets", *sys.argv[1:]]
-        os.execve(sys.executable, line, machine.environment(machine.RECYCLING))
+    machine.recycle_pages(arguments.device, [sys.executable, "-m", "bench.targets", *sys.argv[1:]])
     with progress.shown() as display:
         results = measure(arguments.device, cases(arguments.device, arguments.op or known), display)
     path = arguments.save or (None if arguments.op else RESULTS / f"targets-{machine.slug(arguments.device)}.json")
     if path is not None:
-        save(results, path)
+        row_file.save(results, path)
         print(f"written: {path}")
     show(results)
     return status(results)

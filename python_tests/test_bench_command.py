@@ -116,14 +116,14 @@ def test_an_installation_without_benchmarks_says_what_is_missing(monkeypatch, tm
 
 def test_the_process_restarts_with_the_same_arguments_and_the_allocators_settings(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(command.sys, "platform", "linux")
+    monkeypatch.setattr(machine.sys, "platform", "linux")
     calls = []
 
     def stop(program: str, line: list[str], environment: dict[str, str]) -> None:
         calls.append((program, line, environment))
         raise SystemExit
 
-    monkeypatch.setattr(command.os, "execve", stop)
+    monkeypatch.setattr(machine.os, "execve", stop)
     options = ["--op", "grpo_loss", "--op", "group_advantages", "--device", "cpu", "--quick", "--seconds", "0.5"]
     with pytest.raises(SystemExit):
         cli.main(["bench", *options, "--output", str(tmp_path)])

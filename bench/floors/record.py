@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import row_file
 from bench.floors import ops
 from bench.floors.floor import Floor
 from bench.gates import fingerprint
@@ -35,8 +36,7 @@ def save(rows: Sequence[Row], path: Path = PATH) -> None:
     """Writes JSON with one row a line, in the order of the data."""
     order = [(op, floor.kernel, floor.form) for op, found in floors().items() for floor in found]
     ranked = sorted(rows, key=lambda row: order.index((row["op"], row["kernel"], row["form"])))
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in ranked)
-    path.write_text(f'{{\n "rows": [\n{lines}\n ]\n}}\n')
+    row_file.save({"rows": ranked}, path)
 
 
 def current(rows: Iterable[Row]) -> dict[tuple[str, str, str], Row]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import row_file
 from bench.gates import fingerprint
 from grpo_kernels.cli.table import Table
 
@@ -78,6 +79,4 @@ def stamped(rows: Iterable[Row]) -> list[Row]:
 
 def save(rows: Sequence[Row], path: Path) -> None:
     """Writes JSON with one row a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.write_text(f'{{\n "rows": [\n{lines}\n ]\n}}\n')
+    row_file.save({"rows": list(rows)}, path)

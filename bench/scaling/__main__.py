@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from bench import machine, progress
+from bench import machine, progress, row_file
 from bench.scaling import measure, ranks, sweeps
-from bench.targets import save
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -35,16 +33,14 @@ def main() -> int:
     if arguments.results:
         _draw(json.loads(arguments.results.read_text()), arguments.plot or ROOT / "docs" / "images")
         return 0
-    if sys.platform == "linux" and not machine.pages_are_recycled():
-        line = [sys.executable, "-m", "bench.scaling", *sys.argv[1:]]
-        os.execve(sys.executable, line, machine.environment(machine.RECYCLING))
+    machine.recycle_pages("cpu", [sys.executable, "-m", "bench.scaling", *sys.argv[1:]])
     chosen = arguments.op or names
     with progress.shown() as display:
         found = sweeps.of([op for op in chosen if op != RANKS])
         results = measure.run(found, ranks.SWEEPS if RANKS in chosen else (), display)
     path = arguments.save or (None if arguments.op else RESULTS / f"scaling-{machine.slug('cpu')}.json")
     if path is not None:
-        save(results, path)
+        row_file.save(results, path)
         print(f"written: {path}; {results['seconds']} s")
     if arguments.plot or not arguments.op:
         _draw(results, arguments.plot or ROOT / "docs" / "images")
