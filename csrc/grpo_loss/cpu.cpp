@@ -3,7 +3,8 @@
 // row at a time where there are enough of them, else over all segments.
 
 #include "common/parallel.h"
-#include "grpo_loss/cpu_metrics.h"
+#include "grpo_loss/cpu_rows.h"
+#include "grpo_loss/cpu_tame.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
@@ -21,6 +22,7 @@ void sum_segment(const Problem<T>& p, int64_t index) {
   const Segment s = segment_at(p.a.layout, index);
   const LossOptions<T> o = p.o;
   const bool sampler = p.given(kSamplerLogProbs);
+  const bool reads_log_probs = o.sequence_ratio || o.corrects_sequences() || o.off_policy_mask || o.surrogate == kVESPO;
   double* sums = segment_row_sums(p.a, index);
   for (int i = 0; i < kRowSums; ++i) sums[i] = 0.0;
   Block<T> b;
@@ -33,9 +35,10 @@ void sum_segment(const Problem<T>& p, int64_t index) {
   for (int64_t done = 0; done < s.count; done += kBlock) {
     const int64_t count = s.count - done < kBlock ? s.count - done : kBlock;
     if (!load_live(p.a, s, s.begin + done, count, b.live)) continue;
-    load_ratio_inputs(p, s, s.begin + done, count, b);
     const int64_t whole = padded(count);
     sums[kRowTokens] += sum_terms(b.live, whole, [&](int64_t) { return T(1); });
+    if (!reads_log_probs) continue;
+    load_ratio_inputs(p, s, s.begin + done, count, b);
     if (o.surrogate == kGMPO) {
       load(p.a.tensors[kAdvantages], s, s.begin + done, count, b.live, b.advantage);
       sums[kRowLogRatio] += sum_terms(b.live, whole, clipped_log_ratio);
@@ -60,6 +63,11 @@ void loss_segment(const Problem<T>& p, int64_t index) {
     const double* sums = segment_row_sums(p.a, s.first);
     row = row_state(p.o, sums);
     factor = row_factor(p.o.reduction, sums[kRowTokens]);
+  }
+  row.factor = T(factor * p.scale);
+  if (may_be_tame(p) && s.row >= 0 && s.count > 0 && tame_segment(p, s, row.factor, record)) {
+    record[kTokenLoss] *= factor;
+    return;
   }
   Block<T> b;
   for (int64_t done = 0; done < s.count; done += kBlock) {
@@ -146,13 +154,16 @@ void merge_through(const GRPOLossArgs& a, int64_t row) {
   sums[kRowLogRatio] = double(shared_gradient<T>(through, sums[kRowTokens]));
 }
 
+template <typename T>
+using SegmentBody = void (*)(const Problem<T>&, int64_t);
+
 // All passes over a row of a padded layout.
 template <typename T>
-void row_at_once(const Problem<T>& p, int64_t row, bool shares) {
+void row_at_once(const Problem<T>& p, int64_t row, SegmentBody<T> body, bool shares) {
   const Segment s = first_segment(p.a.layout, row);
   for (int64_t k = 0; k < s.segments; ++k) sum_segment(p, s.first + k);
   merge_row_sums(p.a, row);
-  for (int64_t k = 0; k < s.segments; ++k) loss_segment(p, s.first + k);
+  for (int64_t k = 0; k < s.segments; ++k) body(p, s.first + k);
   if (!shares) return;
   merge_through<T>(p.a, row);
   for (int64_t k = 0; k < s.segments; ++k) share_segment(p, s.first + k);
@@ -177,6 +188,7 @@ void merge_records(const GRPOLossArgs& a, const LossOptions<T>& o) {
     }
   }
   write_results<T>(a, o, totals);
+  if (o.reduction != kNoReduction) write_remaining_scale(a, o);
 }
 
 // The first packed row whose bounds are not in order or not inside the tensors, or -1.
@@ -197,23 +209,24 @@ int64_t run(const GRPOLossArgs& a, int threads) {
   const int64_t rows = a.layout.cu_seqlens == nullptr ? a.layout.batch : 1;
   const int64_t useful = rows * a.layout.tokens / kTokensPerThread;
   const int team = useful < threads ? (useful < 1 ? 1 : int(useful)) : threads;
-  const auto for_segments = [&](void (*body)(const Problem<T>&, int64_t)) {
+  const auto for_segments = [&](SegmentBody<T> body) {
     parallel_rows(segments, team, kSegmentsPerChunk, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) body(p, index);
     });
   };
-  const bool shares = p.o.shares_gradient && a.grad_log_probs != nullptr;
+  const bool uniform = rows_are_uniform(p), shares = p.o.shares_gradient && !uniform && a.grad_log_probs != nullptr;
+  const SegmentBody<T> body = uniform ? &uniform_segment<T> : &loss_segment<T>;
   if (!p.o.needs_row_sums()) {
-    for_segments(&loss_segment<T>);
+    for_segments(body);
   } else if (a.layout.cu_seqlens == nullptr && a.layout.batch >= kRowsPerThread * team) {
     // A row at a time: what its passes read again is still in the cache.
     parallel_rows(a.layout.batch, team, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) row_at_once(p, row, shares);
+      for (int64_t row = begin; row < end; ++row) row_at_once(p, row, body, shares);
     });
   } else {
     for_segments(&sum_segment<T>);
     for (int64_t row = 0; row < a.layout.batch; ++row) merge_row_sums(a, row);
-    for_segments(&loss_segment<T>);
+    for_segments(body);
     for (int64_t row = 0; row < a.layout.batch && shares; ++row) merge_through<T>(a, row);
     if (shares) for_segments(&share_segment<T>);
   }

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "common/cpu_lanes.h"
-#include "grpo_loss/records.h"
+#include "grpo_loss/cpu_scale.h"
 
 namespace grpo_kernels {
 namespace GK_ISA {
@@ -34,6 +34,7 @@ struct Problem {
   const GRPOLossArgs& a;
   LossOptions<T> o;
   T beta, entropy_coef, threshold;
+  double scale;  // of all gradients
 
   bool given(int input) const { return a.tensors[input].data != nullptr; }
   bool masks_by_entropy() const { return a.numbers[kEntropyThreshold].data != nullptr; }
@@ -42,8 +43,19 @@ struct Problem {
 template <typename T>
 Problem<T> make_problem(const GRPOLossArgs& a) {
   const LossScalar& threshold = a.numbers[kEntropyThreshold];
-  return {a, make_options<T>(a), read_number<T>(a.numbers[kKLCoef]), read_number<T>(a.numbers[kEntropyCoef]),
-          threshold.data == nullptr ? -infinity<T>() : read_number<T>(threshold)};
+  const LossOptions<T> o = make_options<T>(a);
+  return {a,
+          o,
+          read_number<T>(a.numbers[kKLCoef]),
+          read_number<T>(a.numbers[kEntropyCoef]),
+          threshold.data == nullptr ? -infinity<T>() : read_number<T>(threshold),
+          gradient_scale(a, o)};
+}
+
+// What the gradients of a row with so many live tokens are multiplied by.
+template <typename T>
+T gradient_factor(const Problem<T>& p, double tokens) {
+  return T(row_factor(p.o.reduction, tokens) * p.scale);
 }
 
 // --- loading -----------------------------------------------------------------------------------------------------------------

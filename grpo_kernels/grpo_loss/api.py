@@ -14,6 +14,7 @@ from grpo_kernels.grpo_loss.config import GRPOLossConfig
 from grpo_kernels.grpo_loss.inputs import Subject, check_cu_seqlens, loss_inputs
 from grpo_kernels.grpo_loss.metrics import GRPOMetrics
 from grpo_kernels.grpo_loss.rows import LossInputs
+from grpo_kernels.grpo_loss.upstream import times_upstream
 
 _OP = "grpo_loss"
 _DEFAULT_CONFIG = GRPOLossConfig()
@@ -172,7 +173,7 @@ def _call(
 
 
 class _GRPOLoss(torch.autograd.Function):
-    """The forward computes the derivative as well, so the backward is one multiplication by the upstream scalar.
+    """The forward computes the derivative as well, so the backward is at most one multiplication by a scalar.
 
     Per-token losses may have any upstream gradient, and a sequence's ratio couples its tokens: there the backward
     runs the kernel again with the upstream gradient as weights, and nothing but the inputs is kept.
@@ -211,7 +212,7 @@ class _GRPOLoss(torch.autograd.Function):
             )
         else:
             grad_log_probs, grad_entropy, scale = ctx.saved_tensors
-            factors = upstream * scale
-            grad_log_probs = grad_log_probs * factors[0] if need_log_probs else None
-            grad_entropy = grad_entropy * factors[1] if need_entropy else None
+            grad_log_probs, grad_entropy = times_upstream(
+                grad_log_probs if need_log_probs else None, grad_entropy if need_entropy else None, scale, upstream
+            )
         return grad_log_probs if need_log_probs else None, grad_entropy if need_entropy else None, None, None

@@ -46,5 +46,6 @@ _grpo_loss = _dispatch.define(
 )
 grpo_loss = _dispatch.direct(_grpo_loss)
 """Returns loss, grad_log_probs, grad_entropy, scale, metrics; absent ones are empty. The first gradient is still to
-be multiplied by scale[0], the second by scale[1]. With ``upstream`` (reduction "none", in the backward) the gradients
-are final and the rest is empty."""
+be multiplied by scale[0], the second by scale[1]. A kernel that knows the divisor beforehand, as the CPU's does, leaves
+less to do: its scale[0] is 1. With ``upstream`` (reduction "none", in the backward) the gradients are final and the
+rest is empty."""
