@@ -1,4 +1,8 @@
-"""The compiled module `_C`: loading it, and saying why it, or its CUDA half, cannot be used."""
+"""The compiled module `_C`: loading it, and saying why it, or its CUDA half, cannot be used.
+
+Where the time of a call matters, its bindings take tensors as they are, None for an absent one, and read their
+addresses, types, sizes and strides themselves (csrc/bindings/tensor.h); others take addresses and numbers.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,11 @@ DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("grpo_kernels._C"), ""
+        module = importlib.import_module("grpo_kernels._C")
     except ImportError as error:
         return None, f"the extension is not built ({error})"
+    module.set_tensor_type(torch.Tensor, False)
+    return module, ""
 
 
 @functools.cache
@@ -27,6 +33,13 @@ def extension() -> ModuleType:
     if module is None:
         raise ImportError(f"grpo_kernels._C: {problem}")
     return module
+
+
+def signature(tensors: tuple[torch.Tensor | None, ...]) -> bytes | None:
+    """`_C.signature`; None without the extension."""
+    module = _load()[0]
+    found: bytes | None = None if module is None else module.signature(tensors)
+    return found
 
 
 def cpu_problem() -> str:

@@ -1,7 +1,8 @@
 // From Python's addresses and numbers to argument structures, launchers and exceptions: what every op's binding needs.
 //
 // Every kernel function ends with (device, stream_or_threads): device -1 is the CPU, with its number of threads; otherwise a
-// CUDA ordinal, with the handle of the current stream. Tensors were checked, and outputs allocated, in Python.
+// CUDA ordinal, with the handle of the current stream. Tensors were checked, and outputs allocated, in Python; they come as
+// they are (bindings/tensor.h), None for an absent one, or, in bindings whose time does not matter, as addresses.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,8 +11,10 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "bindings/tensor.h"
 #include "common/cpu_isa.h"
 
 #if defined(GK_CUDA)
@@ -34,7 +37,7 @@ T* pointer(Address address) {
 class Scratch {
  public:
   template <typename Size>
-  Scratch(Address given, Size doubles) : data_(pointer<double>(given)) {
+  Scratch(double* given, Size doubles) : data_(given) {
     if (data_ != nullptr) return;
     own_.assign(size_t(doubles()), std::numeric_limits<double>::quiet_NaN());
     data_ = own_.data();
@@ -45,6 +48,19 @@ class Scratch {
   std::vector<double> own_;
   double* data_;
 };
+
+// A list or tuple of exactly as many numbers.
+template <typename T, size_t N>
+void read_numbers(py::handle sequence, T (&out)[N]) {
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), "a list or tuple is expected"));
+  if (!items) throw py::error_already_set();
+  if (PySequence_Fast_GET_SIZE(items.ptr()) != Py_ssize_t(N)) throw py::value_error("another number of numbers is expected");
+  for (size_t i = 0; i < N; ++i) {
+    PyObject* const item = PySequence_Fast_GET_ITEM(items.ptr(), Py_ssize_t(i));
+    out[i] = std::is_integral_v<T> ? T(PyLong_AsLongLong(item)) : T(PyFloat_AsDouble(item));
+  }
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+}
 
 #if defined(GK_CUDA)
 inline void check_cuda(const char* op, int status) {

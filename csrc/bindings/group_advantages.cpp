@@ -28,7 +28,7 @@ int64_t group_advantages(Address rewards, int dtype, int64_t batch, int function
   args.correction = correction;
   args.eps = eps;
   args.batch_eps = batch_eps;
-  const Scratch memory(scratch, [&] { return 2 * batch; });
+  const Scratch memory(pointer<double>(scratch), [&] { return 2 * batch; });
   args.scratch = memory.data();
   args.advantages = pointer<void>(advantages);
   args.mean = pointer<void>(mean);

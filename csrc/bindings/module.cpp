@@ -58,6 +58,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_isa", &cpu_isa_name);
   m.def("cuda_device_problem", &cuda_device_problem);
+  m.def("set_tensor_type", &set_tensor_type);
+  m.def("signature", &signature);
   bind_fp8_quantize(m);
   bind_group_advantages(m);
   bind_grpo_loss(m);

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from grpo_kernels import _extension
-from grpo_kernels._extension import DTYPE_CODE, pointer
 from grpo_kernels.moe_router.arguments import raise_cu_seqlens, raise_replay
 from grpo_kernels.moe_router.ops import empty_outputs, result_dtype
 
 # The kernels' numbers for the options: csrc/moe_router/moe_router.h
 _SCORING = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2, "sqrtsoftplus": 3}
 _GROUP_SCORE = {"top2_sum": 0, "max": 1}
-_REPLAY = {torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4}
-
-
-def _rows(logits: Tensor, top_k: int) -> tuple[Any, ...]:
-    tokens, experts = logits.shape
-    return (logits.data_ptr(), tokens, logits.stride(0), experts, top_k, DTYPE_CODE[logits.dtype])
-
-
-def _dense_rows(logits: Tensor) -> Tensor:
-    """The kernels stride over rows and take the last axis as it lies."""
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
-def _sequences(cu_seqlens: Tensor | None) -> tuple[int, bool, int]:
-    if cu_seqlens is None:
-        return 0, False, 1
-    return cu_seqlens.data_ptr(), cu_seqlens.dtype == torch.int64, cu_seqlens.shape[0] - 1
 
 
 def moe_router(
@@ -52,40 +32,37 @@ def moe_router(
     seq_aux_loss: bool,
 ) -> tuple[Tensor, ...]:
     outputs = empty_outputs(logits, cu_seqlens, top_k, aux_loss, seq_aux_loss)
-    rows = _dense_rows(logits)
-    bias = None if bias is None else bias.to(result_dtype(logits)).contiguous()
-    mask = None if token_mask is None else token_mask.contiguous()
-    replay = None if replay_ids is None else replay_ids.contiguous()
-    ends = None if cu_seqlens is None else cu_seqlens.contiguous()
+    if bias is not None and bias.dtype != outputs[0].dtype:
+        bias = bias.to(outputs[0].dtype)
     native, execution = _extension.extension(), _extension.execution(logits)
     asked = (z_loss, aux_loss, seq_aux_loss)
-    sequences = _sequences(ends)
     workspace = None  # on the CPU the launcher has its own
     if execution[0] >= 0:
-        size = native.moe_router_workspace(*logits.shape, sequences[2], asked, True)
+        sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        size = native.moe_router_workspace(*logits.shape, sequences, asked, True)
         workspace = logits.new_empty(size, dtype=torch.float64)
     bad = native.moe_router(
-        *_rows(rows, top_k),
+        logits,
+        bias,
+        token_mask,
+        replay_ids,
+        cu_seqlens,
+        top_k,
         _SCORING[scoring_func],
         norm_topk_prob,
         routed_scaling_factor,
         asked,
-        *sequences,
         n_group,
         topk_group,
         _GROUP_SCORE[group_score],
-        pointer(bias),
-        pointer(mask),
-        pointer(replay),
-        0 if replay is None else _REPLAY[replay.dtype],
-        pointer(workspace),
-        [output.data_ptr() for output in outputs],
+        workspace,
+        *outputs,
         *execution,
     )
-    if bad >= logits.shape[0] and ends is not None:
-        raise_cu_seqlens(ends, bad - logits.shape[0], logits.shape[0])
-    if bad >= 0 and replay is not None:
-        raise_replay(replay, bad, logits.shape[1])
+    if bad >= logits.shape[0] and cu_seqlens is not None:
+        raise_cu_seqlens(cu_seqlens, bad - logits.shape[0], logits.shape[0])
+    if bad >= 0 and replay_ids is not None:
+        raise_replay(replay_ids, bad, logits.shape[1])
     return outputs
 
 
@@ -106,24 +83,21 @@ def moe_router_backward(
     seq_aux_loss: bool,
 ) -> Tensor:
     grad = logits.new_empty(logits.shape)
-    rows = _dense_rows(logits)
     dtype = result_dtype(logits)
-    kept = [None if t is None else t.to(dtype).contiguous() for t in (grad_weights, grad_losses)]
-    weights, ids = topk_weights.contiguous(), topk_ids.contiguous()
-    ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     _extension.extension().moe_router_backward(
-        *_rows(rows, ids.shape[1]),
+        logits,
+        topk_weights,
+        topk_ids,
+        cu_seqlens,
+        balance,
+        live_tokens,
+        None if grad_weights is None else grad_weights.to(dtype),
+        None if grad_losses is None else grad_losses.to(dtype),
+        grad,
         _SCORING[scoring_func],
         norm_topk_prob,
         routed_scaling_factor,
         (z_loss, aux_loss, seq_aux_loss),
-        *_sequences(ends),
-        weights.data_ptr(),
-        ids.data_ptr(),
-        balance.data_ptr(),
-        live_tokens.data_ptr(),
-        *map(pointer, kept),
-        grad.data_ptr(),
         *_extension.execution(logits),
     )
     return grad

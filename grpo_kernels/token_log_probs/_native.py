@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from grpo_kernels import _extension
-from grpo_kernels._extension import DTYPE_CODE, pointer
-from grpo_kernels.token_log_probs.layout import RowLayout, dense, overwritable, raise_outside, readable
+from grpo_kernels.token_log_probs.layout import RowLayout, overwritable, raise_outside, readable
 from grpo_kernels.token_log_probs.ops import empty_gradient, empty_outputs, result_dtype
-
-
-def _transform(
-    logits: Tensor,
-    layout: RowLayout,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature_tensor: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-) -> tuple[tuple[int | float | bool, ...], tuple[Tensor | None, ...]]:
-    """The arguments that forward and backward share, and the tensors that they point into."""
-    ids = token_ids.contiguous()
-    live = None if mask is None else mask.contiguous()
-    temperatures = None if temperature_tensor is None else dense(temperature_tensor, result_dtype(logits))
-    per_row = temperatures is not None and temperatures.ndim > 0
-    arguments = (
-        *layout,
-        logits.shape[-1],
-        DTYPE_CODE[logits.dtype],
-        ids.data_ptr(),
-        ids.dtype == torch.int64,
-        pointer(live),
-        pointer(temperatures),
-        per_row,
-        temperature,
-        logit_scale,
-        softcap,
-        logits.data_ptr(),
-    )
-    return arguments, (ids, live, temperatures)
 
 
 def token_log_probs(
@@ -58,19 +27,22 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = empty_outputs(logits, entropy, sum_squared_probs, top1_ids, statistics)
     logits, layout = readable(logits)
-    arguments, alive = _transform(
-        logits, layout, token_ids, mask, temperature_tensor, temperature, logit_scale, softcap
-    )
     bad_row = _extension.extension().token_log_probs(
-        *arguments,
-        outputs[0].data_ptr(),
-        outputs[1].data_ptr() if entropy else 0,
-        outputs[2].data_ptr() if sum_squared_probs else 0,
-        outputs[3].data_ptr() if top1_ids else 0,
-        outputs[4].data_ptr() if statistics else 0,
+        logits,
+        layout,
+        token_ids,
+        mask,
+        _temperatures(temperature_tensor, logits),
+        temperature,
+        logit_scale,
+        softcap,
+        outputs[0],
+        outputs[1] if entropy else None,
+        outputs[2] if sum_squared_probs else None,
+        outputs[3] if top1_ids else None,
+        outputs[4] if statistics else None,
         *_extension.execution(logits),
     )
-    del alive
     if bad_row >= 0:
         raise_outside("token_log_probs", token_ids, bad_row, logits.shape[-1])
     return outputs
@@ -93,12 +65,9 @@ def token_log_probs_backward(
     grad = empty_gradient(logits, None)
     logits, layout = readable(logits)
     grad_strides = (layout.inner * logits.shape[-1], logits.shape[-1])  # dense, indexed by the same two axes
-    arguments, alive = _transform(
-        logits, layout, token_ids, mask, temperature_tensor, temperature, logit_scale, softcap
-    )
+    transform = (token_ids, mask, _temperatures(temperature_tensor, logits), temperature, logit_scale, softcap)
     upstream = (grad_log_probs, grad_entropy, grad_log_sum_exp)
-    _launch_backward(arguments, statistics, upstream, grad, grad_strides)
-    del alive
+    _launch_backward(logits, layout, transform, statistics, upstream, grad, grad_strides)
     return grad if grad_dtype is None else grad.to(grad_dtype)
 
 
@@ -118,29 +87,33 @@ def token_log_probs_backward_(
     if not overwritable(logits):
         raise ValueError("token_log_probs_backward_: the rows of the logits cannot be overwritten where they lie")
     _, layout = readable(logits)
-    arguments, alive = _transform(
-        logits, layout, token_ids, mask, temperature_tensor, temperature, logit_scale, softcap
-    )
+    transform = (token_ids, mask, _temperatures(temperature_tensor, logits), temperature, logit_scale, softcap)
     upstream = (grad_log_probs, grad_entropy, grad_log_sum_exp)
-    _launch_backward(arguments, statistics, upstream, logits, (layout.outer_stride, layout.inner_stride))
-    del alive
+    strides = (layout.outer_stride, layout.inner_stride)
+    _launch_backward(logits, layout, transform, statistics, upstream, logits, strides)
     torch.autograd.graph.increment_version(logits)
 
 
+def _temperatures(temperatures: Tensor | None, logits: Tensor) -> Tensor | None:
+    return None if temperatures is None else temperatures.to(result_dtype(logits))
+
+
 def _launch_backward(
-    arguments: tuple[int | float | bool, ...],
+    logits: Tensor,
+    layout: RowLayout,
+    transform: tuple[Any, ...],
     statistics: Tensor,
     upstream: tuple[Tensor | None, ...],
     grad_logits: Tensor,
     grad_strides: tuple[int, int],
 ) -> None:
-    upstream = tuple(None if grad is None else dense(grad, statistics.dtype) for grad in upstream)
-    statistics = statistics.contiguous()
     _extension.extension().token_log_probs_backward(
-        *arguments,
-        statistics.data_ptr(),
-        *map(pointer, upstream),
-        grad_logits.data_ptr(),
+        logits,
+        layout,
+        *transform,
+        statistics,
+        *(None if grad is None else grad.to(statistics.dtype) for grad in upstream),
+        grad_logits,
         *grad_strides,
         *_extension.execution(grad_logits),
     )

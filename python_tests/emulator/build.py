@@ -24,6 +24,8 @@ from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SANITIZE = os.environ.get("GK_EMULATOR_SANITIZE") == "1"
@@ -90,6 +92,7 @@ def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    module.set_tensor_type(torch.Tensor, False)
     return module
 
 
