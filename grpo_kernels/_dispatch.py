@@ -96,6 +96,17 @@ def direct(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return call
 
 
+def unwatched(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The op in a call of kernels whose tensors have a `_direct.signature`: what `direct` comes to, without asking."""
+    name = op._schema.name.partition("::")[2]
+    package = _ops[name]
+
+    def call(*arguments: Any) -> Any:
+        return _implementation(f"{package}._{arguments[-1]}", name)(*arguments[:-1])
+
+    return call
+
+
 @functools.cache
 def _implementation(module: str, name: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)

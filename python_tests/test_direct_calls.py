@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
 from grpo_kernels import _direct, _dispatch, _extension
-from grpo_kernels._direct import is_direct
+from grpo_kernels._direct import is_direct, signature
 from python_tests import samples
 from python_tests.samples import Call, tensors
 
-_OPS = ("group_advantages", "token_log_probs", "grpo_loss", "moe_router")
-_CALLS = [pytest.param(call, id=f"{op}-{call.name}") for op in _OPS for call in samples.modules()[op].CALLS]
+_SAMPLES = ("group_advantages", "token_log_probs", "grpo_loss", "moe_router", "moe_permute")
+_CALLS = [pytest.param(call, id=f"{op}-{call.name}") for op in _SAMPLES for call in samples.modules()[op].CALLS]
 
 pytestmark = pytest.mark.skipif(
     bool(_extension.cpu_problem()), reason=f"native CPU kernels: {_extension.cpu_problem()}"
@@ -68,12 +68,21 @@ def _loss(log_probs: Tensor, **changes: Any) -> Tensor:
     return grpo_kernels.grpo_loss(log_probs, **{**inputs, **changes}).loss
 
 
+def _permutation() -> grpo_kernels.Permutation:
+    """Of three tokens with an expert each."""
+    return grpo_kernels.build_permutation(torch.tensor([[1], [0], [1]]), 2)
+
+
 _ONE_CALL: dict[str, Callable[[Tensor], Any]] = {
     "group_advantages": lambda x: grpo_kernels.group_advantages(x.flatten(), group_size=4),
     "token_log_probs": lambda x: grpo_kernels.token_log_probs(x, torch.tensor([0, 3, 1]), outputs=("entropy",)),
     "grpo_loss": _loss,
     "moe_router": lambda x: grpo_kernels.moe_router(x, 2),
+    "build_permutation": lambda x: grpo_kernels.build_permutation(x.abs().int(), 4),
+    "moe_permute": lambda x: grpo_kernels.moe_permute(x, _permutation()),
+    "moe_unpermute": lambda x: grpo_kernels.moe_unpermute(x, _permutation()),
 }
+_OPS = tuple(_ONE_CALL)
 
 
 def test_plain_tensors_are_called_directly() -> None:
@@ -89,6 +98,35 @@ def test_plain_tensors_are_called_directly() -> None:
         inference = torch.ones(2)
         assert is_direct((plain, parameter, inference))
     assert is_direct((plain, inference))
+
+
+def test_a_signature_tells_apart_what_checks_tell_apart() -> None:
+    plain = torch.ones(2, 3)
+    others: list[tuple[Tensor | None, ...]] = [
+        (plain,),
+        (plain, None),
+        (None, plain),
+        (plain, plain),
+        (torch.ones(3, 2),),
+        (torch.ones(6),),
+        (torch.ones(2, 3, 1),),
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(2, 3, requires_grad=True),),
+        *((torch.ones(2, 3, dtype=dtype),) for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.bool)),
+        *((torch.ones(2, 3, dtype=dtype),) for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32)),
+    ]
+    assert len({signature(tensors) for tensors in others} - {None}) == len(others)
+    assert signature((torch.zeros(3, 2).t(),)) == signature((plain,))
+    assert signature((torch.ones(0, 3),)) is None
+
+
+def test_few_calls_are_remembered() -> None:
+    known: dict[int, int] = {}
+    for call in range(2 * _direct._MOST + 3):
+        _direct.remember(known, call, -call)
+        assert known[call] == -call
+        assert len(known) <= _direct._MOST
+    assert _direct.recall(known, []) is None
 
 
 def test_nothing_is_direct_where_pytorch_lacks_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +158,10 @@ def test_a_second_derivative_is_warned_of() -> None:
 )
 def test_other_tensors_are_not(unusual: Tensor) -> None:
     assert not is_direct((torch.ones(2), unusual))
+    with torch.no_grad():
+        assert not is_direct((torch.ones(2), unusual))
+    assert signature((torch.ones(2), None, torch.ones(2))) is not None
+    assert signature((torch.ones(2), None, unusual)) is None
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
@@ -127,7 +169,7 @@ def test_nothing_is_direct_where_somebody_watches() -> None:
     plain, found = torch.ones(2), []
 
     def ask(tensor: Tensor) -> Tensor:
-        found.append(is_direct((plain,)))
+        found.append(is_direct((plain,)) or signature((plain,)) is not None)
         return tensor.sum()
 
     for mode in (
@@ -138,12 +180,13 @@ def test_nothing_is_direct_where_somebody_watches() -> None:
         profile(activities=[ProfilerActivity.CPU]),
     ):
         with mode:
-            found.append(is_direct((plain,)))
+            found.append(is_direct((plain,)) or signature((plain,)) is not None)
     torch.func.grad(ask)(plain)
     torch.func.vmap(ask)(torch.ones(2, 3))
     torch.func.functionalize(ask)(plain)
     torch.jit.trace(ask, plain, check_trace=False)
     assert found == [False] * 9
+    assert torch.compile(lambda x: x + (signature((x,)) is None), backend="eager")(plain).tolist() == [2.0, 2.0]
     assert is_direct((plain,))
 
 
@@ -179,12 +222,15 @@ def test_direct_calls_give_what_the_library_gives(call: Call, monkeypatch: pytes
         gradients = torch.autograd.grad(sum(output.sum() for output in live), leaves) if live else ()
         return [*outputs, *gradients]
 
-    direct = run()
+    run()
+    direct = run()  # whose checks have been made
     monkeypatch.setattr(_dispatch, "is_direct", lambda _: False)
+    monkeypatch.setattr(_direct, "signature", lambda _: None)
     for found, expected in zip(direct, run(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+_IDS = torch.tensor([0, 3, 1])
 _WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: grpo_kernels.group_advantages(torch.ones(8), group_size=3), ValueError, "whole groups"),
     (lambda: grpo_kernels.group_advantages(torch.ones(8), group_size=4, correction=True), TypeError, "got bool"),
@@ -195,6 +241,17 @@ _WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: grpo_kernels.token_log_probs(torch.ones(3, 4), torch.tensor([0, 4, 1])), ValueError, "< V = 4"),
     (lambda: grpo_kernels.token_log_probs(torch.ones(3, 4), torch.ones(3)), TypeError, "token_ids must have dtype"),
     (lambda: grpo_kernels.token_log_probs(torch.ones(3, 4), torch.zeros(2).long()), ValueError, "token_ids must have"),
+    (lambda: grpo_kernels.token_log_probs(torch.ones(3, 4), _IDS, temperature=True), TypeError, "temperature must be"),
+    (lambda: grpo_kernels.token_log_probs(torch.ones(3, 4), _IDS, softcap=[1.0]), TypeError, "softcap must be"),
+    (lambda: grpo_kernels.token_log_probs(torch.ones(3, 4), _IDS, outputs=([],)), ValueError, "outputs must be"),
+    (lambda: grpo_kernels.token_log_probs(torch.ones(3, 4), _IDS, inplace_backward=0), TypeError, "inplace_backward"),
+    (lambda: grpo_kernels.moe_permute(torch.ones(4, 2), _permutation()), ValueError, "x must have shape"),
+    (lambda: grpo_kernels.moe_permute(torch.ones(3, 4).int(), _permutation()), TypeError, "x must have dtype"),
+    (lambda: grpo_kernels.moe_permute(torch.ones(3, 4), tuple(_permutation())), TypeError, "must be a Permutation"),
+    (lambda: grpo_kernels.moe_unpermute(torch.ones(3, 4), _permutation(), torch.ones(3)), ValueError, "topk_weights"),
+    (lambda: _loss(torch.zeros(3, 4), config=None), TypeError, "config must be"),
+    (lambda: _loss(torch.zeros(3, 4), config=grpo_kernels.GRPOLossConfig(kl_coef=0.1)), ValueError, "ref_log_probs"),
+    (lambda: _loss(torch.zeros(3, 4), max_length=3), ValueError, "max_length must be None"),
     (lambda: _loss(torch.zeros(3, 4), old_log_probs=torch.zeros(3, 4).int()), TypeError, "old_log_probs must have"),
     (lambda: _loss(torch.zeros(3, 4), advantages=torch.zeros(3, 1)), ValueError, "advantages must have shape"),
     (lambda: _loss(torch.zeros(3, 4), mask=torch.ones(4, 3)), ValueError, "mask must have shape"),
@@ -215,6 +272,8 @@ def test_a_wrong_call_raises_after_right_ones_of_the_same_shape(
     for _ in range(2):
         grpo_kernels.group_advantages(torch.ones(8), group_size=4, correction=1)
         grpo_kernels.token_log_probs(torch.ones(3, 4), torch.tensor([0, 3, 1]))
+        grpo_kernels.moe_permute(torch.ones(3, 4), _permutation())
+        grpo_kernels.moe_unpermute(torch.ones(3, 4), _permutation())
         _loss(torch.zeros(3, 4))
         grpo_kernels.moe_router(torch.ones(3, 4), 2)
         grpo_kernels.moe_router(torch.ones(3, 4), 1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import _checks, _dispatch
+from grpo_kernels import _checks, _direct, _dispatch
 from grpo_kernels.grpo_loss import ops, reference
 from grpo_kernels.grpo_loss.batch_statistics import with_batch_statistics
 from grpo_kernels.grpo_loss.config import GRPOLossConfig
@@ -105,16 +105,79 @@ def grpo_loss(
     Source:
         DeepSeekMath (arXiv 2402.03300) and the papers listed at the presets; conventions of TRL 1.16.
     """
+    given = (
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        ref_log_probs,
+        sampler_log_probs,
+        token_weights,
+        entropy,
+        cu_seqlens,
+    )
+    numbers = (kl_coef, entropy_coef, num_items, max_length)
+    plain = kl_coef is None and entropy_coef is None and num_items is None and max_length is None
+    alike = _direct.signature(given) if plain and type(config) is GRPOLossConfig else None
+    found = None if alike is None else _known.get((alike, config))
+    if found is None:
+        inputs = _checked(given, config, *numbers)
+        if alike is not None:
+            _remember((alike, config), given, inputs)
+    else:
+        inputs = _like_before(given, found)
+    backend = _dispatch.resolve(_OP, log_probs)
+    loss, values = evaluate(with_batch_statistics(inputs, config), config, backend, alike is not None)
+    return GRPOLossOutput(loss, GRPOMetrics(values))
+
+
+_Given = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]
+"""The tensors of a call: those of `LossInputs` but the two that are made from others, in their order."""
+
+
+class _Found(NamedTuple):
+    """What the checks of a call found that no tensor holds, where they changed no tensor but for a second axis."""
+
+    advantages_per_sequence: bool
+    weights_per_sequence: bool
+    kl_coef: float
+    entropy_coef: float
+    num_items: float
+    max_length: int
+
+
+_known: dict[tuple[bytes, GRPOLossConfig], _Found] = {}
+
+
+def _checked(
+    given: _Given,
+    config: GRPOLossConfig,
+    kl_coef: Tensor | float | None,
+    entropy_coef: Tensor | float | None,
+    num_items: Tensor | float | None,
+    max_length: int | None,
+) -> LossInputs:
+    log_probs, old_log_probs, advantages, mask, ref, sampler, token_weights, entropy, cu_seqlens = given
     batch = _check_log_probs(log_probs, cu_seqlens)
-    inputs = loss_inputs(
+    return loss_inputs(
         Subject(_OP, log_probs),
         config,
         batch,
         old_log_probs,
         advantages,
         mask,
-        ref_log_probs=ref_log_probs,
-        sampler_log_probs=sampler_log_probs,
+        ref_log_probs=ref,
+        sampler_log_probs=sampler,
         token_weights=token_weights,
         entropy=entropy,
         kl_coef=kl_coef,
@@ -123,8 +186,34 @@ def grpo_loss(
         num_items=num_items,
         max_length=max_length,
     )
-    loss, values = evaluate(with_batch_statistics(inputs, config), config, _dispatch.resolve(_OP, log_probs))
-    return GRPOLossOutput(loss, GRPOMetrics(values))
+
+
+def _remember(call: tuple[bytes, GRPOLossConfig], given: _Given, inputs: LossInputs) -> None:
+    """Keeps what the checks found, where the next call like it can take its tensors as they are."""
+    longer = []
+    for tensor, taken in zip(given, (*inputs[:8], inputs.cu_seqlens), strict=True):
+        longer.append(tensor is not taken)
+        if tensor is taken:
+            continue
+        if tensor is None or taken is None or tensor.requires_grad or tensor.dtype != taken.dtype:
+            return
+        if taken.ndim != tensor.ndim + 1:
+            return
+    numbers = (inputs.kl_coef, inputs.entropy_coef, inputs.num_items)
+    kl_coef, entropy_coef, num_items = (float(number) for number in numbers)  # none was given: they are the config's
+    found = _Found(longer[2], longer[6], kl_coef, entropy_coef, num_items, inputs.max_length)
+    _direct.remember(_known, call, found)
+
+
+def _like_before(given: _Given, found: _Found) -> LossInputs:
+    log_probs, old_log_probs, advantages, mask, ref, sampler, weights, entropy, cu_seqlens = given
+    advantages_per_sequence, weights_per_sequence, kl_coef, entropy_coef, num_items, max_length = found
+    if advantages_per_sequence:
+        advantages = advantages.unsqueeze(1)
+    if weights_per_sequence and weights is not None:
+        weights = weights.unsqueeze(1)
+    tensors = (log_probs, old_log_probs, advantages, mask, ref, sampler, weights, entropy, None, None, cu_seqlens)
+    return LossInputs(*tensors, kl_coef, entropy_coef, num_items, max_length)
 
 
 def _check_log_probs(log_probs: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -138,8 +227,14 @@ def _check_log_probs(log_probs: Tensor, cu_seqlens: Tensor | None) -> int:
     return check_cu_seqlens(_OP, cu_seqlens, "log_probs", log_probs)
 
 
-def evaluate(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[Tensor, Tensor]:
-    """The loss, differentiable in log_probs and entropy, and the values of its metrics."""
+def evaluate(
+    inputs: LossInputs, config: GRPOLossConfig, backend: str, unwatched: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss, differentiable in log_probs and entropy, and the values of its metrics.
+
+    Args:
+        unwatched: the tensors have a `_direct.signature`.
+    """
     if backend == "reference":
         return reference.grpo_loss(inputs, config)
     log_probs, entropy = inputs.log_probs, inputs.entropy
@@ -148,9 +243,9 @@ def evaluate(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> tuple[
         numbers += (value, 0.0) if isinstance(value, Tensor) else (None, value)
     fixed = (inputs[1:7], inputs[8:11], (*numbers, inputs[14], *config.pack()), backend)
     if torch.is_grad_enabled() and (log_probs.requires_grad or (entropy is not None and entropy.requires_grad)):
-        loss, values = _GRPOLoss.apply(log_probs, entropy, fixed, config.reduction == "none")  # type: ignore[no-untyped-call]
+        loss, values = _GRPOLoss.apply(log_probs, entropy, fixed, config.reduction == "none", unwatched)  # type: ignore[no-untyped-call]
     else:
-        loss, _, _, _, values = _call(log_probs, entropy, fixed, None, False, False)
+        loss, _, _, _, values = _call(unwatched, log_probs, entropy, fixed, None, False, False)
     return loss, values
 
 
@@ -159,6 +254,7 @@ _Fixed = tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], tuple[Any, 
 
 
 def _call(
+    unwatched: bool,
     log_probs: Tensor,
     entropy: Tensor | None,
     fixed: _Fixed,
@@ -167,9 +263,8 @@ def _call(
     need_entropy: bool,
 ) -> Any:
     tensors, statistics, options, backend = fixed
-    return ops.grpo_loss(
-        log_probs, *tensors, entropy, *statistics, upstream, *options, need_log_probs, need_entropy, backend
-    )
+    op = ops.grpo_loss_unwatched if unwatched else ops.grpo_loss
+    return op(log_probs, *tensors, entropy, *statistics, upstream, *options, need_log_probs, need_entropy, backend)
 
 
 class _GRPOLoss(torch.autograd.Function):
@@ -181,17 +276,17 @@ class _GRPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, log_probs: Tensor, entropy: Tensor | None, fixed: _Fixed, per_token: bool
+        ctx: Any, log_probs: Tensor, entropy: Tensor | None, fixed: _Fixed, per_token: bool, unwatched: bool
     ) -> tuple[Tensor, Tensor]:
-        need_log_probs, need_entropy, _, _ = ctx.needs_input_grad
+        need_log_probs, need_entropy, *_ = ctx.needs_input_grad
         if per_token:
-            loss, _, _, _, values = _call(log_probs, entropy, fixed, None, False, False)
+            loss, _, _, _, values = _call(unwatched, log_probs, entropy, fixed, None, False, False)
             tensors, statistics, (kl, kl_coef, bonus, entropy_coef, items, *others), backend = fixed
             ctx.save_for_backward(log_probs, entropy, kl, bonus, items, *statistics, *tensors)
             ctx.again = (kl_coef, entropy_coef, others, backend)
         else:
             loss, grad_log_probs, grad_entropy, scale, values = _call(
-                log_probs, entropy, fixed, None, need_log_probs, need_entropy
+                unwatched, log_probs, entropy, fixed, None, need_log_probs, need_entropy
             )
             ctx.save_for_backward(grad_log_probs, grad_entropy, scale)
             ctx.again = None
@@ -201,18 +296,18 @@ class _GRPOLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         upstream = upstreams[0]
-        need_log_probs, need_entropy, _, _ = ctx.needs_input_grad
+        need_log_probs, need_entropy, *_ = ctx.needs_input_grad
         if ctx.again is not None:
             log_probs, entropy, kl, bonus, items, *tensors = ctx.saved_tensors
             kl_coef, entropy_coef, others, backend = ctx.again
             options = (kl, kl_coef, bonus, entropy_coef, items, *others)
             fixed = (tuple(tensors[3:]), tuple(tensors[:3]), options, backend)
             _, grad_log_probs, grad_entropy, _, _ = _call(
-                log_probs, entropy, fixed, upstream, need_log_probs, need_entropy
+                False, log_probs, entropy, fixed, upstream, need_log_probs, need_entropy
             )
         else:
             grad_log_probs, grad_entropy, scale = ctx.saved_tensors
             grad_log_probs, grad_entropy = times_upstream(
                 grad_log_probs if need_log_probs else None, grad_entropy if need_entropy else None, scale, upstream
             )
-        return grad_log_probs if need_log_probs else None, grad_entropy if need_entropy else None, None, None
+        return grad_log_probs if need_log_probs else None, grad_entropy if need_entropy else None, None, None, None

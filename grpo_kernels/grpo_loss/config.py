@@ -150,10 +150,16 @@ class GRPOLossConfig:
     entropy_reduction: str = "token_mean"
     max_length: int | None = None
     _packed: tuple[tuple[int, ...], tuple[float, ...]] = dataclasses.field(init=False, repr=False, compare=False)
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_config(self)
-        object.__setattr__(self, "_packed", self._pack())  # once: the loss needs it at every call
+        # Once: the loss needs them at every call.
+        object.__setattr__(self, "_packed", self._pack())
+        object.__setattr__(self, "_hash", hash((*self._packed, self.kl_coef, self.entropy_coef)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GRPOLossConfig:

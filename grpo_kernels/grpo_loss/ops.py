@@ -44,6 +44,7 @@ _grpo_loss = _dispatch.define(
     package="grpo_kernels.grpo_loss",
     fake=_grpo_loss_fake,
 )
+grpo_loss_unwatched = _dispatch.unwatched(_grpo_loss)
 grpo_loss = _dispatch.direct(_grpo_loss)
 """Returns loss, grad_log_probs, grad_entropy, scale, metrics; absent ones are empty. The first gradient is still to
 be multiplied by scale[0], the second by scale[1]. A kernel that knows the divisor beforehand, as the CPU's does, leaves

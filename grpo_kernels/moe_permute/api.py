@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import _checks, _dispatch
+from grpo_kernels import _checks, _direct, _dispatch
 from grpo_kernels.moe_permute import ops, reference
 from grpo_kernels.moe_permute.function import Permute, Unpermute
 from grpo_kernels.moe_permute.layout import check_sizes, raise_outside
 
 _INT32 = (torch.int32,)
+_known: dict[tuple[str, bytes], None] = {}
+"""Calls of the moves that have passed the checks."""
 
 
 class Permutation(NamedTuple):
@@ -103,15 +105,20 @@ def moe_permute(x: Tensor, permutation: Permutation) -> Tensor:
         `moe_permute` of TransformerEngine, `permute` of Megatron-LM.
     """
     op = "moe_permute"
-    check_rows(op, "x", x, permutation, "[T, H]", "row_id_map")
+    call = _call(op, permutation, x)
+    if call is None or call not in _known:
+        check_rows(op, "x", x, permutation, "[T, H]", "row_id_map")
+        if call is not None:
+            _direct.remember(_known, call, None)
     backend = _dispatch.resolve(op, x)
     row_id_map, inv_map = permutation.row_id_map, permutation.inv_map
     if backend == "reference":
         return reference.moe_permute(x, row_id_map, inv_map)
     if torch.is_grad_enabled() and x.requires_grad:
-        applied: Tensor = Permute.apply(x, row_id_map, inv_map, backend)  # type: ignore[no-untyped-call]
+        applied: Tensor = Permute.apply(x, row_id_map, inv_map, backend, call is not None)  # type: ignore[no-untyped-call]
         return applied
-    rows: Tensor = ops.moe_permute(x, row_id_map, inv_map, None, backend)
+    kernel = ops.moe_permute if call is None else ops.moe_permute_unwatched
+    rows: Tensor = kernel(x, row_id_map, inv_map, None, backend)
     return rows
 
 
@@ -142,23 +149,38 @@ def moe_unpermute(y: Tensor, permutation: Permutation, topk_weights: Tensor | No
         `moe_unpermute` of TransformerEngine, `unpermute` of Megatron-LM.
     """
     op = "moe_unpermute"
-    check_rows(op, "y", y, permutation, "[R, H]", "inv_map")
+    call = _call(op, permutation, y, topk_weights)
+    if call is None or call not in _known:
+        check_rows(op, "y", y, permutation, "[R, H]", "inv_map")
+        if topk_weights is not None:
+            _checks.check_tensor(op, "topk_weights", topk_weights)
+            _checks.check_dtype(op, "topk_weights", topk_weights)
+            _checks.check_shape(op, "topk_weights", topk_weights, ("[T, K]", permutation.row_id_map.shape))
+            _checks.check_same_device(op, "topk_weights", topk_weights, "y", y)
+        if call is not None:
+            _direct.remember(_known, call, None)
     row_id_map, inv_map = permutation.row_id_map, permutation.inv_map
     if topk_weights is not None:
-        _checks.check_tensor(op, "topk_weights", topk_weights)
-        _checks.check_dtype(op, "topk_weights", topk_weights)
-        _checks.check_shape(op, "topk_weights", topk_weights, ("[T, K]", row_id_map.shape))
-        _checks.check_same_device(op, "topk_weights", topk_weights, "y", y)
         topk_weights = topk_weights.to(ops.accumulation_dtype(y))
     backend = _dispatch.resolve(op, y)
     if backend == "reference":
         return reference.moe_unpermute(y, row_id_map, topk_weights)
     differentiable = y.requires_grad or (topk_weights is not None and topk_weights.requires_grad)
     if torch.is_grad_enabled() and differentiable:
-        applied: Tensor = Unpermute.apply(y, row_id_map, inv_map, topk_weights, backend)  # type: ignore[no-untyped-call]
+        arguments = (y, row_id_map, inv_map, topk_weights, backend, call is not None)
+        applied: Tensor = Unpermute.apply(*arguments)  # type: ignore[no-untyped-call]
         return applied
-    tokens: Tensor = ops.moe_unpermute(y, row_id_map, topk_weights, backend)
+    kernel = ops.moe_unpermute if call is None else ops.moe_unpermute_unwatched
+    tokens: Tensor = kernel(y, row_id_map, topk_weights, backend)
     return tokens
+
+
+def _call(op: str, permutation: Permutation, *tensors: Tensor | None) -> tuple[str, bytes] | None:
+    """A call by all that its checks look at; None where somebody watches, or where a tensor is not plain."""
+    if type(permutation) is not Permutation:
+        return None
+    alike = _direct.signature((*tensors, permutation.row_id_map, permutation.inv_map))
+    return None if alike is None else (op, alike)
 
 
 def _check_experts(op: str, topk_ids: Tensor, num_experts: int, alignment: int, expert_range: Any) -> tuple[int, int]:

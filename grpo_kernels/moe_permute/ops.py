@@ -27,7 +27,7 @@ def empty_maps(
     """The outputs of build_permutation, not yet written."""
     experts = last - first
     return (
-        topk_ids.new_empty(topk_ids.shape, dtype=torch.int32),
+        topk_ids.new_empty(*topk_ids.shape, dtype=torch.int32),
         topk_ids.new_empty(row_bound(topk_ids.shape[0] * topk_ids.shape[1], experts, alignment), dtype=torch.int32),
         topk_ids.new_empty(experts, dtype=torch.int32),
         topk_ids.new_empty(experts, dtype=torch.int32),
@@ -36,12 +36,12 @@ def empty_maps(
 
 def empty_rows(x: Tensor, row_id_map: Tensor, inv_map: Tensor, topk_weights: Tensor | None) -> Tensor:
     """The output of moe_permute, not yet written."""
-    return x.new_empty((inv_map.shape[0], x.shape[1]))
+    return x.new_empty(inv_map.shape[0], x.shape[1])
 
 
 def empty_tokens(y: Tensor, row_id_map: Tensor, topk_weights: Tensor | None) -> Tensor:
     """The output of moe_unpermute, not yet written."""
-    return y.new_empty((row_id_map.shape[0], y.shape[1]))
+    return y.new_empty(row_id_map.shape[0], y.shape[1])
 
 
 def empty_gradients(
@@ -62,28 +62,33 @@ def empty_quantized_rows(
     return (*plain, empty_data(x, (), hidden, rows), empty_scale(x, (), hidden, rows, False))
 
 
-build_permutation = _dispatch.define(
+_build_permutation = _dispatch.define(
     "build_permutation(Tensor topk_ids, int num_experts, int first, int last, int alignment, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     package=_PACKAGE,
     fake=empty_maps,
 )
+build_permutation = _dispatch.direct(_build_permutation)
 """row_id_map, inv_map, offsets, tokens_per_expert of the experts [first, last)."""
 
-moe_permute = _dispatch.define(
+_moe_permute = _dispatch.define(
     "moe_permute(Tensor x, Tensor row_id_map, Tensor inv_map, Tensor? topk_weights, str backend) -> Tensor",
     package=_PACKAGE,
     definition="reference",
     fake=empty_rows,
 )
+moe_permute_unwatched = _dispatch.unwatched(_moe_permute)
+moe_permute = _dispatch.direct(_moe_permute)
 """Rows of experts; each times its weight, where there are weights."""
 
-moe_unpermute = _dispatch.define(
+_moe_unpermute = _dispatch.define(
     "moe_unpermute(Tensor y, Tensor row_id_map, Tensor? topk_weights, str backend) -> Tensor",
     package=_PACKAGE,
     definition="reference",
     fake=empty_tokens,
 )
+moe_unpermute_unwatched = _dispatch.unwatched(_moe_unpermute)
+moe_unpermute = _dispatch.direct(_moe_unpermute)
 
 moe_unpermute_backward = _dispatch.define(
     "moe_unpermute_backward(Tensor grad, Tensor y, Tensor row_id_map, Tensor inv_map, Tensor topk_weights, "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import _checks
+from grpo_kernels import _checks, _direct
 from grpo_kernels._autocast import no_autocast
 from grpo_kernels._dispatch import resolve
 from grpo_kernels.moe_router import arguments, ops, reference
@@ -15,6 +15,10 @@ from grpo_kernels.moe_router.function import route
 from grpo_kernels.moe_router.options import RouterOptions
 
 _OP = "moe_router"
+_TYPES = (int, str, int, int, str, bool, float, bool, bool, bool)
+"""Of options that are equal only if they are alike: 1 and True are not."""
+_known: dict[tuple[bytes | None, RouterOptions], None] = {}
+"""Calls that have passed the checks."""
 
 
 class RouterOutput(NamedTuple):
@@ -113,14 +117,20 @@ def moe_router(
         DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; Switch Transformer (2101.03961) eq. 4; ST-MoE (2202.08906) eq. 5;
         routing replay: 2510.11370.
     """
-    arguments.check_logits(logits)
     coefficients = (z_loss_coef, aux_loss_coef, seq_aux_loss_coef)
     asked = [isinstance(value, Tensor) or value != 0 for value in coefficients]
     options = RouterOptions(
         top_k, scoring_func, n_group, topk_group, group_score, norm_topk_prob, routed_scaling_factor, *asked
     )
-    arguments.check_options(logits.shape[0], logits.shape[1], options)
-    arguments.check_tensors(logits, top_k, e_score_correction_bias, token_mask, replay_ids, cu_seqlens)
+    tensors = (logits, e_score_correction_bias, token_mask, replay_ids, cu_seqlens)
+    alike = _direct.signature(tensors)
+    plain = alike is not None and tuple(map(type, options)) == _TYPES
+    if not plain or (alike, options) not in _known:
+        arguments.check_logits(logits)
+        arguments.check_options(logits.shape[0], logits.shape[1], options)
+        arguments.check_tensors(logits, top_k, *tensors[1:])
+        if plain:
+            _direct.remember(_known, (alike, options), None)
     factors = _factors(coefficients, asked, logits) if any(asked) else None
     if n_group > 1 and topk_group == n_group:  # every group wins
         options = options._replace(n_group=1, topk_group=1)
@@ -134,7 +144,7 @@ def moe_router(
         with no_autocast(logits.device.type):
             results = reference.moe_router(*inputs, options)
     else:
-        results = route(*inputs, options, backend)  # type: ignore[assignment]
+        results = route(*inputs, options, backend, alike is not None)  # type: ignore[assignment]
     weights, ids, per_expert, losses, mismatch = results
     z_loss, aux_loss, seq_aux_loss = losses.unbind()
     if factors is None:  # not as views: autograd lets no one add to those in place

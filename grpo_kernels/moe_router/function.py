@@ -20,13 +20,19 @@ def route(
     cu_seqlens: Tensor | None,
     options: RouterOptions,
     backend: str,
+    unwatched: bool,
 ) -> tuple[Tensor, ...]:
-    """topk_weights, topk_ids, tokens_per_expert, losses [3] and replay_mismatch."""
+    """topk_weights, topk_ids, tokens_per_expert, losses [3] and replay_mismatch.
+
+    Args:
+        unwatched: the tensors have a `_direct.signature`.
+    """
     inputs = (logits, bias, token_mask, replay_ids, cu_seqlens)
     if torch.is_grad_enabled() and logits.requires_grad:
-        applied: tuple[Tensor, ...] = _Route.apply(logits, inputs[1:], options, backend)  # type: ignore[no-untyped-call]
+        applied: tuple[Tensor, ...] = _Route.apply(logits, inputs[1:], options, backend, unwatched)  # type: ignore[no-untyped-call]
         return applied
-    results: tuple[Tensor, ...] = ops.moe_router(*inputs, *options, backend)
+    kernel = ops.moe_router_unwatched if unwatched else ops.moe_router
+    results: tuple[Tensor, ...] = kernel(*inputs, *options, backend)
     return results[:5]
 
 
@@ -35,9 +41,15 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, others: tuple[Tensor | None, ...], options: RouterOptions, backend: str
+        ctx: Any,
+        logits: Tensor,
+        others: tuple[Tensor | None, ...],
+        options: RouterOptions,
+        backend: str,
+        unwatched: bool,
     ) -> tuple[Tensor, ...]:
-        results = ops.moe_router(logits, *others, *options, backend)
+        kernel = ops.moe_router_unwatched if unwatched else ops.moe_router
+        results = kernel(logits, *others, *options, backend)
         weights, ids, per_expert, losses, mismatch, balance, live_tokens = results
         asked = options[-3:]
         ctx.save_for_backward(logits, weights, ids, others[3] if asked[2] else None, balance, live_tokens)
@@ -50,4 +62,4 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_weights: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = ops.moe_router_backward(*ctx.saved_tensors, grad_weights, grads[2], *ctx.options, ctx.backend)
-        return grad, None, None, None
+        return grad, None, None, None, None

@@ -70,6 +70,7 @@ _moe_router = _dispatch.define(
     package=_PACKAGE,
     fake=_forward_fake,
 )
+moe_router_unwatched = _dispatch.unwatched(_moe_router)
 moe_router = _dispatch.direct(_moe_router)
 """topk_weights [T, K], topk_ids [T, K], tokens_per_expert [E], losses [3] (z, auxiliary, sequence-wise; without
 coefficients, 0 where not asked for), replay_mismatch [], balance [rows, E], live_tokens [].

@@ -26,20 +26,24 @@ def token_rows(
     inplace_backward: bool,
     shard: vocab.VocabShard | None,
     backend: str,
+    unwatched: bool = False,
 ) -> tuple[Tensor, ...]:
     """log_probs, entropy, sum of squared probabilities, top-1 ids; what is not wanted is empty or None.
 
     Args:
         op: who asks, for messages.
         shard: the part of the vocabulary that the logits are of; columns beyond it are padding.
+        unwatched: the tensors have a `_direct.signature`.
     """
     targets = (token_ids, mask, temperatures, temperature, logit_scale, softcap)
     if torch.is_grad_enabled() and logits.requires_grad:
-        applied: tuple[Tensor, ...] = _TokenRows.apply(logits, targets, wanted, inplace_backward, shard, op, backend)  # type: ignore[no-untyped-call]
+        arguments = (logits, targets, wanted, inplace_backward, shard, op, backend, unwatched)
+        applied: tuple[Tensor, ...] = _TokenRows.apply(*arguments)  # type: ignore[no-untyped-call]
         return applied
     rows = (logits, *targets)
     if shard is None:
-        results: tuple[Tensor, ...] = ops.token_log_probs(*rows, *wanted, False, backend)
+        kernel = ops.token_log_probs_unwatched if unwatched else ops.token_log_probs
+        results: tuple[Tensor, ...] = kernel(*rows, *wanted, False, backend)
         return results
     return _sharded(op, rows, wanted, shard, backend)
 
@@ -71,11 +75,13 @@ class _TokenRows(torch.autograd.Function):
         shard: vocab.VocabShard | None,
         op: str,
         backend: str,
+        unwatched: bool,
     ) -> tuple[Tensor | None, ...]:
         token_ids, mask, temperatures, *numbers = targets
         rows = (logits, *targets)
         if shard is None:
-            results = ops.token_log_probs(*rows, *wanted, True, backend)
+            kernel = ops.token_log_probs_unwatched if unwatched else ops.token_log_probs
+            results = kernel(*rows, *wanted, True, backend)
         else:
             results = _sharded(op, rows, wanted, shard, backend)
         log_probs, entropy, squared, top1, statistics = results
@@ -108,4 +114,4 @@ class _TokenRows(torch.autograd.Function):
         else:
             grad = ops.token_log_probs_backward(*arguments, None, ctx.backend)
             grad = F.pad(grad, (0, padding)) if padding > 0 else grad
-        return (grad, *([None] * 6))
+        return (grad, *([None] * 7))

@@ -29,13 +29,15 @@ def empty_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward's outputs, not yet written; those that are not wanted are empty."""
     shape = logits.shape[:-1]
-    log_probs = logits.new_empty(shape, dtype=result_dtype(logits))  # whose dtype the others take: cheaper than named
+    sizes = shape or ((),)  # one by one: that is cheaper than as a tuple
+    log_probs = logits.new_empty(*sizes, dtype=result_dtype(logits))  # whose dtype the others take: cheaper than named
+    empty = log_probs.new_empty
     return (
         log_probs,
-        log_probs.new_empty(shape if entropy else 0),
-        log_probs.new_empty(shape if sum_squared_probs else 0),
-        log_probs.new_empty(shape if top1_ids else 0, dtype=torch.int64),
-        log_probs.new_empty((STATISTICS, *shape) if statistics else 0),
+        empty(*sizes) if entropy else empty(0),
+        empty(*sizes) if sum_squared_probs else empty(0),
+        empty(*sizes, dtype=torch.int64) if top1_ids else empty(0, dtype=torch.int64),
+        empty(STATISTICS, *shape) if statistics else empty(0),
     )
 
 
@@ -68,6 +70,7 @@ _token_log_probs = _dispatch.define(
     package=_PACKAGE,
     fake=_forward_fake,
 )
+token_log_probs_unwatched = _dispatch.unwatched(_token_log_probs)
 token_log_probs = _dispatch.direct(_token_log_probs)
 
 
