@@ -291,6 +291,7 @@ class _GRPOLoss(torch.autograd.Function):
             ctx.save_for_backward(grad_log_probs, grad_entropy, scale)
             ctx.again = None
         ctx.mark_non_differentiable(values)
+        ctx.set_materialize_grads(False)  # the metrics have none
         return loss, values
 
     @staticmethod

@@ -37,4 +37,4 @@ def _is_final(scale: Tensor, upstream: Tensor) -> bool:
     """
     if upstream.device.type != "cpu" or torch.compiler.is_compiling() or _keeps_graph():
         return False
-    return is_direct((scale, upstream)) and upstream.item() == 1.0 and scale[0].item() == 1.0
+    return is_direct((scale, upstream)) and upstream.item() == 1.0 and scale.tolist()[0] == 1.0
