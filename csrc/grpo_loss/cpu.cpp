@@ -1,7 +1,7 @@
 // A thread takes a segment at a time, in blocks of 256 tokens that stay in the first-level cache through all stages. Statistics
 // of rows, where the options need any, take a pass of their own before, and the sequence-level gradient takes one after: over a
-// row at a time where there are enough of them, else over all segments. Plain losses have shorter ways: cpu_tame.h takes a segment
-// in whole, cpu_rows.h a row whose tokens all have the same loss.
+// row at a time where there are enough of them, else over all segments. Plain losses have shorter ways: cpu_tame.h takes a
+// segment in whole, cpu_rows.h a row whose tokens all have the same loss.
 
 #include "common/parallel.h"
 #include "grpo_loss/cpu_rows.h"
