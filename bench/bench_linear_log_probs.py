@@ -25,6 +25,7 @@ from .linear_peers import Peer
 Shape = tuple[int, int, int]  # rows, hidden width, vocabulary
 
 _CPU_SHAPES: tuple[Shape, ...] = ((1024, 1024, 32000), (512, 896, 151936), (4096, 512, 32000))
+_SLOW_BF16_SHAPES: tuple[Shape, ...] = ((1024, 32, 16384),)  # a CPU without AVX-512 multiplies some 50 times as slowly
 _GPU_SHAPES: tuple[Shape, ...] = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 7168, 129280))
 _QUICK = ((_CPU_SHAPES[0], torch.float32), (_GPU_SHAPES[0], torch.bfloat16))
 SMOKE: Shape = (48, 16, 97)
@@ -214,10 +215,19 @@ def case(op: Op, device: str, shape: Shape, dtype: torch.dtype) -> Case:
 
 
 def cases(device: str) -> list[Case]:
-    """Three shapes of each op: bf16 on a GPU, fp32 and bf16 on a CPU; the log-probs of one with entropy, too."""
-    shapes = _GPU_SHAPES if device == "cuda" else _CPU_SHAPES
+    """Up to three shapes of each op: bf16 on a GPU, fp32 and bf16 on a CPU; the log-probs of one with entropy, too."""
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    wanted: Sequence[tuple[Op, Sequence[Shape]]] = (
-        (_LOG_PROBS, shapes), (_ENTROPY, shapes[:1]), (CROSS_ENTROPY, shapes), (LOSS, shapes)
-    )  # fmt: skip
-    return [case(op, device, shape, dtype) for op, chosen in wanted for shape in chosen for dtype in dtypes]
+    ops = (_LOG_PROBS, _ENTROPY, CROSS_ENTROPY, LOSS)
+    return [
+        case(op, device, shape, dtype)
+        for op in ops
+        for dtype in dtypes
+        for shape in _shapes(device, dtype)[: 1 if op is _ENTROPY else None]
+    ]
+
+
+def _shapes(device: str, dtype: torch.dtype) -> Sequence[Shape]:
+    if device == "cuda":
+        return _GPU_SHAPES
+    slow = dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    return _SLOW_BF16_SHAPES if slow else _CPU_SHAPES
