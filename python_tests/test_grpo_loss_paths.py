@@ -184,3 +184,24 @@ def test_scale_is_what_is_left_to_multiply_by() -> None:
         output = call(inputs, config)
         assert output.loss.grad_fn.saved_tensors[2][0] == 1.0
         assert output.metrics.values[NAMES.index("tokens")] == inputs["mask"].sum()
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Passes the loss on and sends nothing back."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "none"])
+def test_a_loss_that_gets_no_gradient_sends_none(reduction: str) -> None:
+    inputs: dict[str, Any] = long_batch("ppo")
+    leaf = inputs["log_probs"].requires_grad_()
+    passed = _WithoutGradient.apply(call(inputs, config_of("ppo", reduction)).loss)
+    (passed.sum() + leaf.sum()).backward()
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))

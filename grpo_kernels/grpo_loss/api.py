@@ -295,8 +295,9 @@ class _GRPOLoss(torch.autograd.Function):
         return loss, values
 
     @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        upstream = upstreams[0]
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:  # whoever took the loss has no gradient for it
+            return None, None, None, None, None
         need_log_probs, need_entropy, *_ = ctx.needs_input_grad
         if ctx.again is not None:
             log_probs, entropy, kl, bonus, items, *tensors = ctx.saved_tensors
