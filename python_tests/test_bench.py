@@ -65,6 +65,11 @@ def test_an_inaccurate_provider_is_reported_and_not_timed() -> None:
     assert len(record["rows"]["eager"]["seconds"]) == 2
 
 
+def test_of_host_costs_eleven_rounds_count_as_one() -> None:
+    record = measure(_fake_case(clock="host"), "cpu", SHORT)
+    assert len(record["rows"]["ours"]["seconds"]) == 11 * SHORT.minimum_rounds
+
+
 def test_a_provider_that_raises_is_reported_and_the_others_are_timed() -> None:
     record = measure(_fake_case(_fail), "cpu", SHORT)
     assert record["rows"]["ours"]["error"] == "OutOfMemoryError: out of memory"
