@@ -40,7 +40,7 @@ def _page(**records: Any) -> str:
 def test_a_reason_shows_only_while_its_target_is_missed() -> None:
     assert "Why targets are missed" not in _page(benchmarks=_benchmarks(True), targets=_targets("met", 9.0))
     page = _page(benchmarks=_benchmarks(False))
-    assert "- `gspo`: the eager loss" in page
+    assert "- `gspo`: " in page
     assert "- host cost: " not in page
     assert "- `cispo`: " not in page
     page = _page(targets=_targets("SHORT", 12.0))
