@@ -14,32 +14,34 @@ from bench.scaling.growth import series, slope
 
 Results = dict[str, Any]
 Sweep = dict[str, Any]
+Point = dict[str, Any]
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
-def _exponent(sweep: Sweep, provider: str, field: str) -> str:
-    found = slope(sweep["points"], provider, field)
+def _exponent(points: list[Point], provider: str, field: str) -> str:
+    found = slope(points, provider, field)
     return "" if found is None else f"{found:.2f}"
 
 
-def _ratio(point: dict[str, Any], field: str) -> str:
+def _ratio(point: Point, field: str) -> str:
     """Eager PyTorch's figure in proportion to ours."""
     eager, ours = (point["rows"].get(name, {}).get(field) for name in ("eager", "ours"))
     return f"{eager / ours:.1f}x" if eager and ours else ""
 
 
 def _row(sweep: Sweep) -> list[str]:
-    points = sweep["points"]
+    timed = [point for point in sweep["points"] if "median_us" in point["rows"].get("ours", {})]
+    points = timed or sweep["points"]  # of two sizes at the ends both figures
     first, last = points[0], points[-1]
     _, times = series(points, "ours", "median_us")
     return [
         f"`{sweep['op']}`: {sweep['what']}; {sweep['fixed']}",
         f"{first['size']} to {last['size']}",
         f"{time_text(times[0])} to {time_text(times[-1])}" if times else "not timed",
-        *(_exponent(sweep, name, "median_us") for name in ("ours", "eager")),
+        *(_exponent(points, name, "median_us") for name in ("ours", "eager")),
         " to ".join(text for text in (_ratio(first, "median_us"), _ratio(last, "median_us")) if text),
-        *(_exponent(sweep, name, "extra_bytes") for name in ("ours", "eager")),
+        *(_exponent(points, name, "extra_bytes") for name in ("ours", "eager")),
         _ratio(last, "extra_bytes"),
     ]
 

@@ -162,6 +162,9 @@ def test_the_page_and_the_pictures(results: dict[str, Any], monkeypatch, tmp_pat
     first = "| `group_advantages`: numbers; nothing else | 8 to 32 | 1 us to 4 us | 1.00 | 1.42 | 2.0x to 4.0x | "
     assert first + "1.00 | 1.00 | 4.0x |" in lines
     assert any("](images/scaling_one.png)" in line for line in lines)
+    del results["sweeps"][0]["points"][-1]["rows"]["ours"]["median_us"]
+    lines = docs_scaling.text({"scaling-toaster.json": results}).splitlines()
+    assert any("| 8 to 16 | 1 us to 2 us | 1.00 | 1.58 | 2.0x to 3.0x | " in line for line in lines)
     assert not any("scaling_none.png" in line for line in lines)
     assert docs_scaling.text({}) == "No machine has been measured yet."
 
