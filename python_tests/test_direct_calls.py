@@ -18,7 +18,7 @@ import grpo_kernels
 from grpo_kernels import _direct, _dispatch, _extension
 from grpo_kernels._direct import is_direct, signature
 from python_tests import samples
-from python_tests.samples import Call, tensors
+from python_tests.samples import Call, results_and_gradients, tensors
 
 _SAMPLES = ("group_advantages", "token_log_probs", "grpo_loss", "moe_router", "moe_permute")
 _CALLS = [pytest.param(call, id=f"{op}-{call.name}") for op in _SAMPLES for call in samples.modules()[op].CALLS]
@@ -211,22 +211,11 @@ def test_negated_tensors_keep_their_sign(op: str) -> None:
 
 @pytest.mark.parametrize("call", _CALLS)
 def test_direct_calls_give_what_the_library_gives(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run() -> list[Tensor]:
-        inputs = list(call.make("cpu"))
-        for index in call.differentiable:
-            inputs[index] = inputs[index].detach().clone().requires_grad_()
-        torch.manual_seed(0)
-        outputs = tensors(call.function(*inputs))
-        live = [output for output in outputs if output.requires_grad]
-        leaves = [inputs[index] for index in call.differentiable]
-        gradients = torch.autograd.grad(sum(output.sum() for output in live), leaves) if live else ()
-        return [*outputs, *gradients]
-
-    run()
-    direct = run()  # whose checks have been made
+    results_and_gradients(call)
+    direct = results_and_gradients(call)  # whose checks have been made
     monkeypatch.setattr(_dispatch, "is_direct", lambda _: False)
     monkeypatch.setattr(_direct, "signature", lambda _: None)
-    for found, expected in zip(direct, run(), strict=True):
+    for found, expected in zip(direct, results_and_gradients(call), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 

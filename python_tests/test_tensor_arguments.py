@@ -14,7 +14,7 @@ import grpo_kernels
 from grpo_kernels import _extension
 from grpo_kernels.grpo_loss import ops
 from python_tests import samples
-from python_tests.samples import Call, tensors
+from python_tests.samples import Call, results_and_gradients
 
 _OPS = ("grpo_loss", "moe_router", "token_log_probs")
 _CALLS = [pytest.param(call, id=f"{op}-{call.name}") for op in _OPS for call in samples.modules()[op].CALLS]
@@ -32,22 +32,11 @@ def module() -> Iterator[Any]:
     extension.set_tensor_type(torch.Tensor, False)
 
 
-def _run(call: Call) -> list[Tensor]:
-    inputs = list(call.make("cpu"))
-    for index in call.differentiable:
-        inputs[index] = inputs[index].detach().clone().requires_grad_()
-    torch.manual_seed(0)
-    outputs = tensors(call.function(*inputs))
-    live = [output for output in outputs if output.requires_grad]
-    leaves = [inputs[index] for index in call.differentiable]
-    return [*outputs, *(torch.autograd.grad(sum(output.sum() for output in live), leaves) if live else ())]
-
-
 @pytest.mark.parametrize("call", _CALLS)
 def test_attributes_give_what_dlpack_gives(call: Call, module: Any) -> None:
-    through_dlpack = _run(call)
+    through_dlpack = results_and_gradients(call)
     module.set_tensor_type(torch.Tensor, True)
-    for found, expected in zip(_run(call), through_dlpack, strict=True):
+    for found, expected in zip(results_and_gradients(call), through_dlpack, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 

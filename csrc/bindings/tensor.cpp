@@ -100,12 +100,6 @@ void TensorArg::read_attributes(py::handle tensor) {
   view_.strides = strides_.data();
 }
 
-int64_t TensorArg::elements() const {
-  int64_t product = 1;
-  for (int axis = 0; axis < view_.ndim; ++axis) product *= view_.shape[axis];
-  return product;
-}
-
 bool TensorArg::has_shape_of(const TensorArg& other) const {
   if (view_.ndim != other.view_.ndim) return false;
   for (int axis = 0; axis < view_.ndim; ++axis) {

@@ -70,7 +70,6 @@ class TensorArg {
   int ndim() const { return view_.ndim; }
   int64_t size(int axis) const { return view_.shape[place(axis)]; }
   int64_t stride(int axis) const { return view_.strides[place(axis)]; }
-  int64_t elements() const;
   bool has_shape_of(const TensorArg& other) const;
 
   // As csrc/common/dtype.h numbers floating types.

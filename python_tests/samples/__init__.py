@@ -82,3 +82,15 @@ def assert_gradients_agree(call: Call, actual: Sequence[Tensor], expected: Seque
             size = b.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if b.numel() else 0.0
             tolerance = {"rtol": 0.0, "atol": 2 * torch.finfo(call.rounds).eps * size}
         torch.testing.assert_close(a.cpu(), b.cpu(), equal_nan=True, **tolerance)
+
+
+def results_and_gradients(call: Call) -> list[Tensor]:
+    """What a call on the CPU returns, and the gradients of its inputs by the sum of that."""
+    inputs = list(call.make("cpu"))
+    for index in call.differentiable:
+        inputs[index] = inputs[index].detach().clone().requires_grad_()
+    torch.manual_seed(0)
+    outputs = tensors(call.function(*inputs))
+    live = [output for output in outputs if output.requires_grad]
+    leaves = [inputs[index] for index in call.differentiable]
+    return [*outputs, *(torch.autograd.grad(sum(output.sum() for output in live), leaves) if live else ())]
