@@ -156,6 +156,24 @@ def test_allocations_are_those_that_stay_and_those_of_the_peak() -> None:
     assert peak_bytes(lambda: torch.zeros(3000).exp(), CPU) == 2 * 12000
 
 
+def test_a_release_is_not_counted_with_the_size_that_its_address_had_before() -> None:
+    seen, size = live_bytes(lambda: [torch.zeros(500) for _ in range(100)], CPU)
+    addresses = {tensor.data_ptr() for tensor in seen}
+    seen.clear()  # where no profiler looks on: the sizes stay in its table
+    others = [torch.zeros(500) for _ in range(1000)]
+    again = [tensor for tensor in others if tensor.data_ptr() in addresses]
+    others.clear()
+    assert size == 100 * 2000
+    assert again
+
+    def work() -> Tensor:
+        again.clear()
+        return torch.zeros(1000)
+
+    kept, live = live_bytes(work, CPU)
+    assert (len(kept), live) == (1000, 4000)
+
+
 def test_savings_are_sums_of_the_rows_that_each_method_holds() -> None:
     def row(precision: str, method: str, part: str, weights: int) -> Row:
         return Row(precision, method, part, 1, weights, 0, 0, 0, 0)

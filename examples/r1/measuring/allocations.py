@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 Result = TypeVar("Result")
@@ -49,8 +50,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 def _cpu_changes(work: Callable[[], Result]) -> tuple[Result, list[int]]:
     """What `work` returns, and the bytes of every allocation (positive) and its release (negative), in their order.
 
-    What was allocated before has no size when it is released now, but for what an earlier profile saw: that is
-    collected first.
+    The release of what was allocated before is no part of it. The profiler mostly has no size for it, but it keeps
+    the sizes that an earlier profile saw by address, and the address may have gone to another tensor since.
     """
     gc.collect()
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -58,13 +59,25 @@ def _cpu_changes(work: Callable[[], Result]) -> tuple[Result, list[int]]:
     trace = profiler.profiler
     if trace is None:
         raise RuntimeError("the profiler has recorded nothing")
-    memory = sorted((event for event in trace.kineto_results.events() if event.name() == "[memory]"), key=_start)
-    return result, [event.nbytes() for event in memory]
+    events = _walk(trace.kineto_results.experimental_event_tree())
+    allocations = [event for event in events if event.tag == _EventType.Allocation]
+    changes, held = [], set()
+    for event in sorted(allocations, key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            held.add(address)
+        elif address in held:
+            held.remove(address)
+        else:
+            continue
+        changes.append(size)
+    return result, changes
 
 
-def _start(event: Any) -> int:
-    nanoseconds: int = event.start_ns()
-    return nanoseconds
+def _walk(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _walk(event.children)
 
 
 @contextmanager
