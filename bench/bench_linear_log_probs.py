@@ -18,6 +18,7 @@ import grpo_kernels
 
 from . import linear_definitions as definitions
 from . import linear_peers as peers
+from . import machine
 from .case import Case, Inputs, Provider, Rows, Target, compiled
 from .linear_definitions import OfLogits, Values
 from .linear_peers import Peer
@@ -25,7 +26,7 @@ from .linear_peers import Peer
 Shape = tuple[int, int, int]  # rows, hidden width, vocabulary
 
 _CPU_SHAPES: tuple[Shape, ...] = ((1024, 1024, 32000), (512, 896, 151936), (4096, 512, 32000))
-_SLOW_BF16_SHAPES: tuple[Shape, ...] = ((1024, 32, 16384),)  # a CPU without AVX-512 multiplies some 50 times as slowly
+_SLOW_BF16_SHAPES: tuple[Shape, ...] = ((1024, 32, 16384),)
 _GPU_SHAPES: tuple[Shape, ...] = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 7168, 129280))
 _QUICK = ((_CPU_SHAPES[0], torch.float32), (_GPU_SHAPES[0], torch.bfloat16))
 SMOKE: Shape = (48, 16, 97)
@@ -229,5 +230,4 @@ def cases(device: str) -> list[Case]:
 def _shapes(device: str, dtype: torch.dtype) -> Sequence[Shape]:
     if device == "cuda":
         return _GPU_SHAPES
-    slow = dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
-    return _SLOW_BF16_SHAPES if slow else _CPU_SHAPES
+    return _SLOW_BF16_SHAPES if machine.multiplies_slowly(dtype) else _CPU_SHAPES

@@ -17,6 +17,7 @@ from grpo_kernels import _dispatch
 
 from . import linear_definitions as linear
 from . import linear_peers as peers
+from . import machine
 from . import mtp_definitions as definitions
 from .case import Case, Inputs, Provider, Rows, Target, compiled
 from .linear_definitions import Values
@@ -27,6 +28,7 @@ Shape = tuple[int, int, int]  # rows of a depth, hidden width, vocabulary
 
 _GPU_SHAPE: Shape = (8192, 4096, 129280)
 _CPU_SHAPE: Shape = (1024, 1024, 32320)
+_SLOW_BF16_SHAPE: Shape = (1024, 32, 16160)
 _SMOKE: Shape = (96, 32, 211)
 _SEQUENCES = 8
 _PROBLEMS = (Problem(1), Problem(2), Problem(1, policy=True))
@@ -196,9 +198,10 @@ def _targets_case(depths: int) -> Case:
 
 def cases(device: str) -> list[Case]:
     """One and two depths behind the model, one behind a policy, and the targets. On a GPU in bf16; on a CPU in fp32,
-    one in bf16 as well, with 1/8 of the rows and 1/4 of width and vocabulary."""
+    with 1/8 of the rows and 1/4 of width and vocabulary, and one in bf16, smaller where the CPU lacks instructions."""
     on_gpu = device == "cuda"
     shape, dtype = (_GPU_SHAPE, torch.bfloat16) if on_gpu else (_CPU_SHAPE, torch.float32)
     heads = [_case(device, problem, shape, dtype) for problem in _PROBLEMS]
-    narrow = [] if on_gpu else [_case(device, _PROBLEMS[0], shape, torch.bfloat16)]
+    narrow_shape = _SLOW_BF16_SHAPE if machine.multiplies_slowly(torch.bfloat16) else shape
+    narrow = [] if on_gpu else [_case(device, _PROBLEMS[0], narrow_shape, torch.bfloat16)]
     return [*heads, *narrow, _targets_case(3)]

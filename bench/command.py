@@ -49,6 +49,8 @@ def _check(arguments: argparse.Namespace) -> report.Results | None:
         raise UsageError(f"--op must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     if arguments.fail_above is not None and arguments.compare is None:
         raise UsageError("--fail-above needs --compare")
+    if arguments.renew and not arguments.save:
+        raise UsageError("--renew needs --save")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib (pip install matplotlib)")
     return _load(arguments.compare) if arguments.compare else None
@@ -76,6 +78,14 @@ def _path(arguments: argparse.Namespace, device: str) -> Path | None:
     return path
 
 
+def _kept(path: Path, device: str) -> report.Results:
+    """The results that are to be renewed: of this machine, or the file would hold two under one name."""
+    old = _load(path)
+    if found := compare.differences(old, {"machine": machine.describe(device)}, (*compare.SAME_MACHINE, "torch")):
+        raise UsageError(f"--renew needs results of the same machine: {'; '.join(found)}")
+    return old
+
+
 def _measure(arguments: argparse.Namespace) -> report.Results:
     device = _device(arguments)
     machine.recycle_pages(device, _again(arguments))
@@ -86,10 +96,11 @@ def _measure(arguments: argparse.Namespace) -> report.Results:
     if arguments.first:
         effort = dataclasses.replace(effort, first=tuple(arguments.first))
     path = _path(arguments, device)
+    kept = _kept(path, device) if arguments.renew and path is not None and path.is_file() else None
 
     def keep(results: report.Results) -> None:
         if path is not None:
-            report.save(results, path)
+            report.save(report.renewed(kept, results) if kept else results, path)
 
     with progress.shown() as display:
         results = run.run(device, effort, run.choose(device, arguments.op, arguments.quick), display, keep)

@@ -10,7 +10,7 @@ from grpo_kernels.cli.table import Table
 from .report import Results, time_text
 
 DEFAULT_LIMIT = 1.2
-_SAME_MACHINE = ("device", "threads", "pages", "host")
+SAME_MACHINE = ("device", "threads", "pages", "host")
 _SAME_VERSIONS = ("torch", "triton", "cuda", "python")
 
 
@@ -50,7 +50,7 @@ def _ratio(old: dict[str, Any], new: dict[str, Any], field: str) -> float | None
     return float(new[field] / old[field]) if field in old and field in new else None
 
 
-def differences(old: Results, new: Results, fields: tuple[str, ...] = _SAME_MACHINE) -> list[str]:
+def differences(old: Results, new: Results, fields: tuple[str, ...] = SAME_MACHINE) -> list[str]:
     """In what the machines differ, each as "device: A, now B"."""
     a, b = old["machine"], new["machine"]
     return [f"{name}: {a.get(name)}, now {b.get(name)}" for name in fields if a.get(name) != b.get(name)]
@@ -86,7 +86,7 @@ def _cells(change: Change, limit: float) -> tuple[str, ...]:
 
 def show(old: Results, new: Results, limit: float) -> int:
     """Prints old, new and ratio of every row that both have; returns how many rows of ours are slower or lost."""
-    for text in differences(old, new, _SAME_MACHINE + _SAME_VERSIONS):
+    for text in differences(old, new, SAME_MACHINE + _SAME_VERSIONS):
         print(f"compared with another setting: {text}")
     found = changes(old, new)
     if not found:

@@ -1,5 +1,5 @@
-"""`python -m bench.docs`: writes docs/kernels.md, docs/benchmarks.md and the tables of docs/fp8.md from
-bench/results/*.json.
+"""`python -m bench.docs`: writes docs/kernels.md, docs/benchmarks.md and the tables of docs/fp8.md and README.md
+from bench/results/*.json.
 
 With --check nothing is written, and the exit status is 1 if a page is not what the results say.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import docs_fp8, docs_kernels, docs_page, fp8_bytes
+from bench import docs_fp8, docs_kernels, docs_page, docs_readme, fp8_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -59,10 +59,15 @@ def _fp8(old: str) -> str:
     return between_markers(old, docs_fp8.text(fp8_bytes.load()))
 
 
+def _readme(old: str) -> str:
+    return between_markers(old, docs_readme.text(results()))
+
+
 PAGES: dict[str, Callable[[str], str]] = {
     "docs/kernels.md": _kernels,
     "docs/benchmarks.md": _benchmarks,
     "docs/fp8.md": _fp8,
+    "README.md": _readme,
 }
 
 

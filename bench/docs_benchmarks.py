@@ -39,7 +39,8 @@ def limit_text(row: Row) -> str:
     return ", ".join(texts)
 
 
-def _memory(ours: Row, eager: Row | None) -> str:
+def memory_text(ours: Row, eager: Row | None) -> str:
+    """Memory of both above the inputs, empty where it was not measured."""
     if "extra_bytes" not in ours or eager is None or "extra_bytes" not in eager:
         return ""
     sizes = [row["extra_bytes"] / 2**20 for row in (ours, eager)]
@@ -60,7 +61,7 @@ def _case(record: dict[str, Any]) -> list[str]:
         *(time_text(other["median_us"]) if other else "" for other in others),
         *(f"{other['median_us'] / ours['median_us']:.1f}x" if other else "" for other in others),
         limit_text(ours),
-        _memory(ours, others[0]),
+        memory_text(ours, others[0]),
     ]
 
 

@@ -23,38 +23,6 @@ class Reason:
 
 REASONS = (
     Reason(
-        "float32 log-probs without entropy",
-        ("token_log_probs",),
-        r"float32$",
-        "x eager",
-        "recorded with a kernel that read and computed in turn and added every exponential in float64. It now fetches "
-        "the next block meanwhile, and adds four in float32 before float64 takes them.",
-    ),
-    Reason(
-        "`gspo`",
-        ("grpo_loss",),
-        "gspo",
-        "x eager",
-        "recorded with a kernel that went through every row three times. It now spreads one gradient over a row whose "
-        "tokens have the same loss.",
-    ),
-    Reason(
-        "`cispo`",
-        ("grpo_loss",),
-        "cispo",
-        "x eager",
-        "recorded with a kernel of a dozen loops over each block of tokens, and a backward that multiplied what was "
-        "stored. Plain token-level losses now take three loops, and gradients are final as they are stored.",
-    ),
-    Reason(
-        "`group_advantages`",
-        ("group_advantages",),
-        "B=",
-        "x eager",
-        "recorded with a kernel that took one group after another, each a chain of dependent operations. It now takes "
-        "64 groups at a time. Next to so little work the call itself counts.",
-    ),
-    Reason(
         "`linear_token_log_probs` in float32",
         ("linear_token_log_probs",),
         "float32",
@@ -63,12 +31,12 @@ REASONS = (
         "leave. Eager's passes over its logits and ours about even out.",
     ),
     Reason(
-        "`linear_grpo_loss` in float32",
-        ("linear_grpo_loss",),
+        "`linear_grpo_loss` and `mtp_linear_cross_entropy` in float32",
+        ("linear_grpo_loss", "mtp_linear_cross_entropy"),
         "float32",
         "x eager",
-        "both do 6 N H V operations. Ours does them for some rows at a time, and the gradient of the weight is read "
-        "and written once for each of these chunks; that their logits stay out of memory makes up for most of it.",
+        "eager does 6 N H V operations, too. Ours does them for some rows at a time, and the gradient of the weight is "
+        "read and written once for each of these chunks; that their logits stay out of memory makes up for most of it.",
     ),
     Reason(
         "memory in bfloat16",

@@ -72,6 +72,11 @@ def _instruction_set() -> str:
     return ""
 
 
+def multiplies_slowly(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for products of bf16: PyTorch's are then some 50 times as slow."""
+    return dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+
+
 def packages() -> dict[str, str]:
     """Versions of the packages whose functions compete, as far as they are installed."""
     found = {}

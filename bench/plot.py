@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ STYLE = {
     "grid.linewidth": 0.6,
 }
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-_WIDTH = 8.0  # inches, as are the heights below
+_WIDTH = 9.0  # inches, as are the heights below
 _HEAD = 0.6
 _PANEL = 0.55
 _CASE = 0.42
-_LINE = 0.24
+_LINE = 0.3
+_LABEL = 54  # characters
 _ROOFLINE = 3.6
 
 
@@ -79,8 +81,8 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    """One labelled line for each of these, from the top."""
-    axes.set_yticks(range(len(labels)), labels)
+    """One labelled line for each of these, from the top; long labels are wrapped, or nothing is left for the bars."""
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, _LABEL) for label in labels])
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

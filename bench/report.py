@@ -41,6 +41,32 @@ def save(results: Results, path: Path) -> None:
     unfinished.replace(path)
 
 
+def renewed(old: Results, new: Results) -> Results:
+    """The old results with the cases of the new in their places; what they lacked stands at the end.
+
+    Percentages stay those of the limits that their own run has measured; of the machine's the best are kept.
+    """
+    fresh = {(record["op"], record["case"]): record for record in new["cases"]}
+    cases = [fresh.pop((record["op"], record["case"]), record) for record in old["cases"]] + list(fresh.values())
+    measured = {f"{record['op']}: {record['case']}" for record in cases}
+    skipped = [name for name in dict.fromkeys(old["skipped"] + new["skipped"]) if name not in measured]
+    seconds = old["seconds"] + new["seconds"]
+    machine = _best(old["machine"], new["machine"])
+    return old | new | {"machine": machine, "seconds": seconds, "skipped": skipped, "cases": cases}
+
+
+def _best(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the machine, with the higher of its limits and of its loads."""
+    best = old | new
+    for name in ("copy_gigabytes_per_second", "load_average"):
+        if name in old:
+            best[name] = max(old[name], new.get(name, 0))
+    rates, more = old.get("matmul_teraflops", {}), new.get("matmul_teraflops", {})
+    if rates or more:
+        best["matmul_teraflops"] = {name: max(rates.get(name, 0), more.get(name, 0)) for name in rates | more}
+    return best
+
+
 def _case_text(record: dict[str, Any]) -> str:
     head = ", ".join(
         f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key not in ("rows", "targets")

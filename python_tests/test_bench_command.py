@@ -88,6 +88,8 @@ def test_list_names_every_case_and_provider(capsys) -> None:
             "moe_unpermute, fp8_dequantize, got nothing",
         ),
         (["--fail-above", "1.2"], "--fail-above needs --compare"),
+        (["--renew"], "--renew needs --save"),
+        (["--save", "other.json", "--renew"], "--renew needs results of the same machine: device: d, now "),
         (["--compare", "missing.json"], "missing.json"),
         (["--results", "setup.py"], "setup.py is not JSON"),
         (["--results", "list.json"], "is not a file of results"),
@@ -97,6 +99,8 @@ def test_wrong_use_says_what_is_wrong(options: list[str], message: str, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "setup.py").write_text("import this")
     (tmp_path / "list.json").write_text("[]")
+    report.save(results(), tmp_path / "other.json")
+    monkeypatch.setattr(machine, "recycle_pages", lambda device, line: None)
     assert cli.main(["bench", *options]) == 2
     assert message in capsys.readouterr().err
 
@@ -139,6 +143,38 @@ def test_results_go_to_a_file_or_into_a_folder_under_the_machines_name(tmp_path:
     assert command._path(namespace(save=tmp_path / "a.json"), "cpu") == tmp_path / "a.json"
     assert command._path(namespace(save=tmp_path), "cpu") == tmp_path / f"{machine.slug('cpu')}.json"
     assert command._path(namespace(save=tmp_path / "new"), "cpu") == tmp_path / "new" / f"{machine.slug('cpu')}.json"
+
+
+def test_renewed_results_keep_what_was_not_measured_again() -> None:
+    old, new = with_operations(), results()
+    old["skipped"] = ["op_a: host cost", "op_c: large"]
+    new["skipped"] = ["op_d: huge"]
+    new["cases"] = [{**new["cases"][1], "case": "new"}, {**new["cases"][0], "rows": {"ours": _row("ours", 7.0)}}]
+    new["machine"] |= {"copy_gigabytes_per_second": 9.0, "load_average": 0.5, "torch": "3"}
+    new["machine"]["matmul_teraflops"] = {"float32": 0.2, "float16": 0.3}
+    found = report.renewed(old, new)
+    cases = [(record["op"], record["case"], record["rows"]["ours"]["median_us"]) for record in found["cases"]]
+    assert cases == [("op_a", "2x3", 7.0), ("op_a", "host cost", 9.0), ("op_b", "gemm", 10.0), ("op_a", "new", 9.0)]
+    assert found["skipped"] == ["op_c: large", "op_d: huge"]
+    rates = {"bfloat16": 0.8, "float32": 0.2, "float16": 0.3}
+    about = {"copy_gigabytes_per_second": 10.0, "load_average": 0.5, "torch": "3", "matmul_teraflops": rates}
+    assert found["machine"] == old["machine"] | about
+
+
+def test_a_file_keeps_the_cases_that_a_run_leaves_out(monkeypatch, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    old = results()
+    old["machine"] |= machine.describe("cpu")
+    report.save(old, path)
+    new = copy.deepcopy(old)
+    new["cases"] = [{**old["cases"][0], "rows": {"ours": _row("ours", 7.0)}}]
+    monkeypatch.setattr(machine, "recycle_pages", lambda device, line: None)
+    monkeypatch.setattr(run, "run", lambda *arguments: new)
+    options = ["bench", "--op", "grpo_loss", "--device", "cpu", "--save", str(path)]
+    assert cli.main([*options, "--renew"]) == 0
+    assert report.load(path)["cases"] == [new["cases"][0], old["cases"][1]]
+    assert cli.main(options) == 0
+    assert report.load(path)["cases"] == new["cases"]
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -221,6 +257,14 @@ def test_speedups_are_bars_from_one_and_leave_host_costs_out() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["2x3"]
     assert [bar.get_x() + bar.get_width() for bar in axes.patches] == [4.0, 1.25, 0.5]
     assert [text.get_text() for text in axes.texts] == ["4.0x in place"]
+
+
+def test_long_names_leave_room_for_the_bars() -> None:
+    found = results()
+    found["cases"][0]["case"] = " ".join(["layer T=1024"] * 10)
+    figure = plot.speedup_figure(found)
+    figure.canvas.draw()
+    assert figure.axes[0].get_position().width > 0.5
 
 
 def test_what_moves_bytes_is_put_against_the_copy() -> None:

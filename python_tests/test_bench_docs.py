@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import docs, docs_page, docs_peers, docs_reasons, docs_targets, machine, run, targets
+from bench import docs, docs_page, docs_peers, docs_readme, docs_reasons, docs_targets, machine, run, targets
 
 MACHINE = {"device": "toaster", "torch": "2.13.0", "threads": 2, "load_average": 1.0, "packages": {"trl": "1.0"}}
 
@@ -19,8 +19,8 @@ def _record(met: bool, **more: Any) -> dict[str, Any]:
         "Liger": {"kind": "peer", "median_us": 15.0},
         "TRL": {"kind": "peer", "error": "RuntimeError: no"},
     }
-    judged = [{"target": ">= 3x eager", "measured": 2.0, "met": met}]
-    return {"op": "grpo_loss", "case": "64x4096 gspo", "rows": rows, "targets": judged, **more}
+    judged = [{"target": ">= 1x eager", "measured": 0.9, "met": met}]
+    return {"op": "linear_grpo_loss", "case": "1x2x3 float32", "rows": rows, "targets": judged, **more}
 
 
 def _benchmarks(met: bool, **more: Any) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def _page(**records: Any) -> str:
 def test_a_reason_shows_only_while_its_target_is_missed() -> None:
     assert "Why targets are missed" not in _page(benchmarks=_benchmarks(True), targets=_targets("met", 9.0))
     page = _page(benchmarks=_benchmarks(False))
-    assert "- `gspo`: " in page
+    assert "- `linear_grpo_loss` and " in page
     assert "- host cost: " not in page
-    assert "- `cispo`: " not in page
+    assert "- `linear_token_log_probs`" not in page
     page = _page(targets=_targets("SHORT", 12.0))
     assert "- host cost: " in page
-    assert "- `gspo`: " not in page
+    assert "- `linear_grpo_loss`" not in page
     assert "- host cost: " in _page(targets=_targets("FAILED", None))
     assert "Why targets are missed" not in _page(targets=_targets("reported"))
 
@@ -68,9 +68,9 @@ def test_targets_of_a_machine() -> None:
 
 def test_peers_that_ran_and_those_that_did_not() -> None:
     lines = docs_peers.text(_benchmarks(True, absent=["DeepGEMM"])).splitlines()
-    assert "| Liger | `grpo_loss` | toaster |" in lines
-    assert "| TRL | `grpo_loss` | **not run yet** |" in lines
-    assert "| DeepGEMM | `grpo_loss` | **not run yet** |" in lines
+    assert "| Liger | `linear_grpo_loss` | toaster |" in lines
+    assert "| TRL | `linear_grpo_loss` | **not run yet** |" in lines
+    assert "| DeepGEMM | `linear_grpo_loss` | **not run yet** |" in lines
     assert docs_peers.versions(_benchmarks(True)) == "- toaster: trl 1.0"
     assert docs_peers.versions({"old.json": {"machine": {"device": "d"}, "cases": []}}) == ""
 
@@ -107,3 +107,29 @@ def test_kinds_of_results_do_not_mix(monkeypatch, tmp_path) -> None:
 def test_versions_of_peers_are_recorded() -> None:
     assert set(machine.packages()) <= set(machine._PEERS)
     assert machine.describe("cpu")["packages"] == machine.packages()
+
+
+def test_the_readme_shows_a_case_of_each_op_from_one_record() -> None:
+    def record(shown: Any) -> dict[str, Any]:
+        rows = {
+            "ours": {"kind": "ours", "median_us": 20.0, "extra_bytes": 2**20},
+            "ours, in place": {"kind": "ours", "median_us": 10.0, "extra_bytes": 0},
+            "eager": {"kind": "eager", "median_us": 40.0, "extra_bytes": 30 * 2**20},
+            "torch.compile": {"kind": "compile", "median_us": 25.0},
+        }
+        return {"op": shown.op, "case": shown.case, "rows": rows}
+
+    cases = [record(shown) for shown in docs_readme.SHOWN]
+    files = {
+        "half.json": {"machine": MACHINE, "cases": cases[1:]},
+        "toaster.json": {"machine": MACHINE, "cases": cases},
+    }
+    lines = docs_readme.text(files).splitlines()
+    assert lines[0].startswith("On toaster, PyTorch 2.13.0, 2 threads")
+    assert "`bench/results/toaster.json`" in " ".join(lines)
+    assert len([line for line in lines if line.startswith("| ")]) == len(docs_readme.SHOWN) + 2
+    assert "| `grpo_loss`, [64, 4096], clip and KL | 20 us | 2x | 1.25x | 1.0, 30 MiB |" in lines
+    in_place = "| `token_log_probs`, [2048, 32000] float32, in place | 10 us | 4x | 2.5x | 0.0, 30 MiB |"
+    assert in_place in lines
+    with pytest.raises(ValueError, match="no record has every case"):
+        docs_readme.text({"half.json": files["half.json"]})

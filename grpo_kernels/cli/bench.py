@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write them to this JSON file, or to <machine>.json in this folder, anew after every case: a run that is "
         "ended early leaves what it had",
     )
+    use.add_argument(
+        "--renew", action="store_true", help="with --save: cases in the file that are not measured now stay there"
+    )
     use.add_argument("--plot", type=Path, metavar="FOLDER", help="draw speed-ups and rooflines as PNG (matplotlib)")
     use.add_argument("--compare", type=Path, metavar="FILE", help="show old, new and ratio of earlier results")
     use.add_argument(
