@@ -47,6 +47,15 @@ REASONS = (
         "float32: memory of the size of the weight, whatever the number of rows. That is also why they are faster.",
     ),
     Reason(
+        "memory of `mtp_linear_cross_entropy` in bfloat16",
+        ("mtp_linear_cross_entropy",),
+        "bfloat16",
+        "a call a depth",
+        "a chunk of logits grows with the rows, up to an eighth of what eager takes for them, so one call for all "
+        "depths has larger chunks than one of each depth. What it saves is a gradient of the weight a depth to add up, "
+        "and at the width of this case, chosen for processors that multiply bfloat16 slowly, that is little.",
+    ),
+    Reason(
         "host cost",
         (
             "group_advantages",

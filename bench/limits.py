@@ -24,7 +24,8 @@ class Limits:
         device: "cpu" or "cuda".
         dtypes: whose matmul rate is wanted; measuring one takes time, so only those that a case refers to.
         copy: bytes per second, read and written.
-        matmul: floating-point operations per second by dtype, such as {"bfloat16": 7.1e14}.
+        matmul: floating-point operations per second by dtype, such as {"bfloat16": 7.1e14}. On a CPU a dtype's rate is
+            at least float32's: where it multiplies narrow numbers slowly, they can be widened first.
         measurements: how often both were measured.
     """
 
@@ -37,9 +38,11 @@ class Limits:
     def measure(self) -> None:
         """Measures once more."""
         self.copy = max(self.copy, copy_bandwidth(self.device))
+        widest = {torch.float32} if self.device == "cpu" and self.dtypes else set()
+        rates = {dtype: matmul_rate(self.device, dtype) for dtype in {*self.dtypes, *widest}}
         for dtype in self.dtypes:
             name = dtype_name(dtype)
-            self.matmul[name] = max(self.matmul.get(name, 0.0), matmul_rate(self.device, dtype))
+            self.matmul[name] = max(self.matmul.get(name, 0.0), rates[dtype], *(rates[wide] for wide in widest))
         self.measurements += 1
         if self.device == "cuda":
             torch.cuda.empty_cache()

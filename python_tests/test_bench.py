@@ -185,6 +185,16 @@ def test_matmul_rate_is_measured_only_where_a_case_refers_to_it(monkeypatch) -> 
     assert "matmul_teraflops" not in results["machine"]
 
 
+def test_what_a_cpu_multiplies_slowly_it_can_widen_first(monkeypatch) -> None:
+    rates = {torch.bfloat16: 2e9, torch.float16: 9e9, torch.float32: 7e9}
+    monkeypatch.setattr(limits, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(limits, "matmul_rate", lambda device, dtype: rates[dtype])
+    for device, slow in (("cpu", 7e9), ("cuda", 2e9)):
+        found = Limits(device, (torch.bfloat16, torch.float16))
+        found.measure()
+        assert found.matmul == {"bfloat16": slow, "float16": 9e9}
+
+
 def test_matmul_rate_counts_two_operations_a_multiply_add(monkeypatch) -> None:
     monkeypatch.setattr(limits, "_CPU_MATMULS", (4, 8, 16))
     seconds = iter([1e-3, 0.1])  # the second is long enough to end the search
