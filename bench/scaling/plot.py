@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from bench.plot import COLORS, STYLE
+from bench.plot import COLORS, STYLE, save
 from bench.scaling import rank_definitions
 from bench.scaling.growth import series, slope
 
@@ -52,9 +52,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         sweeps = [sweep for sweep in results["sweeps"] if sweep["op"] in ops]
         if sweeps:
             with mpl.rc_context(STYLE):
-                made = figure(sweeps, title, results["machine"])
-                made.savefig(folder / file_name(name), dpi=150)
-                plt.close(made)
+                save(figure(sweeps, title, results["machine"]), folder / file_name(name))
             written.append(folder / file_name(name))
     return written
 
