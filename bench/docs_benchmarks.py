@@ -44,7 +44,7 @@ def memory_text(ours: Row, eager: Row | None) -> str:
     if "extra_bytes" not in ours or eager is None or "extra_bytes" not in eager:
         return ""
     sizes = [row["extra_bytes"] / 2**20 for row in (ours, eager)]
-    return ", ".join(f"{size:.{1 if size < 10 else 0}f}" for size in sizes) + " MiB"
+    return " / ".join(f"{size:.{1 if size < 10 else 0}f}" for size in sizes) + " MiB"
 
 
 def _case(record: dict[str, Any]) -> list[str]:
@@ -66,7 +66,7 @@ def _case(record: dict[str, Any]) -> list[str]:
 
 
 _COLUMNS = ("case", "ours", "eager", "`torch.compile`", "against eager", "against `torch.compile`", "of the limit",
-            "memory: ours, eager")  # fmt: skip
+            "memory: ours / eager")  # fmt: skip
 
 
 def _limits(machine: Mapping[str, Any]) -> str:
@@ -74,8 +74,9 @@ def _limits(machine: Mapping[str, Any]) -> str:
     texts = []
     if "copy_gigabytes_per_second" in machine:
         texts.append(f"a large copy moves {machine['copy_gigabytes_per_second']:g} GB/s")
-    for dtype, rate in machine.get("matmul_teraflops", {}).items():
-        texts.append(f"a {dtype} matrix product runs at {rate:g} TFLOP/s")
+    rates = [f"{rate:g} TFLOP/s in {dtype}" for dtype, rate in machine.get("matmul_teraflops", {}).items()]
+    if rates:
+        texts.append(f"the limit of matrix products is {', '.join(rates)}")
     return ", ".join(texts) or "its limits were not measured"
 
 

@@ -64,7 +64,7 @@ SHOWN = (
     ),
 )
 
-_COLUMNS = ("", "time", "against eager", "against `torch.compile`", "extra memory, eager's")
+_COLUMNS = ("", "time", "against eager", "against `torch.compile`", "extra memory, ours / eager")
 
 
 def _line(shown: _Shown, rows: dict[str, dict[str, Any]]) -> list[str]:
