@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/.stamps
+# Wheels are built and checked without torch around.
+RELEASE_PY := $(VENV)/release/bin/python
 # The oldest supported Triton, beside the pinned one: the kernels must compile with both.
 OLD_TRITON := 3.6.0
 # Development builds two architectures; an installation from source builds all of them.
@@ -20,7 +22,7 @@ JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench bench-targets bench-scaling lint format wheel gpu-check clean
+.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench bench-targets bench-scaling lint format wheel check-wheels test-torch-matrix sdist cibuildwheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +36,12 @@ $(STAMP)/packages: requirements-dev.txt
 
 $(STAMP)/build: $(STAMP)/packages $(NATIVE_SOURCES)
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMP)/release: requirements-release.txt
+	$(PYTHON) -m venv $(VENV)/release
+	@mkdir -p $(STAMP)
+	$(RELEASE_PY) -m pip install -q -r requirements-release.txt
 	@touch $@
 
 $(STAMP)/triton-$(OLD_TRITON): $(STAMP)/packages
@@ -107,8 +115,20 @@ format: $(STAMP)/packages  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-wheel: $(STAMP)/packages  ## sdist and wheel for this platform, every CUDA architecture
-	env -u CUDAARCHS $(PY) -m build --outdir dist .
+wheel: $(STAMP)/release  ## sdist, pure wheel, and a manylinux wheel for every Python found, for GRPO_KERNELS_ARCHS; ARGS='--python 3.12'
+	$(RELEASE_PY) -m release.wheels $(ARGS)
+
+check-wheels: $(STAMP)/release  ## what dist/ holds: contents, and an installation that verifies every op, with TORCH=2.13.0
+	$(RELEASE_PY) -m release.check_wheel $(if $(TORCH),--torch $(TORCH)) $(ARGS) dist/*
+
+test-torch-matrix: $(STAMP)/release  ## the native wheel of one Python in dist/ under TORCH='2.10.0 2.13.0', one after another
+	$(RELEASE_PY) -m release.torch_matrix $(foreach torch,$(TORCH),--torch $(torch)) $(ARGS)
+
+sdist: $(STAMP)/release  ## the sdist and the pure wheel alone
+	$(RELEASE_PY) -m release.wheels --no-native
+
+cibuildwheel: sdist  ## native wheels for every Python in a manylinux_2_28 image, which needs Docker or Podman
+	env -u CUDAARCHS $(RELEASE_PY) -m cibuildwheel --platform linux --output-dir dist dist/*.tar.gz
 
 gpu-check:  ## on a machine with a CUDA GPU, with its own Python: build, tests, benchmarks, sanitizer; REHEARSE=1 on a CPU
 	$(PYTHON) -m bench.gpu_check $(ARGS)

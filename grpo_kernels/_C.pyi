@@ -12,6 +12,7 @@ from torch import Tensor
 cuda_version: str | None
 cuda_archs: str
 openmp: bool
+compiler: str
 
 def cpu_isa() -> str: ...
 def cuda_device_problem(device: int, /) -> str: ...

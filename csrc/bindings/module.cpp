@@ -56,6 +56,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;  // begins with "Clang"
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.def("cpu_isa", &cpu_isa_name);
   m.def("cuda_device_problem", &cuda_device_problem);
   m.def("set_tensor_type", &set_tensor_type);

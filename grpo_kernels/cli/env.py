@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 import grpo_kernels
-from grpo_kernels import _dispatch, _extension
+from grpo_kernels import _build_info, _dispatch, _extension
 from grpo_kernels.cli.table import Table
 
 Rows = list[tuple[str, ...]]
@@ -35,14 +35,19 @@ def versions() -> Rows:
     ]
 
 
-def _extension_rows() -> Rows:
+def build_rows() -> Rows:
+    """Of which commit the package is, and what its extension was built with and for."""
+    info = _build_info.current()
+    sources = ("commit", f"{info.commit} ({info.date})")
     problem = _extension.cpu_problem()
     if problem:
-        return [("extension", f"{problem}: every op runs through the reference backend or Triton")]
+        return [sources, ("extension", f"{problem}: every op runs through the reference backend or Triton")]
     module = _extension.extension()
     cuda = f"CUDA {module.cuda_version} for {module.cuda_archs}" if module.cuda_version else "not built"
     return [
+        sources,
         ("extension", str(module.__file__)),
+        ("compiler", module.compiler),
         ("CPU kernels", f"{module.cpu_isa()}, OpenMP {'on' if module.openmp else 'off'}"),
         ("CUDA kernels", cuda),
     ]
@@ -83,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints everything; the exit status is 0."""
     _print_table("Versions", versions())
-    _print_table("Build", _extension_rows())
+    _print_table("Build", build_rows())
     for device_type, index, description in devices():
         name = device_type if index < 0 else f"{device_type}:{index}"
         _print_table(f"Backends on {name} ({description})", _backend_rows(device_type, index))
