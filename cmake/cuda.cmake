@@ -23,9 +23,10 @@ endif()
 
 # "8.0 9.0a 12.0+PTX" -> 80-real 90a-real 120-real 120-virtual
 function(translate_compute_capabilities variable result)
-  string(REGEX REPLACE "[ ,]+" ";" entries "$ENV{${variable}}")
+  string(REGEX REPLACE "[ ,;]+" ";" entries "$ENV{${variable}}")
+  list(REMOVE_ITEM entries "")
   set(archs)
-  set(words)
+  set(words "")
   if(variable STREQUAL "GRPO_KERNELS_ARCHS")
     set(words ", release or native")
   endif()

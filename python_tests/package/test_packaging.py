@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -10,13 +11,14 @@ import sys
 import tarfile
 import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+import grpo_kernels
 from grpo_kernels import _dispatch
 from python_tests.package.test_imports import USE
 
@@ -118,6 +120,7 @@ def test_wheel_with_cuda(sources: Path, python: Path, tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("python_tests", "bench", "examples", "csrc"))]
     report = install_and_use(python, wheel, tmp_path, "--op", "grpo_loss")  # on a CPU: the kernels of every other wheel
     assert re.search(r"CUDA kernels +CUDA \d+\.\d+\.\d+ for 90-real", report)
+    assert re.search(r"compiler +(GCC|Clang) \d+", report)
 
 
 @needs_path_without_nvcc
@@ -130,9 +133,13 @@ def test_cuda_that_is_demanded_but_missing_fails_loudly(sources: Path) -> None:
 
 
 def test_pure_wheel_without_a_compiler(sources: Path, python: Path, tmp_path: Path) -> None:
-    wheel = build_wheel(sources, GRPO_KERNELS_CUDA="0", CXX="/nonexistent/c++")
-    assert wheel.name.endswith("-py3-none-any.whl")
+    label = {"GRPO_KERNELS_LOCAL_VERSION": "cu128.test"}
+    wheel = build_wheel(sources, GRPO_KERNELS_CUDA="0", CXX="/nonexistent/c++", **label)
+    assert wheel.name == f"grpo_kernels-{grpo_kernels.__version__}+cu128.test-py3-none-any.whl"
     report = install_and_use(python, wheel, tmp_path)
+    assert re.search(rf"grpo_kernels +{re.escape(grpo_kernels.__version__)}\+cu128\.test\n", report)
+    code = "import importlib.metadata as m, grpo_kernels as g; print(m.version('grpo-kernels') == g.__version__)"
+    assert command(python, "-c", code, cwd=tmp_path).stdout.strip() == "True"
     assert "every op runs through the reference backend" in report
     assert re.search(r"group_advantages +reference +no native: the extension is not built", report)
 
@@ -154,7 +161,11 @@ def test_bad_switches_say_what_is_wrong(sources: Path, environment: dict[str, st
 @needs_path_without_nvcc
 def test_sdist_and_its_wheel_build_in_isolation(sources: Path, python: Path, tmp_path: Path) -> None:
     """`python -m build` makes the wheel from the sdist, in an environment that has neither torch nor these sources.
-    Without nvcc it has CPU kernels."""
+    Without nvcc it has CPU kernels. The commit of the sources is known at the end."""
+    author = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    for line in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "sources"]):
+        command("git", *line, cwd=sources)
+    commit = command("git", "rev-parse", "HEAD", cwd=sources).stdout.strip()
     command(sys.executable, "-m", "build", "--outdir", "dist", ".", cwd=sources, PATH=PLAIN_PATH)
     (sdist,) = (sources / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -164,6 +175,7 @@ def test_sdist_and_its_wheel_build_in_isolation(sources: Path, python: Path, tmp
     (wheel,) = (sources / "dist").glob("*.whl")
     report = install_and_use(python, wheel, tmp_path)
     assert re.search(r"CUDA kernels +not built", report)
+    assert re.search(rf"commit +{commit} \(\d{{4}}-\d\d-\d\d\)", report)
     assert re.search(r"group_advantages +native", report)
 
 
@@ -178,26 +190,55 @@ def test_editable_installation(sources: Path, python: Path, tmp_path: Path) -> N
     assert command(python, "-c", USE, cwd=tmp_path).stdout.strip() == "True"
 
 
+RELEASE_ARCHS = "80-real;86-real;89-real;90-real;100-real;120"
+Configure = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def configure(tmp_path_factory: pytest.TempPathFactory) -> Configure:
+    """Configures the sources in one tree, where compilers are looked at once; takes the environment's variables."""
+    import pybind11
+
+    build = tmp_path_factory.mktemp("configure")
+    cmake = shutil.which("cmake", path=PLAIN_PATH) or "cmake"
+    definitions = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    return functools.partial(command, cmake, "-S", ROOT, "-B", build, *definitions, cwd=build)
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     ("environment", "archs"),
     [
-        ({}, "80-real;86-real;89-real;90-real;100-real;120"),
+        ({}, RELEASE_ARCHS),
         ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a+PTX"}, "80-real;90a-real;90a-virtual"),
         ({"TORCH_CUDA_ARCH_LIST": "8.6;12.0"}, "86-real;120-real"),
         ({"CUDAARCHS": "90-real", "TORCH_CUDA_ARCH_LIST": "8.0"}, "90-real"),
+        ({"GRPO_KERNELS_ARCHS": "8.0; 9.0a+PTX ", "CUDAARCHS": "90-real"}, "80-real;90a-real;90a-virtual"),
+        ({"GRPO_KERNELS_ARCHS": "release", "CUDAARCHS": "90-real"}, RELEASE_ARCHS),
+        ({"GRPO_KERNELS_ARCHS": "", "CUDAARCHS": "90-real"}, "90-real"),
     ],
 )
-def test_cuda_architectures(sources: Path, tmp_path: Path, environment: dict[str, str], archs: str) -> None:
-    import pybind11
-
-    cmake = shutil.which("cmake", path=PLAIN_PATH) or "cmake"
-    definitions = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    configured = command(cmake, "-S", sources, "-B", tmp_path / "build", *definitions, cwd=tmp_path, **environment)
+def test_cuda_architectures(configure: Configure, environment: dict[str, str], archs: str) -> None:
+    configured = configure(**environment)
     found = re.search(r"grpo_kernels: CUDA (\S+) for (\S+)", configured.stdout)
     assert found
     if tuple(map(int, found.group(1).split(".")[:2])) >= (12, 8):
         assert found.group(2) == archs
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [
+        ("90", "GRPO_KERNELS_ARCHS: cannot read '90'; expected .* such as '8.0 9.0\\+PTX', release or native"),
+        ("8.0 everything", "GRPO_KERNELS_ARCHS: cannot read 'everything'"),
+        ("3.5", r"nvcc \S+ has no architecture 35; it has \d+"),
+    ],
+)
+def test_architectures_that_make_no_sense_are_named(configure: Configure, archs: str, message: str) -> None:
+    configured = configure(check=False, GRPO_KERNELS_ARCHS=archs)
+    assert configured.returncode != 0
+    assert re.search(message, " ".join(configured.stderr.split()))
 
 
 AARCH64 = shutil.which("aarch64-linux-gnu-g++")
