@@ -22,7 +22,7 @@ JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -q $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench bench-targets bench-scaling lint format wheel check-wheels test-torch-matrix sdist cibuildwheel gpu-check clean
+.PHONY: help docs docs-serve demo demo-quick demo-moe demo-mtp demo-ddp demo-trl demo-check demo-check-ci test test-slow gates bench bench-targets bench-scaling lint format wheel check-wheels test-torch-matrix sdist cibuildwheel gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ $(STAMP)/triton-$(OLD_TRITON): $(STAMP)/packages
 
 $(STAMP)/trl: $(STAMP)/packages requirements-trl.txt
 	$(PY) -m pip install -q -r requirements-trl.txt
+	@touch $@
+
+$(STAMP)/docs: $(STAMP)/packages requirements-docs.txt
+	$(PY) -m pip install -q -r requirements-docs.txt
 	@touch $@
 
 demo: $(STAMP)/build  ## train a small language model through the stages of R1, on this machine; a few minutes
@@ -104,7 +108,13 @@ bench-scaling: $(STAMP)/build  ## how time and memory grow with each size, again
 	$(PY) -m bench.scaling
 	$(PY) -m bench.docs docs/benchmarks.md
 
-lint: $(STAMP)/build  ## ruff, mypy, clang-format
+docs: $(STAMP)/docs  ## the site of the documentation, into build/site; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP)/docs  ## the same in a browser, renewed with every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+lint: $(STAMP)/build docs  ## ruff, mypy, clang-format, the site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,5 +1,5 @@
-"""`python -m bench.docs`: writes docs/kernels.md, docs/benchmarks.md and the tables of docs/fp8.md and README.md
-from bench/results/*.json.
+"""`python -m bench.docs`: writes docs/kernels.md, docs/benchmarks.md, the tables of docs/fp8.md and README.md and the
+pictures of the ops' pages from bench/results/*.json.
 
 With --check nothing is written, and the exit status is 1 if a page is not what the results say.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import docs_fp8, docs_kernels, docs_page, docs_readme, fp8_bytes
+from bench import docs_fp8, docs_kernels, docs_page, docs_pictures, docs_readme, fp8_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -63,11 +63,17 @@ def _readme(old: str) -> str:
     return between_markers(old, docs_readme.text(results()))
 
 
+def _op(page: str) -> Callable[[str], str]:
+    return lambda old: between_markers(old, docs_pictures.text(page, results()))
+
+
+PICTURES = {f"docs/{page}.md": page for page in docs_pictures.PAGES}
 PAGES: dict[str, Callable[[str], str]] = {
     "docs/kernels.md": _kernels,
     "docs/benchmarks.md": _benchmarks,
     "docs/fp8.md": _fp8,
     "README.md": _readme,
+    **{name: _op(page) for name, page in PICTURES.items()},
 }
 
 
@@ -86,17 +92,28 @@ def stale(names: Iterable[str] = tuple(PAGES)) -> dict[Path, str]:
     return found
 
 
+def stale_pictures(names: Iterable[str] = tuple(PAGES)) -> list[str]:
+    """Of these pages, the ops whose picture shows other numbers than the results have."""
+    files = results()
+    return [PICTURES[name] for name in names if name in PICTURES and docs_pictures.stale(PICTURES[name], files)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.docs", description=__doc__)
     parser.add_argument("page", nargs="*", choices=[*PAGES, []], help="these pages; all by default")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is stale")
     arguments = parser.parse_args()
-    pages = stale(arguments.page or PAGES)
+    pages, pictures = stale(arguments.page or PAGES), stale_pictures(arguments.page or PAGES)
+    verdict = "stale, run python -m bench.docs" if arguments.check else "written"
     for path, text in pages.items():
-        print(f"{path.relative_to(ROOT)}: {'stale, run python -m bench.docs' if arguments.check else 'written'}")
+        print(f"{path.relative_to(ROOT)}: {verdict}")
         if not arguments.check:
             path.write_text(text)
-    return 1 if pages and arguments.check else 0
+    for page in pictures:
+        print(f"{docs_pictures.path_of(page).relative_to(docs_pictures.ROOT)}: {verdict}")
+        if not arguments.check:
+            docs_pictures.draw(page, results())
+    return 1 if (pages or pictures) and arguments.check else 0
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
-from PIL import Image  # what matplotlib itself writes pictures with
+from PIL import Image, PngImagePlugin  # what matplotlib itself writes pictures with
 
 from .case import Record
 from .report import Results
@@ -61,13 +62,16 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG of few colours, as pictures of lines and bars have, and closes the figure."""
+def save(figure: Figure, path: Path, fields: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes a PNG of few colours, as pictures of lines and bars have, with these text fields; closes the figure."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in fields.items():
+        info.add_text(name, value)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=_DOTS)
     plt.close(figure)
     with Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+        picture.convert("RGB").quantize(_COLORS, dither=Image.Dither.NONE).save(path, optimize=True, pnginfo=info)
 
 
 def _device_cases(results: Results) -> list[Record]:
