@@ -134,9 +134,10 @@ class SourceArchive(sdist):
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         if os.environ.get("GRPO_KERNELS_LOCAL_VERSION"):
             raise SystemExit("GRPO_KERNELS_LOCAL_VERSION is for wheels: one sdist serves all of them (build --wheel)")
-        super().make_release_tree(base_dir, files)
         module = build_info()
-        module.of_sources(ROOT).write(Path(base_dir) / "grpo_kernels" / module.RECORD)
+        info = module.of_sources(ROOT)  # before the tree, which is made among the sources and would count as a change
+        super().make_release_tree(base_dir, files)
+        info.write(Path(base_dir) / "grpo_kernels" / module.RECORD)
 
 
 class CMakeBuild(build_ext):
