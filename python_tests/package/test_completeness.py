@@ -21,6 +21,8 @@ def test_every_op_has_its_files(package: str) -> None:
         *(f"grpo_kernels/{package}/{name}.py" for name in ("__init__", "api", "ops", "reference")),
         f"python_tests/samples/{package}.py",
         f"bench/bench_{package}.py",
+        f"bench/gates/ops/{package}.py",
+        f"bench/floors/ops/{package}.py",
         f"grpo_kernels/testing/verification/{package}.py",
         f"docs/{package}.md",
     ]
@@ -34,9 +36,13 @@ def test_every_op_has_its_files(package: str) -> None:
         assert (source / "formula.h").is_file()
         assert (source / "cpu.cpp").is_file()
         assert package in (ROOT / "CMakeLists.txt").read_text()
+        assert (ROOT / "csrc" / "bindings" / f"{package}.cpp").is_file()
+        if (source / "cuda.cu").is_file():
+            assert (ROOT / "python_tests" / "emulator" / f"test_{package}.py").is_file()
     if (folder / "_triton.py").is_file():
         assert list((ROOT / "python_tests" / "interpreter").glob(f"test_{package}*.py"))
     assert f"`{package}`" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"](docs/{package}.md)" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(set(grpo_kernels.__all__) - {"__version__"}))
