@@ -109,7 +109,7 @@ bench-scaling: $(STAMP)/build  ## how time and memory grow with each size, again
 	$(PY) -m bench.docs docs/benchmarks.md
 
 docs: $(STAMP)/docs  ## the site of the documentation, into build/site; a broken link or reference fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(STAMP)/docs  ## the same in a browser, renewed with every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
