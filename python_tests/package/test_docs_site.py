@@ -91,6 +91,7 @@ def test_links_have_their_targets(page: str) -> None:
         if not inside or (anchor and anchor not in _anchors(meant.relative_to(ROOT).as_posix())):
             missing.append(target)
     assert missing == []
+    assert "![](" not in _prose(page), "a picture without words"
 
 
 def test_a_missing_anchor_is_seen() -> None:
@@ -113,7 +114,8 @@ def test_the_site_is_strict(settings: dict[str, Any]) -> None:
     assert {"anchors", "not_found"} <= settings["validation"]["links"].keys()
     assert "omitted_files" in settings["validation"]["nav"]
     build = re.search(r"mkdocs build.*", (ROOT / "Makefile").read_text())
-    assert build and build[0] == "mkdocs build --strict"  # with --quiet it does not count warnings
+    assert build
+    assert build[0] == "mkdocs build --strict"  # with --quiet it does not count warnings
     assert re.search(r"^lint:.* docs\b", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
