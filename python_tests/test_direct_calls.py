@@ -135,12 +135,13 @@ def test_nothing_is_direct_where_pytorch_lacks_what_it_takes(monkeypatch: pytest
     assert not runpy.run_path(_direct.__file__)["is_direct"]((torch.zeros(2),))
 
 
-def test_a_second_derivative_is_warned_of() -> None:
+@pytest.mark.parametrize("reduction", ["none", "token_mean"])
+def test_a_second_derivative_is_refused(reduction: str) -> None:
     log_probs = torch.zeros(3, 4, requires_grad=True)
-    loss = _loss(log_probs, config=grpo_kernels.GRPOLossConfig(reduction="none"))
-    (first,) = torch.autograd.grad(loss.sum(), log_probs, create_graph=True)
-    with pytest.warns(UserWarning, match="grpo_kernels::grpo_loss: an autograd kernel was not registered"):
-        assert torch.autograd.grad(first.sum(), log_probs, allow_unused=True) == (None,)
+    loss = _loss(log_probs, config=grpo_kernels.GRPOLossConfig(reduction=reduction))
+    (first,) = torch.autograd.grad(loss.square().sum(), log_probs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from grpo_kernels import _checks, _direct, _dispatch
 from grpo_kernels.grpo_loss import ops, reference
@@ -295,6 +296,7 @@ class _GRPOLoss(torch.autograd.Function):
         return loss, values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:  # whoever took the loss has no gradient for it
             return None, None, None, None, None
