@@ -93,6 +93,11 @@ CPU_LOADS = torch.tensor([1, 2, 3])
         (lambda: update_expert_bias(torch.zeros(3), CPU_LOADS, -1.0), ValueError, "rate must be finite and >= 0"),
         (lambda: update_expert_bias(torch.zeros(3), CPU_LOADS, torch.ones(1)), ValueError, "number or a 0-d tensor"),
         (
+            lambda: update_expert_bias(torch.zeros(3), CPU_LOADS, process_group=3),  # type: ignore[arg-type]
+            ValueError,
+            "update_expert_bias: process_group needs torch.distributed",
+        ),
+        (
             lambda: update_expert_bias(torch.zeros(3, device="meta"), CPU_LOADS),
             ValueError,
             "tokens_per_expert must be on meta like bias, got cpu",

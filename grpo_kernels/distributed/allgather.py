@@ -10,15 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from grpo_kernels.distributed.exchange import (
-    Dispatched,
-    all_gather,
-    all_to_all,
-    check_rows,
-    pack,
-    raise_wrong_id,
-    unpack,
-)
+from grpo_kernels._collectives import all_gather
+from grpo_kernels.distributed.exchange import Dispatched, all_to_all, check_rows, pack, raise_wrong_id, unpack
 from grpo_kernels.moe_permute import Permutation, build_permutation, moe_unpermute
 
 

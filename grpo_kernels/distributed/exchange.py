@@ -74,16 +74,6 @@ class Local:
         return y
 
 
-def all_gather(values: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """The rows of every rank, [world * rows, ...], in the order of the ranks."""
-    world = torch.distributed.get_world_size(group)
-    gathered = values.new_empty((world * values.shape[0], *values.shape[1:]))
-    distributed: Any = torch.distributed
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its older name
-    gather(gathered, values.contiguous(), group=group)
-    return gathered
-
-
 def all_to_all(
     values: Tensor,
     group: torch.distributed.ProcessGroup,

@@ -9,6 +9,7 @@ import torch.distributed
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels._collectives import check_group
 from grpo_kernels.distributed.allgather import AllGather
 from grpo_kernels.distributed.exchange import Dispatched, ExpertExchange, Local
 
@@ -66,7 +67,9 @@ class ExpertParallel:
         if exchange is not None and mode != "auto":
             raise ValueError(f"{op}: exchange takes the place of a mode, got mode={mode!r} beside it")
         self.num_experts = num_experts
-        self.process_group = _group(op, process_group)
+        check_group(op, "process_group", process_group)
+        every_rank: Any = torch.distributed.group.WORLD
+        self.process_group = every_rank if process_group is None else process_group
         self.world_size = torch.distributed.get_world_size(self.process_group)
         if num_experts % self.world_size != 0:
             raise ValueError(
@@ -147,15 +150,3 @@ class ExpertParallel:
         _checks.check_dtype(op, "y", y)
         _checks.check_ndim(op, "y", y, "[N, H]")
         return self.exchange.combine(y, handle)
-
-
-def _group(op: str, process_group: Any) -> torch.distributed.ProcessGroup:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError(f"{op}: it needs torch.distributed; call init_process_group first")
-    group = torch.distributed.group.WORLD if process_group is None else process_group
-    if not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f"{op}: process_group must be a torch.distributed.ProcessGroup that this rank is in, or None, got "
-            f"{type(group).__name__}"
-        )
-    return group

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_kernels import _checks
 from grpo_kernels._checks import position
+from grpo_kernels._collectives import all_gather, check_group
 from grpo_kernels._sharded import is_dtensor
 from grpo_kernels._token_ids import live_rows, part_ids
 from grpo_kernels.token_log_probs.statistics import ABSENT, MAXIMUM, TARGET, TOTAL, finish, merge
@@ -107,16 +108,7 @@ def check(op: str, shard: VocabShard, columns: int) -> None:
     if not isinstance(shard.reduce_hidden_grad, bool):
         found = type(shard.reduce_hidden_grad).__name__
         raise TypeError(f"{op}: vocab_shard.reduce_hidden_grad must be a bool, got {found}")
-    if torch.compiler.is_compiling():
-        return
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError(f"{op}: vocab_shard needs torch.distributed; call init_process_group first")
-    group = shard.process_group
-    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f"{op}: vocab_shard.process_group must be a torch.distributed.ProcessGroup that this rank is in, or None, "
-            f"got {type(group).__name__}"
-        )
+    check_group(op, "vocab_shard.process_group", shard.process_group)
 
 
 def forward_ids(shard: VocabShard, token_ids: Tensor) -> Tensor:
@@ -161,7 +153,9 @@ def combine(
     """
     entropy, want_squared, want_top1 = wanted
     live = live_rows(token_ids, mask)
-    gathered = _gather(shard, _payload(shard, live, token_ids, part, wanted))
+    payload = _payload(shard, live, token_ids, part, wanted)
+    gathered = all_gather(payload, shard.process_group)
+    gathered = gathered.view(len(gathered) // len(payload), *payload.shape)
     dtype = part[4].dtype
     values = gathered[:, :4].view(dtype).double()
     maxima, totals = values[:, MAXIMUM], values[:, TOTAL]
@@ -204,16 +198,6 @@ def _payload(
     if wanted[2]:
         rows.append(torch.where(top1 < 0, top1, top1 + shard.start).to(word))
     return torch.stack(rows)
-
-
-def _gather(shard: VocabShard, payload: Tensor) -> Tensor:
-    """The payload of every rank, stacked in their order."""
-    world = torch.distributed.get_world_size(shard.process_group)
-    gathered = payload.new_empty((world * payload.shape[0], *payload.shape[1:]))
-    distributed: Any = torch.distributed
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its older name
-    gather(gathered, payload, group=shard.process_group)
-    return gathered.view(world, *payload.shape)
 
 
 def _raise_if_wrong(op: str, token_ids: Tensor, holders: Tensor, wrong: Tensor) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels._collectives import all_gather, check_group
 from grpo_kernels._dispatch import resolve
 from grpo_kernels.group_advantages import ops, reference
 
@@ -208,12 +209,14 @@ def group_advantages(
 
     rewards = rewards.detach() if rewards.requires_grad else rewards
     batch = rewards.shape[0]
+    if process_group is not None:
+        check_group(op, "process_group", process_group)
     ranks = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     size = _check_groups(op, rewards, "rewards", group_size, group_ids, ranks)
     if process_group is not None:
-        rewards = _gather(rewards, process_group)
-        group_ids = None if group_ids is None else _gather(group_ids, process_group)
-        lengths = None if lengths is None else _gather(lengths, process_group)
+        rewards = all_gather(rewards, process_group)
+        group_ids = None if group_ids is None else all_gather(group_ids, process_group)
+        lengths = None if lengths is None else all_gather(lengths, process_group)
     batch_eps = eps if batch_eps is None else batch_eps
     options = (size, baseline, normalize_by, aggregation, singleton, float(eps), float(batch_eps), correction)
     arguments = (rewards, group_ids, reward_weights, lengths, *options)
@@ -227,16 +230,6 @@ def group_advantages(
         own = slice(first, first + batch)
         return GroupAdvantagesOutput(*(result[own] for result in results))
     return GroupAdvantagesOutput(*results)
-
-
-def _gather(tensor: Tensor, process_group: torch.distributed.ProcessGroup) -> Tensor:
-    """Every rank's tensor, one after the other along the first axis."""
-    world = torch.distributed.get_world_size(process_group)
-    gathered = tensor.new_empty((world * tensor.shape[0], *tensor.shape[1:]))
-    distributed: Any = torch.distributed
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its older name
-    gather(gathered, tensor.contiguous(), group=process_group)
-    return gathered
 
 
 def informative_groups(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels._collectives import check_group
 
 _NAME = "update_expert_bias"
 
@@ -56,6 +57,8 @@ def update_expert_bias(
             raise ValueError(f"{_NAME}: rate must be a number or a 0-d tensor, got shape {list(rate.shape)}")
     else:
         _checks.check_number(_NAME, "rate", rate, minimum=0.0)
+    if process_group is not None:
+        check_group(_NAME, "process_group", process_group)
     load = tokens_per_expert.to(torch.int64, copy=True)
     if process_group is not None:
         torch.distributed.all_reduce(load, group=process_group)

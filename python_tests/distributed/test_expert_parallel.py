@@ -381,5 +381,7 @@ def test_ranks_together_equal_one_process(world: int) -> None:
 
 
 def test_without_process_groups() -> None:
-    with pytest.raises(ValueError, match=r"ExpertParallel: it needs torch\.distributed; call init_process_group first"):
+    with pytest.raises(
+        ValueError, match=r"ExpertParallel: process_group needs torch\.distributed; call init_process_group first"
+    ):
         ExpertParallel(EXPERTS)

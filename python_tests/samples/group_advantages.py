@@ -104,6 +104,7 @@ BAD_CALLS = [
     _bad("singleton", ValueError, "singleton must be one of", "'one'", group_size=4, singleton="one"),
     _bad("eps", ValueError, "eps must be finite and >= 0, got -1", group_size=4, eps=-1.0),
     _bad("eps_type", TypeError, "eps must be a number, got str", group_size=4, eps="small"),
+    _bad("group_alone", ValueError, "process_group needs torch.distributed", group_size=4, process_group=3),
     _bad("correction", ValueError, "correction must be >= 0, got -1", group_size=4, correction=-1),
     _bad(
         "gdpo",
