@@ -131,6 +131,8 @@ def test_presets(name: str) -> None:
 def test_unknown_preset_and_fields_raise() -> None:
     with pytest.raises(ValueError, match=r"GRPOLossConfig: preset must be one of 'grpo', .*, got 'ppo'"):
         GRPOLossConfig.preset("ppo")
+    with pytest.raises(ValueError, match=r"GRPOLossConfig: preset must be one of 'grpo', .*, got \['grpo'\]"):
+        GRPOLossConfig.preset(["grpo"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"GRPOLossConfig.*epsilon"):
         GRPOLossConfig.preset("grpo", epsilon=0.1)
 
@@ -184,6 +186,8 @@ def test_unknown_trl_options_raise(option: str) -> None:
 def test_values_that_trl_rejects_raise() -> None:
     with pytest.raises(ValueError, match=r"GRPOLossConfig.trl: loss_type must be one of .*, got 'ppo'"):
         GRPOLossConfig.trl(loss_type="ppo")
+    with pytest.raises(ValueError, match=r"GRPOLossConfig.trl: loss_type must be one of .*, got \['grpo'\]"):
+        GRPOLossConfig.trl(loss_type=["grpo"])
     with pytest.raises(ValueError, match="vespo"):
         GRPOLossConfig.trl(loss_type="vespo", use_vllm=True)
 
@@ -245,6 +249,7 @@ def test_verl_options(options: dict[str, object], fields: dict[str, object]) -> 
     ("options", "message"),
     [
         ({"loss_mode": "bypass_mode"}, "loss_mode must be one of 'vanilla', .*, got 'bypass_mode'"),
+        ({"loss_mode": ["vanilla"]}, r"loss_mode must be one of 'vanilla', .*, got \['vanilla'\]"),
         ({"loss_agg_mode": "mean"}, "loss_agg_mode must be one of 'token-mean', .*, got 'mean'"),
         ({"use_kl_loss": True, "kl_loss_type": "full"}, "kl_loss_type must be one of 'kl', .*, got 'full'"),
         ({"loss_mode": "dro"}, "dro_beta must be given with loss_mode='dro'"),
@@ -343,6 +348,8 @@ def test_metrics_by_hand() -> None:
 
 def test_merging_parts_gives_the_whole() -> None:
     whole = _metrics("off_policy").values
+    with pytest.raises(TypeError, match=r"GRPOMetrics.merge: other must be GRPOMetrics, got NoneType"):
+        _metrics("off_policy", slice(0, 2)).merge(None)  # type: ignore[arg-type]
     parts = _metrics("off_policy", slice(0, 2)).merge(_metrics("off_policy", slice(2, 3)))
     merged = parts.merge(_metrics("off_policy", slice(3, 4))).merge(_metrics("off_policy", slice(4, 5)))
     torch.testing.assert_close(merged.values, whole)

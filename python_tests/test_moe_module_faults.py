@@ -27,6 +27,11 @@ X = normal(3, 5, H)
         (lambda: layer_of()(torch.zeros(2, H).int()), TypeError, "x must have dtype"),
         (lambda: layer_of()(torch.zeros(2, H + 1)), ValueError, r"\[..., H\] with H = 8, got \[2, 9\]"),
         (lambda: layer_of()(X, token_mask=torch.ones(3)), ValueError, r"token_mask must have shape \[...\] = \[3, 5\]"),
+        (
+            lambda: layer_of()(X, token_mask=torch.ones(3, 5, device="meta")),
+            ValueError,
+            "token_mask must be on cpu like x",
+        ),
         (lambda: layer_of()(X, replay=[]), TypeError, "replay must be a RouterReplay, got list"),
         (
             lambda: layer_of(layer_id=None)(X, replay=RouterReplay()),

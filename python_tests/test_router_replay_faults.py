@@ -56,6 +56,12 @@ def _of(*rows: list[int], experts: int = EXPERTS) -> RouterReplay:
         (lambda: _given().layer(4), ValueError, "layer 4 has no routes"),
         (lambda: RouterReplay().layer(-1), ValueError, "layer_id must be >= 0, got -1"),
         (lambda: RouterReplay.cat([]), ValueError, "at least one part"),
+        (
+            lambda: RouterReplay.cat([_given(), 3]),
+            TypeError,
+            "RouterReplay: cat needs parts that are RouterReplay, got int",
+        ),
+        (lambda: RouterReplay().route(0, [[1.0]], K), TypeError, "moe_router: logits must be a torch.Tensor, got list"),
         (lambda: RouterReplay.cat([_given(), _recorded(layers=(3, 4))]), ValueError, "layers 3, 5 and layers 3, 4"),
         (
             lambda: RouterReplay.cat([_of([0, 1]), _of([0, 1, 2])]),

@@ -57,6 +57,8 @@ class GRPOMetrics(NamedTuple):
 
     def merge(self, other: GRPOMetrics) -> GRPOMetrics:
         """The statistics of both calls together, as for micro-batches of one step."""
+        if not isinstance(other, GRPOMetrics):
+            raise TypeError(f"GRPOMetrics.merge: other must be GRPOMetrics, got {type(other).__name__}")
         mine, theirs = self.values, other.values
         return GRPOMetrics(
             torch.cat(

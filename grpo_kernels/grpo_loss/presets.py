@@ -106,7 +106,7 @@ def preset_fields(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such preset.
     """
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
         raise ValueError(f"GRPOLossConfig: preset must be one of {', '.join(map(repr, _PRESETS))}, got {name!r}")
     return dict(_PRESETS[name])
 
@@ -124,7 +124,7 @@ def trl_fields(options: dict[str, Any]) -> dict[str, Any]:
         )
     trl = {**_TRL_DEFAULTS, **options}
     loss_type = trl["loss_type"]
-    if loss_type not in TRL_REDUCTIONS:
+    if not isinstance(loss_type, str) or loss_type not in TRL_REDUCTIONS:
         raise ValueError(
             f"GRPOLossConfig.trl: loss_type must be one of {', '.join(map(repr, TRL_REDUCTIONS))}, got {loss_type!r}"
         )

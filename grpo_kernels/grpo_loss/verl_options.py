@@ -89,7 +89,7 @@ def verl_fields(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_choice(name: str, value: Any, choices: dict[str, str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"GRPOLossConfig.verl: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 

@@ -197,6 +197,7 @@ class MoE(nn.Module):
         if token_mask is not None:
             _checks.check_tensor(_NAME, "token_mask", token_mask)
             _checks.check_shape(_NAME, "token_mask", token_mask, ("[...]", x.shape[:-1]))
+            _checks.check_same_device(_NAME, "token_mask", token_mask, "x", x)
         if replay is not None and not isinstance(replay, (RouterReplay, LayerReplay)):
             raise TypeError(f"{_NAME}: replay must be a RouterReplay, got {type(replay).__name__}")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from grpo_kernels import _checks
 
 from .api import RouterOutput, moe_router
+from .arguments import check_logits
 
 NAME = "RouterReplay"
 _LIVE = -1
@@ -50,6 +51,7 @@ class LayerReplay:
         """As `RouterReplay.route`, in this layer."""
         if "replay_ids" in options:
             raise TypeError(f"{NAME}: replay_ids is no option of route: the object holds the routes")
+        check_logits(logits)
         routes = self.ids()
         if routes is None:
             # All slots live, rather than no replay: a checkpoint's recomputation must save the same tensors.

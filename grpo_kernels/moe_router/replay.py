@@ -230,6 +230,9 @@ class RouterReplay:
         """The routes of several objects of the same layers, experts, K and device, one after the other."""
         if not parts:
             raise ValueError(f"{_NAME}: cat needs at least one part")
+        for part in parts:
+            if not isinstance(part, RouterReplay):
+                raise TypeError(f"{_NAME}: cat needs parts that are RouterReplay, got {type(part).__name__}")
         first = parts[0]._routes
         routes = {layer_id: [ids] for layer_id, ids in first.items()}
         for part in parts[1:]:

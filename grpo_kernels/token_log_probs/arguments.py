@@ -58,6 +58,8 @@ def check_outputs(op: str, outputs: Iterable[str]) -> tuple[bool, bool, bool]:
     """Which of `OUTPUTS` are wanted."""
     if isinstance(outputs, str):
         raise TypeError(f"{op}: outputs must be a collection of names, such as ({outputs!r},), got a str")
+    if not isinstance(outputs, Iterable):
+        raise TypeError(f"{op}: outputs must be a collection of names, got {type(outputs).__name__}")
     names = tuple(outputs)
     for name in names:
         if name not in OUTPUTS:

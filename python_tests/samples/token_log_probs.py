@@ -137,6 +137,7 @@ BAD_CALLS = [
     _bad("softcap", ValueError, "softcap must be finite and > 0, got 0", softcap=0.0),
     _bad("outputs", ValueError, "outputs must be one of 'entropy'", "'top2'", outputs=("top2",)),
     _bad("outputs_str", TypeError, "outputs must be a collection of names", outputs="entropy"),
+    _bad("outputs_none", TypeError, "outputs must be a collection of names, got NoneType", outputs=None),
     _bad("inplace_type", TypeError, "inplace_backward must be a bool, got int", inplace_backward=1),
     _bad(
         "inplace_overlap",
