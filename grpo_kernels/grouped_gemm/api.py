@@ -11,6 +11,7 @@ from grpo_kernels._gemm import gemm_dtype
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import fp8, reference
 from grpo_kernels.grouped_gemm.arguments import (
+    check_accumulator,
     check_bias,
     check_offsets,
     check_present,
@@ -114,17 +115,4 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, accu
     if bias is not None:
         check_bias(_OP, bias, experts, columns, "x", x)
     if accumulator is not None:
-        _check_accumulator(accumulator, weight)
-
-
-def _check_accumulator(accumulator: Tensor, weight: Tensor) -> None:
-    name = "weight_grad_accumulator"
-    _checks.check_tensor(_OP, name, accumulator)
-    wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    _checks.check_dtype(_OP, name, accumulator, (wanted,))
-    _checks.check_shape(_OP, name, accumulator, ("[E, N, K]", tuple(weight.shape)))
-    _checks.check_same_device(_OP, name, accumulator, "weight", weight)
-    if 1 not in accumulator.stride()[1:] or accumulator.requires_grad:
-        raise ValueError(f"{_OP}: {name} must have one of the last two axes dense and not require a gradient itself")
-    if torch.is_grad_enabled() and not weight.requires_grad:
-        raise ValueError(f"{_OP}: {name} is for the gradient of weight, which does not require one")
+        check_accumulator(_OP, "weight_grad_accumulator", accumulator, "weight", weight, "[E, N, K]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from grpo_kernels import _checks, _sharded
@@ -44,6 +45,19 @@ def check_bias(op: str, bias: Tensor, experts: int, columns: int, name: str, x: 
     _checks.check_dtype(op, "bias", bias)
     _checks.check_shape(op, "bias", bias, ("[E, N]", (experts, columns)))
     _checks.check_same_device(op, "bias", bias, name, x)
+
+
+def check_accumulator(op: str, name: str, accumulator: Tensor, owner: str, weight: Tensor, shape: str) -> None:
+    """What the gradient of `weight`, the argument `owner` of the symbolic `shape`, is added to."""
+    _checks.check_tensor(op, name, accumulator)
+    wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    _checks.check_dtype(op, name, accumulator, (wanted,))
+    _checks.check_shape(op, name, accumulator, (shape, tuple(weight.shape)))
+    _checks.check_same_device(op, name, accumulator, owner, weight)
+    if 1 not in accumulator.stride()[1:] or accumulator.requires_grad:
+        raise ValueError(f"{op}: {name} must have one of the last two axes dense and not require a gradient itself")
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(f"{op}: {name} is for the gradient of {owner}, which does not require one")
 
 
 def segment_ends(op: str, offsets: Tensor, rows: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_kernels import _checks
 from grpo_kernels._autocast import autocast_dtype
 from grpo_kernels.fp8_quantize.layout import TILE
-from grpo_kernels.grouped_gemm.arguments import check_present
+from grpo_kernels.grouped_gemm.arguments import check_accumulator, check_present
 from grpo_kernels.moe_experts.reference import Activation
 
 OP = "moe_experts"
@@ -161,16 +161,7 @@ def check_accumulators(experts: Experts, accumulators: Any) -> tuple[Tensor | No
     for index, (accumulator, (owner, shape, weight)) in enumerate(zip(accumulators, pairs, strict=True)):
         if accumulator is None:
             continue
-        name = f"weight_grad_accumulators[{index}]"
-        _checks.check_tensor(OP, name, accumulator)
-        wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        _checks.check_dtype(OP, name, accumulator, (wanted,))
-        _checks.check_shape(OP, name, accumulator, (shape, tuple(weight.shape)))
-        _checks.check_same_device(OP, name, accumulator, "x", experts.x)
-        if 1 not in accumulator.stride()[1:] or accumulator.requires_grad:
-            raise ValueError(f"{OP}: {name} must have one of the last two axes dense and not require a gradient itself")
-        if torch.is_grad_enabled() and not weight.requires_grad:
-            raise ValueError(f"{OP}: {name} is for the gradient of {owner}, which does not require one")
+        check_accumulator(OP, f"weight_grad_accumulators[{index}]", accumulator, owner, weight, shape)
     return accumulators
 
 
