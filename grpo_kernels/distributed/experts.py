@@ -12,6 +12,7 @@ from grpo_kernels import _checks
 from grpo_kernels._collectives import check_group
 from grpo_kernels.distributed.allgather import AllGather
 from grpo_kernels.distributed.exchange import Dispatched, ExpertExchange, Local
+from grpo_kernels.moe_router import RouterOutput
 
 MODES = ("auto", "alltoall", "allgather")
 FEW_RANKS = 8  # up to here all-gather moves no more than an all-to-all of each token's K copies would
@@ -103,7 +104,7 @@ class ExpertParallel:
         rank = torch.distributed.get_rank(self.process_group)
         return rank * per_rank, rank * per_rank + per_rank
 
-    def dispatch(self, x: Tensor, router_output: tuple[Any, ...]) -> Dispatched:
+    def dispatch(self, x: Tensor, router_output: RouterOutput | tuple[Tensor, Tensor]) -> Dispatched:
         """Sends this rank's tokens to the ranks of their experts.
 
         Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from grpo_kernels import _dispatch
@@ -24,13 +22,14 @@ from grpo_kernels.moe_experts.arguments import (
 from grpo_kernels.moe_experts.function import Options, routed_experts
 from grpo_kernels.moe_experts.stages import Parts
 from grpo_kernels.moe_permute.layout import check_sizes
+from grpo_kernels.moe_router import RouterOutput
 
 
 def moe_experts(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    router_output: Any,
+    router_output: RouterOutput | tuple[Tensor, Tensor],
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
