@@ -2,8 +2,7 @@
 
 Wheels are made from the unpacked sdist, in build/wheels. CPU and CUDA kernels do not know Python: the interpreters
 share a build tree, where they are compiled once. Options of the build come from the environment (docs/installation.md);
-without any, the CUDA kernels are required, for the architectures of a release. Two runs on a commit with the same
-tools give the same bytes.
+without any, the CUDA kernels are required, for the architectures of a release. Times in the archives are the commit's.
 """
 
 from __future__ import annotations
