@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from grpo_kernels import _extension
 from grpo_kernels._autocast import no_autocast
@@ -149,8 +150,14 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
 
     Raises:
         BackendUnavailable: one was asked for with `backend(...)` and cannot be used.
+        RuntimeError: a kernel would be called under forward-mode differentiation, whose tangents it would drop.
     """
     chosen: str = _resolve(op, _forced, tensor.device, tensor.dtype)
+    if forward_ad._current_level >= 0 and chosen != "reference":
+        raise RuntimeError(
+            f"{op}: kernels have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
+            'within grpo_kernels.backend("reference"), plain PyTorch has'
+        )
     return chosen
 
 

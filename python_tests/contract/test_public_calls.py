@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import grpo_kernels
@@ -50,6 +51,18 @@ def _assert_same(
     for a_list, b_list in zip(left, right, strict=True):
         for a, b in zip(a_list, b_list, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("call", DIFFERENTIABLE)
+def test_kernels_drop_no_tangents(call: Call) -> None:
+    """Forward-mode differentiation would go through a kernel as through a constant."""
+    _need("native")
+    inputs = list(call.make("cpu"))
+    first = call.differentiable[0]
+    with forward_ad.dual_level():
+        inputs[first] = forward_ad.make_dual(inputs[first].detach(), torch.ones_like(inputs[first]))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            call.function(*inputs)
 
 
 def test_every_public_function_has_samples() -> None:
