@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .case import SIZES, Case, Inputs, Provider
+from .case import SIZES, Case, Inputs, Provider, Row, Rows
 from .machine import RETURNING, environment
+from .progress import Progress
 
 _TIMEOUT = 120  # seconds, and for each case
 _TIMEOUT_CASE = 60
@@ -115,6 +116,33 @@ def peaks_in_new_process(
         return {}, str(error)
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result, ""
+
+
+def add_peaks(
+    asking: Iterable[tuple[str, str, Rows]],
+    progress: Progress,
+    cases: str = "run",
+    late: Callable[[], bool] = lambda: False,
+) -> None:
+    """Puts peak bytes into the rows of (op, case, rows) that were timed, until it is late: one fresh process for an op
+    and a provider, with all its cases. A process that fails leaves its figures out, and `progress` says why.
+    """
+    jobs: dict[tuple[str, str], dict[str, Row]] = {}
+    for op, name, rows in asking:
+        for provider, row in rows.items():
+            if "median_us" in row:
+                jobs.setdefault((op, provider), {})[name] = row
+    if jobs:
+        progress.note("peak memory, in fresh processes")
+    for (op, provider), found in jobs.items():
+        if late():
+            break
+        progress.step(f"memory of {provider}")
+        peaks, problem = peaks_in_new_process(op, provider, list(found), "full", cases)
+        if problem:
+            progress.note(f"no memory figures for {op}, {provider}: {problem}")
+        for name, peak in peaks.items():
+            found[name]["extra_bytes"] = peak
 
 
 def main() -> int:

@@ -6,11 +6,11 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import clock, limits, machine, memory
-from .case import Case, Record
+from .case import Case, Record, Rows
 from .derive import finish, rounded, summarise
 from .limits import Limits
 from .measure import Effort, measure
@@ -49,28 +49,14 @@ def names(device: str) -> list[str]:
     return list(dict.fromkeys([*MODULES, *(case.op for case in cases(device))]))
 
 
-def _add_cpu_memory(
-    records: list[Record], chosen: Sequence[Case], late: Callable[[], bool], progress: Progress
-) -> None:
-    """Peak bytes above the inputs, for the cases that ask for it, until it is late."""
-    asking = {(case.op, case.name) for case in chosen if case.memory}
-    jobs: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        for provider, row in record["rows"].items():
-            if (record["op"], record["case"]) in asking and "median_us" in row and row["kind"] != "part":
-                jobs.setdefault((record["op"], provider), []).append(record["case"])
-    if jobs:
-        progress.note("peak memory, in fresh processes")
-    for (op, provider), names in jobs.items():
-        if late():
-            break
-        progress.step(f"memory of {provider}")
-        peaks, problem = memory.peaks_in_new_process(op, provider, names, "full")
-        if problem:
-            progress.note(f"no memory figures for {op}, {provider}: {problem}")
-        for record in records:
-            if record["op"] == op and record["case"] in peaks:
-                record["rows"][provider]["extra_bytes"] = peaks[record["case"]]
+def _asking(records: Iterable[Record], chosen: Sequence[Case]) -> list[tuple[str, str, Rows]]:
+    """Op, case and rows of the cases that ask for memory, without parts of the work."""
+    cases = {(case.op, case.name) for case in chosen if case.memory}
+    return [
+        (record["op"], record["case"], {name: row for name, row in record["rows"].items() if row["kind"] != "part"})
+        for record in records
+        if (record["op"], record["case"]) in cases
+    ]
 
 
 def choose(device: str, ops: Sequence[str] | None, quick: bool) -> list[Case]:
@@ -155,5 +141,6 @@ def run(
     if state.limits.measurements < 2:
         state.measure_limits(progress)
     if effort.memory and device == "cpu":
-        _add_cpu_memory(list(state.records.values()), chosen, lambda: state.elapsed() > effort.deadline, progress)
+        asking = _asking(state.records.values(), chosen)
+        memory.add_peaks(asking, progress, late=lambda: state.elapsed() > effort.deadline)
     return state.results()

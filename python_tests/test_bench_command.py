@@ -362,9 +362,7 @@ def test_a_wheel_carries_the_benchmarks_but_not_their_tests_and_results(installe
 
 
 @needs_setup
-def test_an_installed_wheel_lists_and_measures_memory_in_new_processes(installed: Path) -> None:
-    shown = _run_installed(installed, "-m", "grpo_kernels.cli", "bench", "--list", "--device", "cpu")
-    assert "group_advantages: B=512 G=8" in shown
+def test_an_installed_wheel_measures_memory_in_new_processes(installed: Path) -> None:
     code = (
         "from grpo_kernels._bench import memory; "
         "print(memory.peaks_in_new_process('group_advantages', 'eager', ['B=512 G=8'], 'smoke'))"
@@ -373,7 +371,7 @@ def test_an_installed_wheel_lists_and_measures_memory_in_new_processes(installed
 
 
 @needs_setup
-def test_the_benchmarks_do_not_need_pytest(installed: Path) -> None:
+def test_an_installed_wheel_lists_without_pytest_matplotlib_and_rich(installed: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('pytest', 'matplotlib', 'rich')))\n"
         "from grpo_kernels.cli import main; sys.exit(main(['bench', '--list', '--device', 'cpu']))"

@@ -131,7 +131,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     chosen: list[Case] = []
     monkeypatch.setattr(limits, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(
-        memory, "peaks_in_new_process", lambda op, provider, names, size: (dict.fromkeys(names, 30), "")
+        memory, "peaks_in_new_process", lambda op, provider, names, size, cases: (dict.fromkeys(names, 30), "")
     )
     monkeypatch.setattr(run, "cases", lambda device: chosen)
     monkeypatch.setattr(machine, "pages_are_recycled", lambda: True)

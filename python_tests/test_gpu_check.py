@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from bench.gpu_check import __main__ as command
 from bench.gpu_check import phases, processes, results, runner, summary
 from bench.gpu_check import settings as settings_module
 from bench.gpu_check.__main__ import check, plan_lines
@@ -262,6 +263,16 @@ def test_a_second_run_does_what_the_first_left(settings) -> None:
     assert _count(settings, "good") == 2, "asked for by name"
     check(settings, chosen, _options(fresh=True))
     assert _count(settings, "good") == 3
+
+
+def test_the_tuner_keeps_what_it_measured_unless_everything_is_asked_for(settings, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "ROOT", tmp_path)  # where folders are made
+    phases.machine_file(settings).write_text('{"slug": "a-machine"}')
+    (tuning,) = (phase for phase in phases.PHASES if phase.name == "tuning")
+    assert "--resume" in tuning.command(settings, 100)
+    assert "--resume" not in tuning.command(dataclasses.replace(settings, fresh=True), 100)
+    assert command._settings(command._parse(["--fresh"])).fresh
+    assert not command._settings(command._parse([])).fresh
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', '{"key": "KEY"}', '{"key": "KEY", "checks": [{}]}'])

@@ -57,7 +57,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         folder.mkdir(parents=True, exist_ok=True)
     workers = options.workers or max(1, min(3, cores() // 4))
     python = interpreter(rehearse)
-    return Settings(rehearse, python, work, output, options.budget, options.bench_seconds, workers)
+    return Settings(rehearse, python, work, output, options.budget, options.bench_seconds, workers, options.fresh)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -124,7 +124,8 @@ def _fuzz(settings: Settings, limit: float) -> list[str]:
 def _tuning(settings: Settings, limit: float) -> list[str]:
     """Writes what it measures beside the results; nothing takes a configuration from there by itself."""
     return [
-        *(settings.python, "-m", "bench.tune", "--device", settings.device, "--resume"),
+        *(settings.python, "-m", "bench.tune", "--device", settings.device),
+        *(() if settings.fresh else ("--resume",)),
         *("--save", str(tuning_file(settings))),
         *("--seconds", f"{max(limit - 10, limit / 2):.0f}"),
     ]

@@ -35,6 +35,7 @@ class Settings:
     budget: float = BUDGET
     bench_seconds: float = 0.5  # for each case
     workers: int = 1
+    fresh: bool = False  # keep nothing that an earlier run found out
 
     @property
     def device(self) -> str:

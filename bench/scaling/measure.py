@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import machine, memory
+from ..case import Rows
 from ..derive import summarise
 from ..measure import Effort, measure
 from ..progress import Progress
@@ -34,25 +35,18 @@ def _time(sweep: Sweep, effort: Effort, progress: Progress) -> list[Point]:
     return points
 
 
-def _add_memory(sweeps: Sequence[Sweep], points: Sequence[list[Point]], progress: Progress) -> None:
-    """One process for an op and a provider, with all its sizes."""
-    asking = [(sweep, of) for sweep, of in zip(sweeps, points, strict=True) if sweep.memory]
-    jobs: dict[tuple[str, str], list[str]] = {}
-    for sweep, of in asking:
-        for point in of:
-            for provider, row in point["rows"].items():
-                if "median_us" in row and row["kind"] in ("ours", "eager"):
-                    jobs.setdefault((sweep.op, provider), []).append(f"{sweep.axis}={point['size']}")
-    for (op, provider), names in jobs.items():
-        progress.note(f"peak memory of {op}, {provider}")
-        peaks, problem = memory.peaks_in_new_process(op, provider, names, "full", "scaling.sweeps")
-        if problem:
-            progress.note(f"no memory figures for {op}, {provider}: {problem}")
-        for sweep, of in asking:
-            for point in of:
-                name = f"{sweep.axis}={point['size']}"
-                if sweep.op == op and name in peaks and provider in point["rows"]:
-                    point["rows"][provider]["extra_bytes"] = peaks[name]
+def _asking(sweeps: Sequence[Sweep], points: Sequence[list[Point]]) -> list[tuple[str, str, Rows]]:
+    """Op, case and rows of the sweeps that ask for memory: ours and eager PyTorch's."""
+    return [
+        (
+            sweep.op,
+            f"{sweep.axis}={point['size']}",
+            {name: row for name, row in point["rows"].items() if row["kind"] in ("ours", "eager")},
+        )
+        for sweep, of in zip(sweeps, points, strict=True)
+        if sweep.memory
+        for point in of
+    ]
 
 
 def _plain(points: Sequence[Point]) -> list[Point]:
@@ -69,7 +63,7 @@ def run(sweeps: Sequence[Sweep], ranks: Sequence[Any], progress: Progress, effor
     progress.begin(sum(len(sweep.sizes) for sweep in sweeps) + sum(len(sweep.sizes) for sweep in ranks))
     points = [_time(sweep, effort, progress) for sweep in sweeps]
     if effort.memory:
-        _add_memory(sweeps, points, progress)
+        memory.add_peaks(_asking(sweeps, points), progress, "scaling.sweeps")
     found = [(sweep, _plain(of)) for sweep, of in zip(sweeps, points, strict=True)]
     found += [(sweep, sweep.measure(progress)) for sweep in ranks]
     described = machine.describe("cpu")
