@@ -7,6 +7,9 @@ from typing import NamedTuple
 MAX_SPLITS = 32
 """Most parts of a row that are reduced on their own: lanes of the warp that merges them."""
 
+_CANDIDATES = 24
+"""Logits that a thread of a filter has room for; splits * slots largest logits fit there, too."""
+
 MAX_RACES = 256
 """Most parts of the row that a token is drawn from."""
 _WARPS = 4096
@@ -25,6 +28,7 @@ class LaunchConfig(NamedTuple):
     splits: int
     filter_slots: int  # of the kernel that has a row to itself
     filter_warps: int
+    room: int  # logits of a row that its filter may copy; 0 where it reads the row as often as it has to
 
 
 def launch_config(vocab: int, element_size: int, aligned: bool) -> LaunchConfig:
@@ -40,8 +44,9 @@ def launch_config(vocab: int, element_size: int, aligned: bool) -> LaunchConfig:
     columns = each * slots * width
     filter_slots = min(512, max(32, _power_of_two(-(-vocab // width))))
     splits = -(-vocab // columns)
+    room = _CANDIDATES * filter_slots if vocab > 3 * filter_slots * width else 0
     return LaunchConfig(
-        slots, width, aligned and vocab % 16 == 0, slots // 32, columns, splits, filter_slots, filter_slots // 32
+        slots, width, aligned and vocab % 16 == 0, slots // 32, columns, splits, filter_slots, filter_slots // 32, room
     )
 
 

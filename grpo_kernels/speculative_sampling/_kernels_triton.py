@@ -35,6 +35,7 @@ def statistics_kernel(
     temperatures,
     partials,
     partial_ids,
+    candidates,
     vocab,
     drafts,
     sources,
@@ -48,14 +49,16 @@ def statistics_kernel(
     HAS_LENGTHS: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
     GREEDY: tl.constexpr,
+    ROOM: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
 ):
     # Program (s, c) owns part c of row s of logits: the target's K + 1 positions, then the draft's K, of every sequence.
     # Reads each element once and writes the largest and a sum of e^z relative to it: 8 bytes, 12 where the place of the
-    # largest is wanted. A slot is a thread's: it keeps both in registers, so that the loop has no barrier and no shuffle.
-    # What lies behind a sequence's drafts is not read. The next tile loads while this one is reduced.
+    # largest is wanted, and for a filter of long rows the largest of each slot. A slot is a thread's: it keeps both in
+    # registers, so that the loop has no barrier and no shuffle. What lies behind a sequence's drafts is not read. The
+    # next tile loads while this one is reduced.
     source = tl.program_id(0)
     row, start_of_row, wanted = row_of(
         source, target, draft, draft_lengths, drafts, sources, target_batch_stride, target_stride, draft_batch_stride,
@@ -84,6 +87,11 @@ def statistics_kernel(
         place = partials + source.to(tl.int64) * (2 * splits) + split
         tl.store(place, top)
         tl.store(place + splits, tl.sum(total * tl.exp2((largest - top) * scale * LOG2E), axis=0))
+        if ROOM > 0:
+            group = split * SLOTS + tl.arange(0, SLOTS)
+            # Of a group without a finite logit there is nothing to count.
+            finite = tl.where(largest > LOWEST, largest, float("-inf")).to(candidates.dtype.element_ty)
+            tl.store(candidates + source.to(tl.int64) * ROOM + group, finite)
         if GREEDY:
             # The slots that hold the largest remember the tile where they met it; the earliest one holds the lowest id.
             origin = tl.min(tl.where(largest == top, first, NO_TOKEN), axis=0)

@@ -78,6 +78,7 @@ class _Buffers(NamedTuple):
 
     partials: Tensor  # [rows of logits, 2, splits]
     ids: Tensor  # [rows of logits, splits], of the greedy rule
+    candidates: Tensor  # [rows of logits, room] of their dtype
     masses: Tensor  # [rows of logits]
     thresholds: Tensor
     records: Tensor  # [B, RECORD]
@@ -101,9 +102,9 @@ def _buffers(of: _Problem, mode: str) -> _Buffers:
         return of.target.new_empty(shape, dtype=torch.int32)
 
     return _Buffers(
-        real(rows, 2, splits), whole(rows if mode == "greedy" else 0, splits), real(filtered), real(filtered),
-        real(drawn, RECORD.value), whole(drawn), real(block, drafts + 1), whole(block),
-        real(block, drafts, splits),
+        real(rows, 2, splits), whole(rows if mode == "greedy" else 0, splits),
+        of.target.new_empty((filtered, of.config.room)), real(filtered), real(filtered), real(drawn, RECORD.value),
+        whole(drawn), real(block, drafts + 1), whole(block), real(block, drafts, splits),
     )  # fmt: skip
 
 
@@ -126,18 +127,18 @@ def _aligned(tensor: Tensor | None) -> bool:
 
 def _statistics(of: _Problem, to: _Buffers, greedy: bool) -> None:
     splits, columns = of.config.splits, of.config.columns
-    rows = len(to.partials)
+    rows, filtered = len(to.partials), _filtered(of)
     statistics_kernel[(rows, splits)](
-        of.target, of.draft, of.lengths, of.temperatures, to.partials, to.ids, *of.sizes, splits, columns,
-        *of.strides, **of.flags, GREEDY=greedy, **of.tiles,
+        of.target, of.draft, of.lengths, of.temperatures, to.partials, to.ids, to.candidates, *of.sizes, splits,
+        columns, *of.strides, **of.flags, GREEDY=greedy, ROOM=of.config.room if filtered else 0, **of.tiles,
     )  # fmt: skip
-    if _filtered(of):
+    if filtered:
         config = of.config
         filter_kernel[(rows,)](
-            of.target, of.draft, of.lengths, of.temperatures, of.top_k, of.top_p, to.partials, to.masses,
+            of.target, of.draft, of.lengths, of.temperatures, of.top_k, of.top_p, to.partials, to.candidates, to.masses,
             to.thresholds, *of.sizes, splits, *of.strides, **of.flags, HAS_TOP_K=of.top_k is not None,
-            HAS_TOP_P=of.top_p is not None, SHIFT=_SHIFT[of.target.dtype], SPLITS=MAX_SPLITS,
-            SLOTS=config.filter_slots, WIDTH=config.width, NEIGHBOURS=config.neighbours,
+            HAS_TOP_P=of.top_p is not None, SHIFT=_SHIFT[of.target.dtype], SPLITS=MAX_SPLITS, GROUPS=config.slots,
+            ROOM=config.room, SLOTS=config.filter_slots, WIDTH=config.width, NEIGHBOURS=config.neighbours,
             num_warps=config.filter_warps,
         )  # fmt: skip
 

@@ -202,6 +202,8 @@ def test_parts_are_whole_tiles_and_cover_the_row() -> None:
         assert config.columns % (config.slots * config.width) == 0
         assert config.columns * (config.splits - 1) < vocab <= config.columns * config.splits
         assert config.splits <= _config_triton.MAX_SPLITS
+        assert config.room == 0 or config.splits * config.slots <= config.room
+        assert config.room % (config.filter_slots * config.width) == 0
 
 
 def test_one_row_for_all() -> None:

@@ -8,6 +8,8 @@ _SHAPE = {"B": 64, "D": 3, "V": 129280, "S": 22, "Q": 64}
 _BF16 = {"target": "*bf16", "draft": "*bf16"}
 _DRAFT = {"HAS_DRAFT": True, "FILTERED": False, "HAS_TEMPERATURES": False}
 _WIDE = {"NEIGHBOURS": True}
+_MASSES = r"FSET\.BF\.GE\.AND|MUFU\.EX2"
+"""Of an element three comparisons and its e^z."""
 
 FLOORS = (
     Floor(
@@ -26,27 +28,45 @@ FLOORS = (
     ),
     Floor(
         kernel="filter_kernel",
-        form="bfloat16, top-k and top-p",
-        shape={**_SHAPE, "W": 8, "X": 6},
+        form="bfloat16, top-k and top-p of rows with few likely tokens",
+        shape={**_SHAPE, "W": 8, "C": 4, "X": 4},
         read="2*B*(2*D + 1)*V",  # once from memory
         written="8*B*(2*D + 1)",
         operations="4*B*(2*D + 1)*V",
         unit="fp32",
         programs="B*(2*D + 1)",
-        rounds=20,
-        # Each element is compared with three pivots: in W walks for top-k, and in X, about, for top-p
-        # and the masses, which add up e^z, too.
+        rounds=10,
+        # One walk copies what may be kept. Before it W walks over the largest logits of the groups find its least;
+        # behind it C over a tile of copies count, and X add up e^z.
         parts=(
-            Part(r"FSET\.BF\.GE\.AND", "3*W*B*(2*D + 1)*V/(32*m)"),
-            Part(r"FSETP\.GE\.AND", "3*X*B*(2*D + 1)*V/(32*m)"),
+            Part(r"STG\.E\.U16", "B*(2*D + 1)*V/(32*m)"),
+            Part(r"FSET\.BF\.GE\.AND", "3*B*(2*D + 1)*(W*256*S + C*4096)/(32*m)"),
+            Part(_MASSES, "4*B*(2*D + 1)*X*4096/(32*m)"),
         ),
         where={"HAS_DRAFT": True, "HAS_TOP_K": True, "HAS_TOP_P": True, "SHIFT": 16, "SLOTS": 512, **_WIDE},
         types=_BF16,
+    ),
+    Floor(
+        kernel="filter_kernel",
+        form="bfloat16, top-p of rows that keep thousands",
+        shape={**_SHAPE, "X": 4},
+        read="2*B*(2*D + 1)*V",
+        written="8*B*(2*D + 1)",
+        operations="4*B*(2*D + 1)*V",
+        unit="fp32",
+        programs="B*(2*D + 1)",
+        rounds=14,
+        # X walks over the row (of normal logits: 3 to 5) leave few tokens between their pivots, one more copies these.
+        parts=(
+            Part(r"STG\.E\.U16", "B*(2*D + 1)*V/(32*m)"),
+            Part(_MASSES, "4*X*B*(2*D + 1)*V/(32*m)"),
+        ),
+        where={"HAS_DRAFT": True, "HAS_TOP_K": False, "HAS_TOP_P": True, "SHIFT": 16, "SLOTS": 512, **_WIDE},
+        types=_BF16,
         finding=(
-            "About 14 walks over a row, each with three comparisons and sums an element. Two programs a multiprocessor "
-            "have 264 rows of 259 kB under way, more than the L2 cache holds: later walks read memory again, too. "
-            "Programs of 32 warps would keep 132 rows, 34 MB, in it; and a walk that counts the upper 8 bits of keys "
-            "in shared memory would replace four walks of a filter."
+            "Where the nucleus is wide, the largest logits of groups do not bound it: about four walks over the row "
+            "narrow it, each with three comparisons, counts and sums an element, before one copies the rest. A sample "
+            "of the row would place the first pivots as near as two of these walks do."
         ),
     ),
     Floor(

@@ -116,6 +116,7 @@ _SPLITS = {"SPLITS": frozenset({32})}
 _WIDTH = {"WIDTH": frozenset({4, 8})}
 _TILE = {"SLOTS": frozenset({32, 64, 128, 256}), **_WIDTH}
 _NEIGHBOURS = {"NEIGHBOURS": _BOTH}
+_ROOM = {"ROOM": frozenset({0, 12288})}
 _FILTERED = {"FILTERED": _BOTH}
 _OFFSETS = {"HAS_OFFSETS": _BOTH}
 _LENGTHS = {"HAS_LENGTHS": _BOTH, "HAS_TEMPERATURES": _BOTH}
@@ -124,10 +125,11 @@ TRITON = TritonKernels(
     launch,
     gate,
     {
-        "statistics_kernel": {**_COMMON, "GREEDY": _BOTH, **_TILE, **_NEIGHBOURS},
+        "statistics_kernel": {**_COMMON, "GREEDY": _BOTH, **_ROOM, **_TILE, **_NEIGHBOURS},
         "filter_kernel": {
             **_COMMON, "HAS_TOP_K": _BOTH, "HAS_TOP_P": _BOTH, "SHIFT": frozenset({0, 13, 16}), **_SPLITS,
-            "SLOTS": frozenset({32, 64, 128, 256, 512}), **_WIDTH, **_NEIGHBOURS,
+            "GROUPS": frozenset({32, 64, 128, 256}), **_ROOM, "SLOTS": frozenset({32, 64, 128, 256, 512}), **_WIDTH,
+            **_NEIGHBOURS,
         },
         "token_kernel": {**_COMMON, "HAS_TOP_P": _BOTH, **_OFFSETS, **_FILTERED, **_SPLITS},
         "greedy_kernel": {**_LENGTHS, **_SPLITS},
