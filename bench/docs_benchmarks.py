@@ -39,6 +39,19 @@ def limit_text(row: Row) -> str:
     return ", ".join(texts)
 
 
+def against(other: Row | None, ours: Row, digits: str) -> str:
+    """How many times as long another row takes as ours; * where it misses the accuracy budget."""
+    if other is None:
+        return ""
+    return f"{other['median_us'] / ours['median_us']:{digits}}x" + (" *" if "accuracy" in other else "")
+
+
+def against_peer(rows: Mapping[str, Row], ours: Row, digits: str) -> str:
+    """The same of the fastest of the other packages and other ways, and its name."""
+    name, peer = fastest(rows, "peer") or ("", None)
+    return f"{against(peer, ours, digits)} {name}".strip()
+
+
 def memory_text(ours: Row, eager: Row | None) -> str:
     """Memory of both above the inputs, empty where it was not measured."""
     if "extra_bytes" not in ours or eager is None or "extra_bytes" not in eager:
@@ -52,21 +65,22 @@ def _case(record: dict[str, Any]) -> list[str]:
     name = f"`{record['op']}` {record['case']}"
     best = fastest(rows, "ours")
     if best is None:
-        return [name, "not timed", *[""] * 6]
+        return [name, "not timed", *[""] * 7]
     provider, ours = best
     others = [pair and pair[1] for pair in (fastest(rows, "eager"), fastest(rows, "compile"))]
     return [
         name + provider.removeprefix("ours"),
         time_text(ours["median_us"]),
         *(time_text(other["median_us"]) if other else "" for other in others),
-        *(f"{other['median_us'] / ours['median_us']:.1f}x" if other else "" for other in others),
+        *(against(other, ours, ".1f") for other in others),
+        against_peer(rows, ours, ".1f"),
         limit_text(ours),
         memory_text(ours, others[0]),
     ]
 
 
-_COLUMNS = ("case", "ours", "eager", "`torch.compile`", "against eager", "against `torch.compile`", "of the limit",
-            "memory: ours / eager")  # fmt: skip
+_COLUMNS = ("case", "ours", "eager", "`torch.compile`", "against eager", "against `torch.compile`",
+            "against the fastest peer", "of the limit", "memory: ours / eager")  # fmt: skip
 
 
 def _limits(machine: Mapping[str, Any]) -> str:
@@ -86,7 +100,7 @@ def _section(name: str, results: Results) -> list[str]:
     quiet = "" if load <= machine["threads"] + 0.5 else f" Other work shared its cores (load average {load})."
     words = (
         f"PyTorch {machine['torch']}, {machine['threads']} threads; {_limits(machine)}.{quiet} Medians; memory above "
-        f"the inputs. `bench/results/{name}` has every row."
+        f"the inputs; an asterisk marks what misses the accuracy budget. `bench/results/{name}` has every row."
     )
     lines = [f"### {machine['device']}", "", *textwrap.wrap(words, 120, break_on_hyphens=False), ""]
     lines += [*markdown(_COLUMNS, (_case(record) for record in results["cases"])), ""]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.docs_benchmarks import fastest, markdown, memory_text
+from bench.docs_benchmarks import against, against_peer, fastest, markdown, memory_text
 from bench.report import time_text
 
 Results = dict[str, Any]
@@ -64,7 +64,8 @@ SHOWN = (
     ),
 )
 
-_COLUMNS = ("", "time", "against eager", "against `torch.compile`", "extra memory, ours / eager")
+_COLUMNS = ("", "time", "against eager", "against `torch.compile`", "against the fastest peer",
+            "extra memory, ours / eager")  # fmt: skip
 
 
 def _line(shown: _Shown, rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -73,7 +74,8 @@ def _line(shown: _Shown, rows: dict[str, dict[str, Any]]) -> list[str]:
     return [
         shown.text,
         time_text(ours["median_us"]),
-        *(f"{other['median_us'] / ours['median_us']:.3g}x" if other else "" for other in others),
+        *(against(other, ours, ".3g") for other in others),
+        against_peer(rows, ours, ".3g"),
         memory_text(ours, others[0]),
     ]
 
@@ -98,8 +100,9 @@ def text(files: Mapping[str, Results]) -> str:
     version = machine["torch"].partition("+")[0]
     words = (
         f"On {machine['device']}, PyTorch {version}, {machine['threads']} threads; with the backward where "
-        f"there is one; memory above the inputs (`make bench`, `bench/results/{name}`; "
-        "[docs/benchmarks.md](docs/benchmarks.md) has all rows, other packages, and the targets that are missed):"
+        "there is one; memory above the inputs; an asterisk marks what misses the accuracy budget (`make bench`, "
+        f"`bench/results/{name}`; [docs/benchmarks.md](docs/benchmarks.md) has all rows, and the targets that are "
+        "missed):"
     )
     lines = textwrap.wrap(words, 120, break_on_hyphens=False, break_long_words=False)
     table = markdown(_COLUMNS, (_line(shown, cases[shown.op, shown.case]) for shown in SHOWN))
