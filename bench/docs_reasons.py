@@ -27,8 +27,10 @@ REASONS = (
         ("linear_token_log_probs",),
         "float32",
         "x eager",
-        "its backward forms the logits again, 8 N H V operations against eager's 6: 0.75 is what the products alone "
-        "leave. Eager's passes over its logits and ours about even out.",
+        "its backward forms the logits again, 8 N H V operations against eager's 6, so that 0.75 is what the products "
+        'leave where all of them run at one rate; the rows "the bare GEMMs" of the record are what they take on the '
+        "machine. Ours adds its passes over the logits of a chunk, and reads and writes the gradient of the weight for "
+        "each.",
     ),
     Reason(
         "`linear_grpo_loss` and `mtp_linear_cross_entropy` in float32",
@@ -68,11 +70,10 @@ REASONS = (
         ),
         "host cost",
         "us above",
-        "Python. Of `grpo_loss`, the kernel and its binding take 3 to 5 us of what is above the floor; looking up that "
-        "a call like this one has passed the checks takes 6, the outputs that the floor lacks 3, and the rest is "
+        "Python: looking up that a call like this one has passed the checks, outputs that the floor lacks, "
         "`torch.autograd.Function` with more arguments and saved tensors, and the interpreter's own code falling out "
-        "of the processor's caches: the parts, each timed alone, add up to three quarters of the call. On a GPU the "
-        "host runs ahead of the kernels that the model has queued.",
+        "of the processor's caches between calls. The kernel and its binding are the least of it: the parts, each timed "
+        "alone, add up to less than the call. On a GPU the host runs ahead of the kernels that the model has queued.",
     ),
 )
 
