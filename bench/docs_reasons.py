@@ -73,7 +73,8 @@ REASONS = (
         "Python: looking up that a call like this one has passed the checks, outputs that the floor lacks, "
         "`torch.autograd.Function` with more arguments and saved tensors, and the interpreter's own code falling out "
         "of the processor's caches between calls. The kernel and its binding are the least of it: the parts, each "
-        "timed alone, add up to less than the call. On a GPU the host runs ahead of the kernels that the model has queued.",
+        "timed alone, add up to less than the call. On a GPU the host runs ahead of the kernels that the model has "
+        "queued.",
     ),
 )
 
