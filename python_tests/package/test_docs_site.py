@@ -267,6 +267,19 @@ def test_docstrings_become_markdown() -> None:
     assert as_markdown("Args:\n    softcap: > 0, or None.") == "Args:\n    softcap: \\> 0, or None."
 
 
+def test_fields_of_named_tuples_have_types(tmp_path: Path) -> None:
+    """Their sources have no signature; the hook takes the types from the class's own annotations."""
+    griffe = pytest.importorskip("griffe", reason="griffe is not installed: make docs")
+    (tmp_path / "tuples").mkdir()
+    (tmp_path / "tuples" / "__init__.py").write_text(
+        'class Pair(NamedTuple):\n    """Two.\n\n    Args:\n        first: > 0.\n    """\n\n    first: int | None\n'
+    )
+    extensions = griffe.load_extensions(hook("docstrings.py")["Docstrings"])
+    package = griffe.load("tuples", search_paths=[tmp_path], extensions=extensions, docstring_parser="google")
+    (field,) = package["Pair"].docstring.parsed[-1].value
+    assert (str(field.annotation), field.description) == ("int | None", "\\> 0.")
+
+
 def test_docs_speak_of_modules_that_exist() -> None:
     """`python -m x.y` in a page can be run."""
     texts = "".join(_prose(page) for page in LINKED)
