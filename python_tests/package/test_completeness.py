@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,7 @@ def test_every_public_name_is_documented(name: str) -> None:
     item = getattr(grpo_kernels, name)
     assert inspect.getdoc(item)
     assert name in "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert re.search(rf"\b{name}\b", (ROOT / "CHANGELOG.md").read_text())
 
 
 @pytest.mark.parametrize("op", sorted(_dispatch.public_ops()))
@@ -63,6 +66,18 @@ def test_files_stay_short() -> None:
     folders = ("grpo_kernels", "examples", "python_tests", "bench", "docs/hooks")
     sources = [*(ROOT / "csrc").rglob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     assert [str(path) for path in sources if len(path.read_text().splitlines()) > 400] == []
+
+
+def test_functions_stay_short() -> None:
+    """Lines below the signature and the docstring; a Triton kernel is one function, however long."""
+    long = []
+    for path in (path for folder in ("grpo_kernels", "examples", "bench") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.endswith("_kernel"):
+                body = node.body[ast.get_docstring(node) is not None :]
+                if body and node.end_lineno - body[0].lineno >= 60:
+                    long.append(f"{path}: {node.name}")
+    assert long == []
 
 
 def test_the_dependency_direction_is_kept() -> None:
