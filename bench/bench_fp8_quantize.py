@@ -15,7 +15,8 @@ from torch import Tensor
 import grpo_kernels
 
 from . import fp8_peers as peers
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
+from .target import Target, copy_bandwidth, speedup
 
 Values = tuple[Tensor, ...]
 Forward = Callable[[Inputs], Values]
@@ -103,14 +104,10 @@ def _make_scaled(shape: tuple[int, ...], device: str, size: str) -> Inputs:
     return {"codes": data.contiguous().view(torch.uint8), "scale": scale.mT.contiguous().mT}
 
 
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
-
-
 def _target(device: str) -> Target:
     if device == "cuda":
-        return Target(">= 85 % of copy bandwidth", 85.0, lambda rows: rows["ours"].get("percent_of_copy"))
-    return Target(">= 2x eager", 2.0, _speedup)
+        return copy_bandwidth(85)
+    return speedup(2)
 
 
 def _bytes(shape: tuple[int, ...], element: int, square: bool, both: bool) -> int:

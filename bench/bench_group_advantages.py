@@ -10,7 +10,8 @@ from torch import Tensor
 
 import grpo_kernels
 
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
+from .target import ALLOCATION, device_time, host_cost, speedup
 
 GROUP = 8
 _EPS = 1e-4
@@ -51,15 +52,6 @@ def _provider(name: str, function: Any, kind: str) -> Provider:
     return Provider(name, lambda inputs: function(inputs["rewards"]), kind)
 
 
-def _overhead(rows: Rows) -> float | None:
-    ours, least = rows["ours"].get("median_us"), rows["allocation alone"].get("median_us")
-    return None if ours is None or least is None else ours - least
-
-
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
-
-
 def _make(batch: int) -> Any:
     def make(device: str, size: str) -> Inputs:
         return {"rewards": torch.randn(batch if size == "full" else 16, device=device)}
@@ -69,9 +61,9 @@ def _make(batch: int) -> Any:
 
 def case(device: str, batch: int) -> Case:
     """One batch of groups."""
-    target = Target(">= 3x eager", 3.0, _speedup)
+    target = speedup(3)
     if device == "cuda":
-        target = Target("<= 10 us on the device", 10.0, lambda rows: rows["ours"].get("median_us"), at_least=False)
+        target = device_time(10)
     return Case(
         op="group_advantages",
         name=f"B={batch} G={GROUP}",
@@ -99,9 +91,9 @@ def cases(device: str) -> list[Case]:
             providers=(
                 Provider("ours", _ours, "ours"),
                 _provider("eager", _nan_aware, "eager"),
-                Provider("allocation alone", lambda inputs: _Allocation.apply(inputs["rewards"]), "part"),
+                Provider(ALLOCATION, lambda inputs: _Allocation.apply(inputs["rewards"]), "part"),
             ),
-            targets=(Target("<= 10 us above autograd.Function and allocation", 10.0, _overhead, at_least=False),),
+            targets=(host_cost(device),),
             clock="host",
         )
     )

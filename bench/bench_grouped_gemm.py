@@ -17,8 +17,9 @@ import grpo_kernels
 from . import fp8_products
 from . import moe_definitions as definitions
 from . import moe_peers as peers
-from .case import Case, Inputs, Provider, Rows, Target
-from .moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN, Model, Values
+from .case import Case, Inputs, Provider
+from .moe_definitions import Model, Values
+from .target import speedup
 
 _GPU_TOKENS, _CPU_TOKENS = 4096, 512
 
@@ -81,10 +82,6 @@ def _bare(backward: bool, inputs: Inputs) -> Values:
     return product, torch.bmm(upstream, weight), torch.bmm(upstream.transpose(1, 2), rows)
 
 
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
-
-
 def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = True) -> Case:
     tokens = _GPU_TOKENS if device == "cuda" else _CPU_TOKENS
     megablocks = None if model.clamped else peers.megablocks_gemm(device)
@@ -114,7 +111,7 @@ def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = Tru
         ),
         operations=(6 if backward else 2) * rows * columns * model.hidden,
         matmul_dtype=dtype,
-        targets=(Target(">= 1x eager", 1.0, _speedup),) if backward else (),
+        targets=(speedup(1),) if backward else (),
         definition=lambda inputs: definitions.sample(run(_eager)(inputs)),
         sample_outputs=definitions.sample,
         quick=model.name.startswith("DeepSeek"),
@@ -123,11 +120,7 @@ def _case(device: str, model: Model, dtype: torch.dtype, *, backward: bool = Tru
 
 
 def cases(device: str) -> list[Case]:
-    """One rank's experts of DeepSeek-V3 and those of the others on a GPU, thinner ones on a CPU."""
-    if device == "cuda":
-        models, dtypes = (DEEPSEEK.fewer(8), QWEN, GPT_OSS_SMALL), (torch.bfloat16,) * 3
-    else:
-        models = (DEEPSEEK.thinner(16), QWEN.thinner(4), GPT_OSS_SMALL.thinner(8))
-        dtypes = (torch.float32, torch.float32, torch.bfloat16)
-    found = [_case(device, model, dtype) for model, dtype in zip(models, dtypes, strict=True)]
-    return [_case(device, models[0], dtypes[0], backward=False), *found, *fp8_products.cases(device)]
+    """With their gradients, the first without; then products of FP8."""
+    timed = definitions.expert_cases(device)
+    trained = [_case(device, model, dtype) for model, dtype in timed]
+    return [_case(device, *timed[0], backward=False), *trained, *fp8_products.cases(device)]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import grpo_kernels
 
-from .case import Case, Inputs, Provider, Rows, Target, compiled, with_gradients
+from .case import Case, Inputs, Provider, compiled, with_gradients
+from .target import ALLOCATION, Target, figure, host_cost, speedup
 
 _SHAPES = ((64, 4096), (8, 1024))
 _SMOKE = (3, 7)
@@ -147,15 +148,11 @@ def _make(shape: tuple[int, int], device: str, size: str) -> Inputs:
 
 def _targets(device: str, variant: str, shape: tuple[int, int]) -> tuple[Target, ...]:
     if device != "cuda":
-        return (Target(">= 3x eager", 3.0, lambda rows: rows["ours"].get("speedup")),)
+        return (speedup(3),)
     if shape != _SHAPES[0]:
         return ()
     # The backward multiplies the stored gradient by the upstream scalar: a launch of PyTorch's that is not the op's.
-    return (
-        Target(
-            "forward <= 10 us on the device", 10.0, lambda rows: rows["ours, forward"].get("median_us"), at_least=False
-        ),
-    )
+    return (Target("forward <= 10 us on the device", 10.0, figure("median_us", "ours, forward"), at_least=False),)
 
 
 def case(device: str, shape: tuple[int, int], name: str) -> Case:
@@ -194,12 +191,7 @@ class _Allocation(torch.autograd.Function):
         return log_probs.new_empty(()), log_probs.new_empty(30)
 
 
-def _overhead(rows: Rows) -> float | None:
-    ours, least = rows["ours"].get("median_us"), rows["allocation alone"].get("median_us")
-    return None if ours is None or least is None else ours - least
-
-
-def _host_case() -> Case:
+def _host_case(device: str) -> Case:
     variant = _VARIANTS["clip + k3"]
     return Case(
         op="grpo_loss",
@@ -208,9 +200,9 @@ def _host_case() -> Case:
         providers=(
             Provider("ours", lambda inputs: (_ours(variant, inputs),), "ours"),
             Provider("eager", lambda inputs: (_eager(variant, *(inputs[name] for name in _NAMES)),), "eager"),
-            Provider("allocation alone", lambda inputs: _Allocation.apply(inputs["log_probs"]), "part"),
+            Provider(ALLOCATION, lambda inputs: _Allocation.apply(inputs["log_probs"]), "part"),
         ),
-        targets=(Target("<= 10 us above autograd.Function and allocation", 10.0, _overhead, at_least=False),),
+        targets=(host_cost(device),),
         clock="host",
     )
 
@@ -221,5 +213,5 @@ def cases(device: str) -> list[Case]:
         case(device, _SHAPES[0], "clip + k3"),
         case(device, _SHAPES[1], "clip + k3"),
         *(case(device, _SHAPES[0], name) for name in ("dapo", "gspo", "cispo")),
-        _host_case(),
+        _host_case(device),
     ]

@@ -19,9 +19,10 @@ import grpo_kernels
 from . import linear_definitions as definitions
 from . import linear_peers as peers
 from . import machine
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
 from .linear_definitions import OfLogits, Values
 from .linear_peers import Peer
+from .target import Rows, Target, figure, ratio
 
 Shape = tuple[int, int, int]  # rows, hidden width, vocabulary
 
@@ -157,14 +158,6 @@ def _make_policy(inputs: Inputs) -> Inputs:
     }
 
 
-def _ratio(numerator: str, denominator: str, field: str) -> Callable[[Rows], float | None]:
-    def value(rows: Rows) -> float | None:
-        above, below = rows[numerator].get(field), rows[denominator].get(field)
-        return above / below if above is not None and below else None
-
-    return value
-
-
 def _against_peers(rows: Rows) -> float | None:
     times = [row["median_us"] for row in rows.values() if row["kind"] == "peer" and "median_us" in row]
     ours = rows["ours"].get("median_us")
@@ -178,15 +171,15 @@ def _targets(op: Op, device: str, dtype: torch.dtype) -> tuple[Target, ...]:
     if device == "cuda":
         if not loss:
             text = "at most 1.2x the time of its four GEMMs"
-            return (Target(text, 1.2, _ratio("ours", "the bare GEMMs", "median_us"), at_least=False),)
+            return (Target(text, 1.2, ratio("ours", "the bare GEMMs"), at_least=False),)
         return (
-            Target("6 N H V at >= 75 % of the matmul rate", 75.0, lambda rows: rows["ours"].get("percent_of_matmul")),
+            Target("6 N H V at >= 75 % of the matmul rate", 75.0, figure("percent_of_matmul")),
             Target("faster than every peer", 1.0, _against_peers),
         )
     part = 8 if loss else 5
-    memory = _ratio("ours", "eager", "extra_bytes")
+    memory = ratio("ours", "eager", "extra_bytes")
     targets = [Target(f"memory above inputs and gradients <= 1/{part} of eager's", 1 / part, memory, at_least=False)]
-    speed = _ratio("eager", "ours", "median_us")
+    speed = ratio("eager", "ours")
     if dtype == torch.float32:
         wanted = 1.0 if loss else 0.75
         targets.insert(0, Target(f">= {wanted:g}x eager", wanted, speed))

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from . import fp8_layers
 from . import moe_definitions as definitions
 from . import moe_peers as peers
-from .case import Case, Inputs, Provider, Rows, Target, compiled
-from .moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN, Model, Values
+from .case import Case, Inputs, Provider, compiled
+from .moe_definitions import Model, Values
 from .moe_layer import CPU_TOKENS, GPU_TOKENS, make, ours
+from .target import speedup
 
 Forward = Callable[[Inputs], Values]
 
@@ -79,10 +80,6 @@ def _eager(model: Model) -> Forward:
     return partial(definitions.layer, definitions.experts_in_turn, model)
 
 
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
-
-
 def case(device: str, model: Model, tokens: int, dtype: torch.dtype, *, backward: bool = True) -> Case:
     """A layer of a model."""
     others = _others(model, device, backward)
@@ -98,7 +95,7 @@ def case(device: str, model: Model, tokens: int, dtype: torch.dtype, *, backward
         providers=providers,
         operations=(18 if backward else 6) * rows * model.hidden * model.width,
         matmul_dtype=dtype,
-        targets=(Target(">= 1x eager", 1.0, _speedup),),
+        targets=(speedup(1),),
         definition=lambda inputs: definitions.sample(eager.run(inputs)),
         sample_outputs=definitions.sample,
         quick=model.name.startswith("Qwen"),
@@ -109,12 +106,9 @@ def case(device: str, model: Model, tokens: int, dtype: torch.dtype, *, backward
 
 
 def cases(device: str) -> list[Case]:
-    """One rank's experts of DeepSeek-V3 and those of the others on a GPU, thinner ones on a CPU."""
-    if device == "cuda":
-        models, dtypes = (DEEPSEEK.fewer(8), QWEN, GPT_OSS_SMALL), (torch.bfloat16,) * 3
-    else:
-        models = (DEEPSEEK.thinner(16), QWEN.thinner(4), GPT_OSS_SMALL.thinner(8))
-        dtypes = (torch.float32, torch.float32, torch.bfloat16)
+    """Layers with their gradients, the first without; then layers in FP8."""
     tokens = GPU_TOKENS if device == "cuda" else CPU_TOKENS
-    found = [case(device, model, tokens, dtype) for model, dtype in zip(models, dtypes, strict=True)]
-    return [case(device, models[0], tokens, dtypes[0], backward=False), *found, *fp8_layers.cases(device)]
+    timed = definitions.expert_cases(device)
+    trained = [case(device, model, tokens, dtype) for model, dtype in timed]
+    first, dtype = timed[0]
+    return [case(device, first, tokens, dtype, backward=False), *trained, *fp8_layers.cases(device)]

@@ -15,8 +15,9 @@ import grpo_kernels
 
 from . import moe_definitions as definitions
 from . import moe_peers as peers
-from .case import ALLOCATION, Case, Inputs, Provider, Rows, Target, compiled, host_target
+from .case import Case, Inputs, Provider, compiled
 from .moe_definitions import DEEPSEEK, GPT_OSS, QWEN, Model, Values
+from .target import ALLOCATION, copy_bandwidth, device_time, host_cost, speedup
 
 _MAP_TOKENS = 4096
 _GPU_TOKENS, _CPU_TOKENS = 8192, 1024
@@ -29,10 +30,6 @@ def _ids(tokens: int, experts: int, top_k: int, device: str) -> Tensor:
     """Different experts for a token's slots, some experts liked better than others."""
     liking = torch.rand(tokens, experts, device=device) + 0.5 * torch.rand(experts, device=device)
     return liking.topk(top_k).indices.int()
-
-
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
 
 
 # --- map -------------------------------------------------------------------------------------------------------------
@@ -53,9 +50,9 @@ def map_case(device: str, model: Model, tokens: int) -> Case:
     def eager(inputs: Inputs) -> Values:
         return definitions.maps(inputs["ids"], model.experts)
 
-    target = Target(">= 2x eager", 2.0, _speedup)
+    target = speedup(2)
     if device == "cuda":
-        target = Target("<= 8 us on the device", 8.0, lambda rows: rows["ours"].get("median_us"), at_least=False)
+        target = device_time(8)
     return Case(
         op="build_permutation",
         name=f"{model.name} T={tokens} E={model.experts} K={model.top_k}",
@@ -154,9 +151,9 @@ def move_case(device: str, model: Model, tokens: int, dtype: torch.dtype, *, bac
     width = model.hidden * torch.empty((), dtype=dtype).element_size()
     once = tokens * width * (1 + model.top_k)  # each token once, each of its rows once
     again = once + (tokens * model.top_k * width if back else 0)  # the gradient of the weights reads the rows
-    target = Target(">= 1x eager", 1.0, _speedup)
+    target = speedup(1)
     if device == "cuda":
-        target = Target(">= 85 % of copy bandwidth", 85.0, lambda rows: rows["ours"].get("percent_of_copy"))
+        target = copy_bandwidth(85)
     parts = "fwd+bwd" if backward else "fwd"
     return Case(
         op="moe_unpermute" if back else "moe_permute",
@@ -207,7 +204,7 @@ def _host_case(
             Provider("eager", eager, "eager"),
             Provider(ALLOCATION, allocate, "part"),
         ),
-        targets=(host_target(device, native=op == "build_permutation"),),
+        targets=(host_cost(device, native=op == "build_permutation"),),
         clock="host",
         definition=lambda inputs: definitions.sample(eager(inputs)),
         sample_outputs=definitions.sample,

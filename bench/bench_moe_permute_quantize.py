@@ -13,8 +13,9 @@ from torch import Tensor
 import grpo_kernels
 
 from . import moe_definitions as definitions
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
 from .moe_definitions import DEEPSEEK, QWEN, Model, Values
+from .target import copy_bandwidth, speedup
 
 _GPU_TOKENS, _CPU_TOKENS = 8192, 1024
 _TILE = 128
@@ -83,9 +84,9 @@ def _case(device: str, model: Model, both: bool) -> Case:
         rows += model.experts * (_TILE - 1)
     code = model.hidden + 4 * model.hidden // _TILE
     read = 2 * model.hidden * tokens
-    target = Target(">= 1x eager", 1.0, _speedup)
+    target = speedup(1)
     if device == "cuda":
-        target = Target(">= 85 % of copy bandwidth", 85.0, lambda found: found["ours"].get("percent_of_copy"))
+        target = copy_bandwidth(85)
     return Case(
         op="moe_permute_quantize",
         name=f"{model.name} T={tokens} H={model.hidden} K={model.top_k} bfloat16{', both' if both else ''}",
@@ -102,10 +103,6 @@ def _case(device: str, model: Model, both: bool) -> Case:
         definition=lambda inputs: _sample(eager(inputs)),
         quick=model is DEEPSEEK and not both,
     )
-
-
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
 
 
 def cases(device: str) -> list[Case]:

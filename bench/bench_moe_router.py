@@ -12,8 +12,9 @@ from torch import Tensor
 import grpo_kernels
 
 from . import moe_definitions as definitions
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
 from .moe_definitions import DEEPSEEK, GPT_OSS, QWEN, Model, Values
+from .target import ALLOCATION, Target, device_time, host_cost, speedup
 
 _TOKENS = 4096
 _SEQUENCES = 8
@@ -86,18 +87,10 @@ def _sequences(tokens: int, device: str) -> Inputs:
     return {"cu_seqlens": ends.to(device), "lengths": lengths.to(device), "sequence": sequence.to(device)}
 
 
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
-
-
-def _time(rows: Rows) -> float | None:
-    return rows["ours"].get("median_us")
-
-
 def _targets(device: str, backward: bool) -> tuple[Target, ...]:
     if device == "cpu":
-        return (Target(">= 2x eager", 2.0, _speedup),)
-    return () if backward else (Target("<= 8 us on the device", 8.0, _time, at_least=False),)
+        return (speedup(2),)
+    return () if backward else (device_time(8),)
 
 
 def case(
@@ -152,11 +145,6 @@ class _Allocation(torch.autograd.Function):
         return weights, ids, counts, losses, mismatch
 
 
-def _overhead(rows: Rows) -> float | None:
-    ours, least = rows["ours"].get("median_us"), rows["allocation alone"].get("median_us")
-    return None if ours is None or least is None else ours - least
-
-
 def _host_case(device: str) -> Case:
     model = QWEN
     return Case(
@@ -166,9 +154,9 @@ def _host_case(device: str) -> Case:
         providers=(
             Provider("ours", partial(_ours, model, False), "ours"),
             Provider("eager", partial(_eager, model, False), "eager"),
-            Provider("allocation alone", lambda inputs: _Allocation.apply(inputs["logits"], model.top_k), "part"),
+            Provider(ALLOCATION, lambda inputs: _Allocation.apply(inputs["logits"], model.top_k), "part"),
         ),
-        targets=(Target("<= 10 us above autograd.Function and allocation", 10.0, _overhead, at_least=False),),
+        targets=(host_cost(device),),
         clock="host",
         definition=lambda inputs: definitions.sample(_eager(model, False, inputs)),
         sample_outputs=definitions.sample,

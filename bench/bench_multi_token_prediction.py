@@ -19,10 +19,11 @@ from . import linear_definitions as linear
 from . import linear_peers as peers
 from . import machine
 from . import mtp_definitions as definitions
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
 from .linear_definitions import Values
 from .linear_peers import Peer
 from .mtp_definitions import Problem
+from .target import Target, figure, ratio, speedup
 
 Shape = tuple[int, int, int]  # rows of a depth, hidden width, vocabulary
 
@@ -96,24 +97,16 @@ def _providers(problem: Problem, device: str) -> tuple[Provider, ...]:
     return (*found, *(Provider(name, run(each(peer)), "peer") for name, peer in others if peer))
 
 
-def _ratio(numerator: str, denominator: str, field: str) -> Callable[[Rows], float | None]:
-    def value(rows: Rows) -> float | None:
-        above, below = rows[numerator].get(field), rows[denominator].get(field)
-        return above / below if above is not None and below else None
-
-    return value
-
-
 def _targets(device: str, dtype: torch.dtype) -> tuple[Target, ...]:
-    separate = Target(">= 1x a call a depth", 1.0, _ratio("ours, a call a depth", "ours", "median_us"))
+    separate = Target(">= 1x a call a depth", 1.0, ratio("ours, a call a depth", "ours"))
     if device == "cuda":
-        rate = Target("6 (D+1) N H V at >= 75 % of the matmul rate", 75.0, lambda r: r["ours"].get("percent_of_matmul"))
+        rate = Target("6 (D+1) N H V at >= 75 % of the matmul rate", 75.0, figure("percent_of_matmul"))
         return (rate, separate)
-    shared = _ratio("ours", "ours, a call a depth", "extra_bytes")
+    shared = ratio("ours", "ours, a call a depth", "extra_bytes")
     found = [separate, Target("memory <= 1x that of a call a depth", 1.0, shared, at_least=False)]
     if dtype == torch.float32:
-        memory = _ratio("ours", "eager", "extra_bytes")
-        found.append(Target(">= 1x eager", 1.0, _ratio("eager", "ours", "median_us")))
+        memory = ratio("ours", "eager", "extra_bytes")
+        found.append(Target(">= 1x eager", 1.0, ratio("eager", "ours")))
         found.append(Target("memory above inputs and gradients <= 1/4 of eager's", 1 / 4, memory, at_least=False))
     return tuple(found)
 
@@ -190,7 +183,7 @@ def _targets_case(depths: int) -> Case:
             Provider("torch.compile", compiled(eager), "compile"),
         ),
         bytes_moved=tokens * (8 + 8 + 1 + 8 * depths),  # ids, positions and mask read, targets written
-        targets=(Target(">= 2x eager", 2.0, lambda rows: rows["ours"].get("speedup")),),
+        targets=(speedup(2),),
         definition=lambda inputs: wide(eager(inputs)),
         sample_outputs=wide,
     )

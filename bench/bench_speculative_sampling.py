@@ -19,8 +19,9 @@ from torch import Tensor
 import grpo_kernels
 from grpo_kernels.speculative_sampling.noise_reference import uniforms
 
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
 from .speculative_definitions import drawn, emitted, flashinfer_chain, log_softmaxes
+from .target import speedup
 
 Values = tuple[Tensor, ...]
 Forward = Callable[[Inputs], Values]
@@ -176,10 +177,6 @@ def _bytes(problem: Problem) -> int:
     return problem.batch * (2 * problem.drafts + 1 + 2) * row
 
 
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
-
-
 def _case(device: str, problem: Problem, quick: bool) -> Case:
     return Case(
         op="verify_draft",
@@ -187,7 +184,7 @@ def _case(device: str, problem: Problem, quick: bool) -> Case:
         make=partial(_make, problem),
         providers=_providers(problem, device),
         bytes_moved=_bytes(problem),
-        targets=(Target(">= 2x eager", 2.0, _speedup),),
+        targets=(speedup(2),),
         definition=partial(_definition, problem),
         sample_outputs=_sample,
         quick=quick,

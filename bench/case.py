@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from grpo_kernels.testing import accuracy_budget, accuracy_error
 
+from .target import Target
+
 Inputs = dict[str, Tensor]
-Row = dict[str, Any]
-Rows = Mapping[str, Row]
 Record = dict[str, Any]
 
 SIZES = ("smoke", "full")
@@ -38,24 +38,6 @@ class Provider:
     kind: str
     overwrites: tuple[str, ...] = ()
     capturable: bool = True
-
-
-@dataclass(frozen=True)
-class Target:
-    """A number that the design promises, or without a limit one that it wants reported. `value` finds it in the rows of
-    the case, None if it is not there.
-    """
-
-    text: str
-    limit: float | None
-    value: Callable[[Rows], float | None]
-    at_least: bool = True
-
-    def met(self, value: float) -> bool | None:
-        """Whether the promise is kept; None where there is none."""
-        if self.limit is None:
-            return None
-        return value >= self.limit if self.at_least else value <= self.limit
 
 
 def _identity(value: Any) -> Any:
@@ -123,20 +105,6 @@ class Case:
     @property
     def eager(self) -> Provider:
         return next(provider for provider in self.providers if provider.kind == "eager")
-
-
-ALLOCATION = "allocation alone"
-
-
-def host_target(device: str, native: bool = True) -> Target:
-    """What a call may cost the host above the provider ALLOCATION; Triton's launcher is slower than the native one."""
-    limit = 10.0 if native or device == "cpu" else 25.0
-
-    def above(rows: Rows) -> float | None:
-        ours, least = rows["ours"].get("median_us"), rows[ALLOCATION].get("median_us")
-        return None if ours is None or least is None else ours - least
-
-    return Target(f"<= {limit:g} us above autograd.Function and allocation", limit, above, at_least=False)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from .case import Case, Record, Row, Target
+from .case import Case, Record
 from .limits import Limits, dtype_name
+from .target import Row, Target
 
 
 def rounded(value: float) -> float:

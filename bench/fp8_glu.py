@@ -19,8 +19,9 @@ from grpo_kernels.moe_experts import ops
 
 from . import moe_definitions as definitions
 from .bench_fp8_quantize import eager_rows
-from .case import Case, Inputs, Provider, Rows, Target, compiled
+from .case import Case, Inputs, Provider, compiled
 from .moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN, Model, Values
+from .target import copy_bandwidth, speedup
 
 _EPS, _GRAD_EPS = 1e-12, 1e-30
 _TILE = 128
@@ -126,10 +127,6 @@ def _bytes(rows: int, width: int, backward: bool, fp8_wgrad: bool) -> int:
     return read + preact + (turned if fp8_wgrad else 6 * rows * width) + 4 * rows
 
 
-def _speedup(rows: Rows) -> float | None:
-    return rows["ours"].get("speedup")
-
-
 def _case(device: str, model: Model, *, backward: bool = False, fp8_wgrad: bool = False) -> Case:
     rows = _GPU_ROWS if device == "cuda" else _CPU_ROWS
     if backward:
@@ -138,9 +135,9 @@ def _case(device: str, model: Model, *, backward: bool = False, fp8_wgrad: bool 
         ours, eager = partial(_forward, model), partial(_forward_eager, model)
     op = "moe_glu_backward_quantize" if backward else "moe_glu_quantize"
     parts = (", FP8 wgrad" if fp8_wgrad else ", bfloat16 wgrad") if backward else ""
-    target = Target(">= 2x eager", 2.0, _speedup)
+    target = speedup(2)
     if device == "cuda":
-        target = Target(">= 85 % of copy bandwidth", 85.0, lambda found: found["ours"].get("percent_of_copy"))
+        target = copy_bandwidth(85)
     return Case(
         op="moe_experts",
         name=f"{op} {model.name} R={rows} I={model.width}{parts}",

@@ -20,8 +20,9 @@ from grpo_kernels.fp8_quantize import ScaledTensor
 from . import fp8_product_peers as peers
 from . import fp8_wgrads, limits
 from . import moe_definitions as definitions
-from .case import Case, Inputs, Provider, Rows, Target
+from .case import Case, Inputs, Provider
 from .moe_definitions import DEEPSEEK, GPT_OSS_SMALL, QWEN, Model, Values
+from .target import Rows, Target, figure
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,6 @@ def _grouped_mm(inputs: Inputs) -> Values:
     return (F.grouped_mm(inputs["x"], inputs["weight"].transpose(1, 2), offs=inputs["offsets"]),)
 
 
-def _teraflops(rows: Rows) -> float | None:
-    return rows["ours, rows quantised"].get("teraflops")
-
-
 def _against_bfloat16(rows: Rows) -> float | None:
     ours, other = (rows[name].get("median_us") if name in rows else None for name in ("ours", "F.grouped_mm"))
     return None if ours is None or other is None else other / ours
@@ -108,7 +105,7 @@ def _case(device: str, product: Product, dtype: torch.dtype, *, first: bool = Fa
     (columns, width), experts = product.shape, product.model.experts
     rows, limit = experts * product.rows, limits.fp8_limit(device, dtype)
     targets = (
-        Target(">= 800 TFLOP/s", 800.0, _teraflops),
+        Target(">= 800 TFLOP/s", 800.0, figure("teraflops", "ours, rows quantised")),
         Target(">= 1.3x F.grouped_mm in bf16, casts included", 1.3, _against_bfloat16),
     )
     part = "dgrad" if product.backward else "fwd"

@@ -11,10 +11,11 @@ import torch
 from grpo_kernels import _dispatch
 
 from . import clock, memory
-from .case import Case, Gate, Inputs, Provider, Record, Row, copy_inputs
+from .case import Case, Gate, Inputs, Provider, Record, copy_inputs
 from .cuda_clock import CudaClock
 from .limits import dtype_name
 from .progress import Progress
+from .target import Row
 
 SEED = 20251122
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .case import SIZES, Case, Inputs, Provider, Row, Rows
+from .case import SIZES, Case, Inputs, Provider
 from .machine import RETURNING, environment
 from .progress import Progress
+from .target import Row, Rows
 
 _TIMEOUT = 120  # seconds, and for each case
 _TIMEOUT_CASE = 60

@@ -67,6 +67,17 @@ def tiny(model: Model) -> Model:
     return replace(model, experts=16, hidden=16, width=8)
 
 
+def expert_cases(device: str) -> list[tuple[Model, torch.dtype]]:
+    """What experts are timed on: one rank's of DeepSeek-V3 and those of two others on a GPU, thinner ones on a CPU."""
+    if device == "cuda":
+        return [(model, torch.bfloat16) for model in (DEEPSEEK.fewer(8), QWEN, GPT_OSS_SMALL)]
+    return [
+        (DEEPSEEK.thinner(16), torch.float32),
+        (QWEN.thinner(4), torch.float32),
+        (GPT_OSS_SMALL.thinner(8), torch.bfloat16),
+    ]
+
+
 def _wide(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
@@ -169,7 +180,7 @@ def permute(x: Tensor, inv_map: Tensor, top_k: int) -> Tensor:
 
 
 def unpermute(y: Tensor, row_id_map: Tensor, weights: Tensor) -> Tensor:
-    """Fastest of the ways to write it with index operations: weights and products in the dtype of the rows."""
+    """Index operations: rows gathered, then weighted and summed as one product, in the dtype of the rows."""
     rows = y.index_select(0, row_id_map.flatten()).view(*row_id_map.shape, -1)
     return torch.einsum("tk,tkh->th", weights.to(y.dtype), rows)
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import clock, limits, machine, memory
-from .case import Case, Record, Rows
+from .case import Case, Record
 from .derive import finish, rounded, summarise
 from .limits import Limits
 from .measure import Effort, measure
 from .progress import Progress
+from .target import Rows
 
 MODULES = (
     "group_advantages",

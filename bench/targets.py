@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, progress, row_file, run
-from bench.case import Case, Row
+from bench.case import Case
 from bench.measure import Effort
+from bench.target import Row
 from grpo_kernels.cli.table import Table
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from bench import clock, derive, limits, report, run
-from bench.case import Case, Gate, Inputs, Provider, Record, Target
+from bench.case import Case, Gate, Inputs, Provider, Record
 from bench.limits import Limits
 from bench.measure import Effort, make_inputs, measure
 from bench.progress import Progress
+from bench.target import Target
 from grpo_kernels import _extension
 
 ROOT = Path(__file__).parents[1]

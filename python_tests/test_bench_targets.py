@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from bench import docs_reasons, limits, machine, memory, run, targets
-from bench.case import Case, Inputs, Provider, Target
+from bench.case import Case, Inputs, Provider
 from bench.measure import Effort
 from bench.progress import Progress
+from bench.target import Target
 
 _HOST = "<= 10 us above autograd.Function and allocation"
 
