@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from hypothesis import HealthCheck, settings
 
+import grpo_kernels
 from grpo_kernels import _extension
 
 # Everywhere: one core tests the parallel code too, and on many the test processes leave each other room.
@@ -47,3 +49,12 @@ def native_cpu() -> None:
     problem = _extension.cpu_problem()
     if problem:
         pytest.skip(f"native CPU kernels: {problem}")
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each of the backends of a CPU."""
+    if request.param == "native":
+        request.getfixturevalue("native_cpu")
+    with grpo_kernels.backend(request.param):
+        yield request.param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 from grpo_kernels import ScaledTensor, _extension, fp8_dequantize
 from grpo_kernels.moe_experts import fp8_weights
+from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
 from python_tests.fp8_problems import bits
 
 BACKEND = "reference" if _extension.cpu_problem() else "native"
 E, N, K = 2, 150, 140
+BOTH, PLAIN, TURNED = (True, True), (True, False), (False, True)
+Made = list[tuple[bool, bool]]
 
 
 def wide(scaled: ScaledTensor) -> Tensor:
@@ -63,9 +67,9 @@ class Layer(nn.Module):
         return result
 
 
-def count_quantisations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+def count_quantisations(monkeypatch: pytest.MonkeyPatch) -> Made:
     """A list that grows with every quantisation: was the plain copy made, and the turned one?"""
-    made: list[tuple[bool, bool]] = []
+    made: Made = []
     quantize = fp8_weights._quantize
 
     def counting(weight: Tensor, backend: str, rows: bool, columns: bool) -> Any:
@@ -74,3 +78,15 @@ def count_quantisations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, boo
 
     monkeypatch.setattr(fp8_weights, "_quantize", counting)
     return made
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    return count_quantisations(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    clear_fp8_weight_cache()
+    yield
+    clear_fp8_weight_cache()

@@ -9,20 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels import group_advantages
 from grpo_kernels.testing import assert_as_accurate
-from python_tests.test_group_advantages import BACKENDS, NAN
+from python_tests.test_group_advantages import NAN
 
 TOKENS = 9
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest):
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
 
 
 class Batch:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels import ScaledTensor, fp8_dequantize, fp8_quantize
 from grpo_kernels.fp8_quantize import reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 NARROW = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
 
 
 def numbers() -> list[float]:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-import grpo_kernels
 from grpo_kernels import ScaledTensor, fp8_dequantize, fp8_quantize
 from grpo_kernels.testing import poisoned_allocations
 from python_tests.fp8_problems import BLOCKS, DTYPES, INF, NAN, POWERS, SQUARE, wild
 
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @BLOCKS

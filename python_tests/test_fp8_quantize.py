@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels import ScaledTensor, fp8_dequantize, fp8_quantize
 from grpo_kernels.testing import guard_input, guarded_allocations, poisoned_allocations
 from python_tests.fp8_problems import BLOCKS, DTYPES, EPS, INF, NAN, POWERS, ROWS, SQUARE, bits, definition, wild
 
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def assert_same(actual: ScaledTensor, expected: ScaledTensor) -> None:

@@ -6,7 +6,7 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,24 @@ from torch import Tensor, nn
 from grpo_kernels import _extension, fp8_quantize
 from grpo_kernels.moe_experts import fp8_weights
 from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
-from python_tests.fp8_weight_products import BACKEND, Layer, count_quantisations, quantized, same, turned
+from python_tests.fp8_weight_products import (
+    BACKEND,
+    BOTH,
+    PLAIN,
+    TURNED,
+    Layer,
+    Made,
+    made,
+    nothing_is_kept,
+    quantized,
+    same,
+    turned,
+)
+
+__all__ = ["made", "nothing_is_kept"]
+
 
 E, N, K = 2, 150, 140
-BOTH, PLAIN, TURNED = (True, True), (True, False), (False, True)
-Made = list[tuple[bool, bool]]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_kept() -> Iterator[None]:
-    clear_fp8_weight_cache()
-    yield
-    clear_fp8_weight_cache()
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    return count_quantisations(monkeypatch)
 
 
 def _parameter(*shape: int) -> nn.Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,17 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from grpo_kernels import MoE, moe_experts
 from grpo_kernels.moe_experts import fp8_weights
 from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
-from python_tests.fp8_weight_products import count_quantisations
+from python_tests.fp8_weight_products import count_quantisations, nothing_is_kept
+
+__all__ = ["nothing_is_kept"]
+
 
 T, H, I, E, K = 12, 144, 80, 3, 2
 BOTH = (True, True)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_kept() -> Iterator[None]:
-    clear_fp8_weight_cache()
-    yield
-    clear_fp8_weight_cache()
 
 
 def _layer(**options: Any) -> MoE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,23 +16,25 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from grpo_kernels import fp8_quantize
 from grpo_kernels.moe_experts import fp8_weights
 from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
-from python_tests.fp8_weight_products import BACKEND, Layer, count_quantisations, quantized, same, turned, wide
+from python_tests.fp8_weight_products import (
+    BACKEND,
+    BOTH,
+    PLAIN,
+    TURNED,
+    Layer,
+    Made,
+    made,
+    nothing_is_kept,
+    quantized,
+    same,
+    turned,
+    wide,
+)
+
+__all__ = ["made", "nothing_is_kept"]
+
 
 E = 2
-BOTH, PLAIN, TURNED = (True, True), (True, False), (False, True)
-Made = list[tuple[bool, bool]]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_kept() -> Iterator[None]:
-    clear_fp8_weight_cache()
-    yield
-    clear_fp8_weight_cache()
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    return count_quantisations(monkeypatch)
 
 
 def _gradients(layer: Layer, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:

@@ -33,14 +33,6 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest):
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
-
-
 def definition(
     rewards: list[list[float]],
     ids: list[int],

@@ -24,14 +24,6 @@ LEAVES = ("log_probs", "entropy")
 Inputs = dict[str, Tensor | None]
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest):
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
-
-
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {k: v.to(dtype) if v is not None and v.is_floating_point() else v for k, v in inputs.items()}
 

@@ -13,9 +13,7 @@ from grpo_kernels import GRPOLossConfig, grpo_loss
 from grpo_kernels.grpo_loss.choices import REDUCTIONS
 from grpo_kernels.grpo_loss.metrics import NAMES
 from python_tests.samples.grpo_loss import VARIANTS, batch, config_of
-from python_tests.test_grpo_loss import Inputs, assert_equal, backend, cast, run
-
-__all__ = ["backend"]
+from python_tests.test_grpo_loss import Inputs, assert_equal, cast, run
 
 INF, NAN = float("inf"), float("nan")
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels import Permutation, build_permutation, moe_permute, moe_unpermute
 from grpo_kernels.moe_experts import ops as expert_ops
 from grpo_kernels.moe_permute import ops
 from grpo_kernels.testing import guard_input, guarded_allocations
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 IDS = torch.tensor([[0, 1], [2, 0], [-1, 1]])  # rows 0, 1: expert 0; 2, 3: expert 1; 4: expert 2; 5: padding
 HIDDEN = 70
 NATIVE = pytest.mark.parametrize("backend", ["native"], indirect=True)
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
 
 
 def changed(row_of: dict[tuple[int, int], int] | None = None, slot_of: dict[int, int] | None = None) -> Permutation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,17 +16,11 @@ from grpo_kernels import Permutation, build_permutation, moe_permute, moe_unperm
 from grpo_kernels.moe_permute.reference import row_bound
 from grpo_kernels.testing import assert_as_accurate, guarded_allocations, poisoned_allocations
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAN = float("nan")
 NATIVE = pytest.mark.parametrize("backend", ["native"], indirect=True)  # what is said of the kernels alone
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
 
 
 def routes(tokens: int, top_k: int, experts: int, missing: float = 0.1) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,15 +21,9 @@ from grpo_kernels import (
 from grpo_kernels.testing import guard_input, guarded_allocations, poisoned_allocations
 from python_tests.test_moe_permute import routes
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 NAN = float("nan")
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "native":
-        request.getfixturevalue("native_cpu")
-    with grpo_kernels.backend(request.param):
-        yield request.param
 
 
 def permutation_of(ids: Tensor, experts: int, **options: Any) -> Permutation:

@@ -6,20 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels import moe_router
 from grpo_kernels.moe_router import options as router_options
 from grpo_kernels.moe_router import reference
 from python_tests.moe_gates import GATES, INF, NAN, assert_best, weights_at
 
-pytestmark = pytest.mark.usefixtures("native_cpu")
+pytestmark = pytest.mark.usefixtures("native_cpu", "backend")
 SCORINGS = ["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> object:
-    with grpo_kernels.backend(request.param):
-        yield request.param
 
 
 def by_hand(row: list[float], top_k: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Triton's interpreter computes with numpy, whose products and exponentials have other bits on every processor, and
-products even for every place of a row in its tile. Here they are exact but for the rounding of the result.
+products even for every place of a row in its tile. Here they are exact but for the rounding of the result. Numbers that
+the interpreter truncates to bfloat16 are rounded here, as on a GPU.
 
 It also looks up the same things at every call of a function, which takes almost half of its time. Here it does so once.
 """
@@ -10,9 +11,15 @@ import functools
 import inspect
 import os
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
+
+import grpo_kernels
+from grpo_kernels.testing import poisoned_allocations
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
@@ -67,9 +74,31 @@ def _found_once(find: Any) -> Any:
     return of
 
 
+def _rounded(convert: Any) -> Any:
+    """The interpreter's conversion between floating types."""
+    from triton.language import bfloat16, float32
+
+    def call(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if source == float32 and target == bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(data)).view(torch.float32)
+            return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+        found: np.ndarray = convert(data, source, target, mode)
+        return found
+
+    return call
+
+
+@pytest.fixture
+def triton_on_cpu() -> Iterator[None]:
+    """Runs the test on Triton's kernels, with poison in memory that nobody has written."""
+    with grpo_kernels.backend("triton"), poisoned_allocations():
+        yield
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
 
     interpreter.np = _exact_numpy()
     interpreter._get_np_dtype = _found_once(interpreter._get_np_dtype)
     interpreter._patch_builtin = _patch_builtin
+    interpreter._convert_float = _rounded(interpreter._convert_float)

@@ -6,7 +6,6 @@ Results are float32: the interpreter truncates where a GPU rounds to bfloat16.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 import grpo_kernels
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.grouped_gemm import ops, reference
-from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations, poisoned_allocations
+from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations
 from python_tests.fp8_products import (
     Problem,
     Tile,
@@ -29,6 +28,7 @@ from python_tests.fp8_products import (
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("triton_on_cpu"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 NAN = float("nan")
@@ -48,12 +48,6 @@ SEGMENTS = {
     "only_tail": ([0, 0, 0], 9),
     "no_rows": ([0, 0], 0),
 }
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Iterator[None]:
-    with grpo_kernels.backend("triton"), poisoned_allocations():
-        yield
 
 
 def _on(monkeypatch: pytest.MonkeyPatch, architecture: int, few: bool) -> None:

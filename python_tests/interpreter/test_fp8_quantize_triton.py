@@ -7,27 +7,20 @@ without FP8; python_tests/gpu/test_fp8_quantize.py compares the two. It truncate
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels import ScaledTensor, fp8_dequantize, fp8_quantize
 from grpo_kernels.fp8_quantize import ops, reference
 from grpo_kernels.testing import guard_input, guarded_allocations, poisoned_allocations
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("triton_on_cpu")]
 
 BLOCKS = [(1, 128), (128, 128)]
 SCALES = pytest.mark.parametrize("power_of_two", [True, False], ids=["powers of two", "plain"])
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Iterator[None]:
-    with grpo_kernels.backend("triton"):
-        yield
 
 
 def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -1,21 +1,14 @@
-"""The Triton kernels of grouped_gemm, run by Triton's interpreter on CPU tensors.
-
-The interpreter truncates where a GPU rounds to bfloat16; here it rounds.
-"""
+"""The Triton kernels of grouped_gemm, run by Triton's interpreter on CPU tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import numpy
 import pytest
 import torch
 from torch import Tensor
 
 import grpo_kernels
 from grpo_kernels.grouped_gemm import ops, reference
-from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations, poisoned_allocations
+from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations
 from python_tests.gpu.devices import assert_identical, inputs_of
 from python_tests.gpu.devices import run as run_call
 from python_tests.samples import Call, assert_gradients_agree
@@ -24,6 +17,7 @@ from python_tests.test_grouped_gemm import SEGMENTS, Problem, check, eager, prob
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("triton_on_cpu"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 NAN = float("nan")
@@ -31,27 +25,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # How operands are loaded -> the architecture, K and N that make it so.
 LOADS = {"tma": (90, 72, 136), "vector": (80, 64, 80), "scalar": (90, 37, 75)}
 BAD_OFFSETS = [[5, 3, 90], [-2, 40, 200], [2**31 - 1, 0, 7]]
-
-
-def _rounded(convert: Any) -> Any:
-    def call(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        import triton.language as tl
-
-        if source == tl.float32 and target == tl.bfloat16:
-            values = torch.from_numpy(numpy.ascontiguousarray(data)).view(torch.float32)
-            return values.to(torch.bfloat16).view(torch.int16).numpy().view(numpy.uint16).reshape(data.shape)
-        return convert(data, source, target, mode)
-
-    return call
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from triton.runtime import interpreter
-
-    monkeypatch.setattr(interpreter, "_convert_float", _rounded(interpreter._convert_float))
-    with grpo_kernels.backend("triton"), poisoned_allocations():
-        yield
 
 
 @pytest.fixture(params=LOADS)

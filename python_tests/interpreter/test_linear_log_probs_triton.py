@@ -1,22 +1,19 @@
 """The Triton kernels of linear_log_probs, run by Triton's interpreter on CPU tensors.
 
 Gradients of logits are rounded once to the dtype of the head, as on a GPU. What plain PyTorch gets with that rounding
-and float32 everywhere else sets the budget. The interpreter truncates where a GPU rounds to bfloat16; here it rounds.
+and float32 everywhere else sets the budget.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import grpo_kernels
 from grpo_kernels import LoRAFactors, linear_token_log_probs, token_log_probs
 from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations, poisoned_allocations
 from python_tests.gpu.devices import assert_identical, inputs_of
@@ -27,33 +24,13 @@ from python_tests.test_linear_log_probs import EVERY_OUTPUT, LORA_SCALE, Problem
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("triton_on_cpu"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # How operands are loaded -> the architecture, and a hidden size that makes it so.
 LOADS = {"tma": (90, 72), "vector": (80, 64), "scalar": (90, 37)}
-
-
-def _rounded(convert: Any) -> Any:
-    def call(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        import triton.language as tl
-
-        if source == tl.float32 and target == tl.bfloat16:
-            values = torch.from_numpy(numpy.ascontiguousarray(data)).view(torch.float32)
-            return values.to(torch.bfloat16).view(torch.int16).numpy().view(numpy.uint16).reshape(data.shape)
-        return convert(data, source, target, mode)
-
-    return call
-
-
-@pytest.fixture(autouse=True)
-def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from triton.runtime import interpreter
-
-    monkeypatch.setattr(interpreter, "_convert_float", _rounded(interpreter._convert_float))
-    with grpo_kernels.backend("triton"), poisoned_allocations():
-        yield
 
 
 @pytest.fixture(params=LOADS)

@@ -12,13 +12,12 @@ from torch.nn import functional as F
 from grpo_kernels import linear_token_log_probs
 from grpo_kernels.linear_log_probs import ops
 from grpo_kernels.testing import assert_as_accurate
-from python_tests.interpreter.test_linear_log_probs_triton import eager, in_slices, triton_on_cpu
+from python_tests.interpreter.test_linear_log_probs_triton import eager, in_slices
 from python_tests.test_linear_log_probs import LORA_SCALE, Problem, problem
-
-__all__ = ["triton_on_cpu"]
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("triton_on_cpu"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 INF, NAN = float("inf"), float("nan")

@@ -5,8 +5,6 @@ The interpreter truncates float32 to bfloat16 where a GPU rounds: bfloat16 resul
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -17,7 +15,6 @@ from grpo_kernels.testing import (
     assert_as_accurate,
     guard_input,
     guarded_allocations,
-    poisoned_allocations,
 )
 from python_tests.gpu.devices import assert_agrees, inputs_of, run
 from python_tests.moe_problems import Problem
@@ -27,14 +24,9 @@ from python_tests.test_moe_experts_training import KINDS, expected_of, numbers
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("triton_on_cpu"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Any:
-    with grpo_kernels.backend("triton"), poisoned_allocations():
-        yield
 
 
 @pytest.mark.parametrize("width", [1, 19, 300])

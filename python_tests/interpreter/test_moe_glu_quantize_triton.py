@@ -5,14 +5,12 @@ The interpreter truncates float32 to bfloat16 where a GPU rounds: wide results a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import grpo_kernels
 from grpo_kernels.moe_experts import glu_reference, ops
 from grpo_kernels.moe_experts.ops import QuantizedGradients, QuantizedNeeds
 from grpo_kernels.testing import guard_input, guarded_allocations, poisoned_allocations
@@ -38,18 +36,13 @@ from python_tests.glu_problems import (
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("triton_on_cpu"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 
 # 96, 130: a tile of gates and ups; 128: none; 300: tiles of ups with those of two tiles of gates
 WIDTHS = pytest.mark.parametrize("width", [1, 64, 96, 128, 130, 300])
 DTYPES = {64: torch.float16, 128: torch.bfloat16}
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Iterator[None]:
-    with grpo_kernels.backend("triton"):
-        yield
 
 
 def forward(p: Problem, activation: Any, keep: bool = True) -> tuple[Tensor, ...]:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-import grpo_kernels
 from grpo_kernels.moe_permute import ops
 from grpo_kernels.testing import guard_input, guarded_allocations, poisoned_allocations
 from python_tests.test_moe_permute import routes
 from python_tests.test_moe_permute_quantize import check_bits, permutation_of
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("triton_on_cpu")]
 
 FAR = (2**30, 2**31 - 1, 10**6)
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Iterator[None]:
-    with grpo_kernels.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("power_of_two", [True, False], ids=["powers of two", "plain"])

@@ -5,7 +5,6 @@ The interpreter truncates float32 to bfloat16 where a GPU rounds: values differ 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,16 +17,10 @@ from grpo_kernels.moe_permute import ops
 from grpo_kernels.testing import assert_as_accurate, guard_input, guarded_allocations, poisoned_allocations
 from python_tests.test_moe_permute import check_moves, routes
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("triton_on_cpu")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FAR = (2**30, 2**31 - 1, 10**6)
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Iterator[None]:
-    with grpo_kernels.backend("triton"):
-        yield
 
 
 def permutation_of(ids: Tensor, experts: int, **options: Any) -> Permutation:

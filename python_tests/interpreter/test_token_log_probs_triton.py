@@ -28,18 +28,13 @@ from python_tests.samples import token_log_probs as samples
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("triton_on_cpu"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 
 EVERY_OUTPUT = ("entropy", "sum_squared_probs", "top1_ids")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Any:
-    with grpo_kernels.backend("triton"), poisoned_allocations():
-        yield
 
 
 def reference(
