@@ -153,12 +153,16 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
         RuntimeError: a kernel would be called under forward-mode differentiation, whose tangents it would drop.
     """
     chosen: str = _resolve(op, _forced, tensor.device, tensor.dtype)
-    if forward_ad._current_level >= 0 and chosen != "reference":
-        raise RuntimeError(
-            f"{op}: kernels have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
-            'within grpo_kernels.backend("reference"), plain PyTorch has'
-        )
+    if chosen != "reference":
+        refuse_forward_mode(op, "kernels have", '; within grpo_kernels.backend("reference"), plain PyTorch has')
     return chosen
+
+
+def refuse_forward_mode(op: str, subject: str, remedy: str = "") -> None:
+    """Raises RuntimeError under forward-mode differentiation, whose tangents `subject` would drop."""
+    if forward_ad._current_level >= 0:
+        derivative = "no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad)"
+        raise RuntimeError(f"{op}: {subject} {derivative}{remedy}")
 
 
 def resolve_part(op: str, tensor: torch.Tensor, backend: str) -> str:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 import grpo_kernels
 from grpo_kernels import MoE
 from grpo_kernels.moe_experts.fp8_weights import clear_fp8_weight_cache
+from grpo_kernels.moe_experts.parts import Routes
 from python_tests.moe_fp8_problems import Fp8Problem
 
 GPT_OSS: dict[str, Any] = {"activation": "clamped_swiglu", "interleaved": True, "swiglu_limit": 1.5}
@@ -199,6 +201,17 @@ def test_optimizers_that_step_within_the_backward() -> None:
         hidden = layer(x).hidden
         assert torch.equal(hidden, _of_new_copies(layer, x))
         hidden.square().sum().backward()
+
+
+@BACKENDS
+def test_forward_mode_is_refused(backend: str) -> None:
+    """Rounding has no derivative: the tangents would be lost in plain PyTorch, too."""
+    layer = _layer()
+    with grpo_kernels.backend(backend), forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(T, H), torch.ones(T, H))
+        routes = Routes(torch.full((T, K), 0.5), torch.arange(K, dtype=torch.int32).repeat(T, 1))
+        with pytest.raises(RuntimeError, match=r"moe_experts: .*forward-mode"):
+            layer.experts(x, routes)
 
 
 class _Half(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo_kernels import _dispatch
 from grpo_kernels.fp8_quantize import ScaledTensor
 from grpo_kernels.moe_experts import fp8_weights
 from grpo_kernels.moe_experts.arguments import Experts
@@ -55,6 +56,7 @@ def routed_experts(
     options: Options, accumulators: Accumulators, experts: Experts, topk_weights: Tensor, topk_ids: Tensor
 ) -> Tensor:
     """[T, H], differentiable by the tokens, the parameters and the weights of the router."""
+    _dispatch.refuse_forward_mode("moe_experts", "products of FP8 have")
     trained = (*experts, topk_weights)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
         result: Tensor = _RoutedExperts.apply(options, accumulators, *trained, topk_ids)  # type: ignore[no-untyped-call]

@@ -159,6 +159,10 @@ class MoE(nn.Module):
 
         Returns:
             `MoEOutput(hidden, router)`.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device; a replay has no routes for
+                this layer or those of other tokens.
         """
         self._check_input(x, token_mask, replay)
         tokens = x.reshape(-1, self.hidden_size)
