@@ -10,7 +10,15 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_kernels.distributed.exchange import Dispatched, all_to_all, check_rows, pack, raise_wrong_id, unpack
+from grpo_kernels.distributed.exchange import (
+    Dispatched,
+    all_to_all,
+    check_rows,
+    gradients_home,
+    pack,
+    raise_wrong_id,
+    unpack,
+)
 from grpo_kernels.moe_permute import Permutation, build_permutation, moe_permute, moe_unpermute
 
 
@@ -104,15 +112,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        ids, *rows = ctx.saved_tensors
-        x_home = weights_home = None
-        if ctx.needs_input_grad[0]:
-            x_home = moe_unpermute(all_to_all(grad_x, *ctx.back), Permutation(*rows))
-        if ctx.needs_input_grad[1]:
-            # One rank holds a slot's expert, the others send 0: the sum is that rank's gradient, not rounded.
-            mine = torch.where(ids >= 0, grad_weights, 0)
-            weights_home = moe_unpermute(all_to_all(mine, *ctx.back), Permutation(*rows))
-        return x_home, weights_home, None, None, None
+        return *gradients_home(ctx, grad_x, grad_weights, *ctx.back), None, None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch.distributed
 from torch import Tensor
 
 from grpo_kernels import _checks
+from grpo_kernels.moe_permute import Permutation, moe_unpermute
 
 
 class Dispatched(NamedTuple):
@@ -101,6 +102,25 @@ def unpack(payload: Tensor, dtype: torch.dtype, local_range: tuple[int, int]) ->
     here = (ids >= local_range[0]) & (ids < local_range[1])
     weights = bits.view(torch.float64 if payload.dtype == torch.int64 else torch.float32)
     return torch.where(here, weights.to(dtype), 0), torch.where(here, ids, -1).to(torch.int32)
+
+
+def gradients_home(ctx: Any, grad_x: Tensor, grad_weights: Tensor, *back: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a dispatch, of x and of the weights, summed where the tokens came from.
+
+    Args:
+        ctx: saved the received ids, then the fields of the `Permutation` that sent the rows.
+        grad_x, grad_weights: of what was received.
+        back: the rest of the arguments of `all_to_all`, which sends them back.
+    """
+    ids, *rows = ctx.saved_tensors
+    x_home = weights_home = None
+    if ctx.needs_input_grad[0]:
+        x_home = moe_unpermute(all_to_all(grad_x, *back), Permutation(*rows))
+    if ctx.needs_input_grad[1]:
+        # One rank holds a slot's expert, the others send 0: the sum is that rank's gradient, not rounded.
+        mine = torch.where(ids >= 0, grad_weights, 0)
+        weights_home = moe_unpermute(all_to_all(mine, *back), Permutation(*rows))
+    return x_home, weights_home
 
 
 def raise_wrong_id(topk_ids: Tensor, num_experts: int, tokens: int | None = None) -> None:
