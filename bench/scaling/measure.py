@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import machine, memory
-from ..case import Rows
 from ..derive import summarise
 from ..measure import Effort, measure
 from ..progress import Progress
+from ..target import Rows
 from .sweeps import Sweep
 
 EFFORT = Effort(seconds=0.7, minimum_rounds=5, maximum_rounds=15)

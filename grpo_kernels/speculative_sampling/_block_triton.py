@@ -12,7 +12,7 @@ from grpo_kernels.speculative_sampling._race_triton import weights
 from grpo_kernels.speculative_sampling._tiles_triton import (
     is_sound,
     length_of,
-    load_tile,
+    load_logits,
     log_prob,
     scale_of,
     softmax_of,
@@ -147,8 +147,8 @@ def residual_kernel(
         end = tl.minimum(begin + columns, vocab)
         rest = tl.zeros((SLOTS,), tl.float32)
         for start in range(begin, end, SLOTS * WIDTH):
-            x = load_tile(target_row, start, end, SLOTS, WIDTH, NEIGHBOURS)
-            y = load_tile(draft_row, start, end, SLOTS, WIDTH, NEIGHBOURS)
+            x = load_logits(target_row, start, end, SLOTS, WIDTH, NEIGHBOURS)
+            y = load_logits(draft_row, start, end, SLOTS, WIDTH, NEIGHBOURS)
             p = weights(x, top, scale, log2_weight, threshold, FILTERED)
             q = weights(y, draft_top, scale, draft_weight, draft_threshold, FILTERED)
             rest += tl.sum(tl.maximum(p - q, 0.0), axis=1)

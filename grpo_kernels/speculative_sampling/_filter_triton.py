@@ -8,7 +8,7 @@ import triton.language as tl
 
 from grpo_kernels._math_triton import LOG2E
 from grpo_kernels.speculative_sampling._gather_triton import gather
-from grpo_kernels.speculative_sampling._tiles_triton import is_sound, load_tile, merged, row_of, scale_of
+from grpo_kernels.speculative_sampling._tiles_triton import is_sound, load_logits, merged, row_of, scale_of
 
 SIGN = tl.constexpr(-(2**31))
 
@@ -52,7 +52,7 @@ def survey(
     mass_b = tl.zeros((SLOTS,), tl.float32)
     mass_c = tl.zeros((SLOTS,), tl.float32)
     for start in range(0, vocab, SLOTS * WIDTH):
-        x = load_tile(row, start, vocab, SLOTS, WIDTH, NEIGHBOURS)
+        x = load_logits(row, start, vocab, SLOTS, WIDTH, NEIGHBOURS)
         e = x
         if MASS:
             e = tl.exp2((x - top) * scale * LOG2E)
@@ -123,7 +123,7 @@ def mass_from(row, vocab, least, top, scale, SLOTS: tl.constexpr, WIDTH: tl.cons
     """Sum of e^z of the logits that are not below `least`."""
     total = tl.zeros((SLOTS,), tl.float32)
     for start in range(0, vocab, SLOTS * WIDTH):
-        x = load_tile(row, start, vocab, SLOTS, WIDTH, NEIGHBOURS)
+        x = load_logits(row, start, vocab, SLOTS, WIDTH, NEIGHBOURS)
         total += tl.sum(tl.where(x >= least, tl.exp2((x - top) * scale * LOG2E), 0.0), axis=1)
     return tl.sum(total, axis=0)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grpo_kernels.speculative_sampling._tiles_triton import load_tile
+from grpo_kernels.speculative_sampling._tiles_triton import load_logits
 
 
 @triton.jit
@@ -36,10 +36,10 @@ def gather(
     # A column that goes beyond this has room for the tile that it does so in, and takes no more.
     full = ROOM - WIDTH * SLOTS
     tl.debug_barrier()  # all threads have read what `own` held
-    following = load_tile(row, 0, vocab, SLOTS, WIDTH, NEIGHBOURS)
+    following = load_logits(row, 0, vocab, SLOTS, WIDTH, NEIGHBOURS)
     for start in range(0, vocab, SLOTS * WIDTH):
         x = following.to(own.dtype.element_ty)
-        following = load_tile(row, start + SLOTS * WIDTH, vocab, SLOTS, WIDTH, NEIGHBOURS)
+        following = load_logits(row, start + SLOTS * WIDTH, vocab, SLOTS, WIDTH, NEIGHBOURS)
         place = put(own, place, x, tl.where(place - slot <= full, least, float("inf")), beyond, SLOTS)
     length = tl.cdiv(tl.max(place - slot, axis=0), SLOTS * WIDTH) * (SLOTS * WIDTH)
     for first in range(0, length, SLOTS):

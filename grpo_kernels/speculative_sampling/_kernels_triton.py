@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from grpo_kernels._math_triton import LOG2E, LOWEST
+from grpo_kernels._tiles_triton import tile
 from grpo_kernels.speculative_sampling._tiles_triton import (
     EXCLUDED,
     FAULT,
@@ -16,13 +17,12 @@ from grpo_kernels.speculative_sampling._tiles_triton import (
     RESIDUAL,
     is_sound,
     length_of,
-    load_tile,
+    load_logits,
     log_prob,
     merged,
     row_of,
     scale_of,
     softmax_of,
-    tile,
     uniform,
 )
 
@@ -73,10 +73,10 @@ def statistics_kernel(
         largest = tl.full((SLOTS,), LOWEST, tl.float32)
         total = tl.zeros((SLOTS,), tl.float32)
         first = tl.zeros((SLOTS,), tl.int32)
-        following = load_tile(start_of_row, begin, end, SLOTS, WIDTH, NEIGHBOURS)
+        following = load_logits(start_of_row, begin, end, SLOTS, WIDTH, NEIGHBOURS)
         for start in range(begin, end, BLOCK):
             x = following
-            following = load_tile(start_of_row, start + BLOCK, end, SLOTS, WIDTH, NEIGHBOURS)
+            following = load_logits(start_of_row, start + BLOCK, end, SLOTS, WIDTH, NEIGHBOURS)
             larger = tl.maximum(largest, tl.max(x, axis=1))
             if GREEDY:
                 first = tl.where(larger > largest, start, first)
@@ -96,7 +96,7 @@ def statistics_kernel(
             # The slots that hold the largest remember the tile where they met it; the earliest one holds the lowest id.
             origin = tl.min(tl.where(largest == top, first, NO_TOKEN), axis=0)
             origin = tl.where(origin == NO_TOKEN, begin, tl.maximum(origin, begin))
-            x = load_tile(start_of_row, origin, end, SLOTS, WIDTH, NEIGHBOURS)
+            x = load_logits(start_of_row, origin, end, SLOTS, WIDTH, NEIGHBOURS)
             ids = tile(origin, SLOTS, WIDTH, NEIGHBOURS)
             tl.store(partial_ids + source.to(tl.int64) * splits + split, tl.min(tl.where(x == top, ids, NO_TOKEN)))
 

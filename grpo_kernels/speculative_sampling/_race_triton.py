@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from grpo_kernels._math_triton import LOG2E
+from grpo_kernels._tiles_triton import tile
 from grpo_kernels.speculative_sampling._tiles_triton import (
     EXCLUDED,
     FAULT,
@@ -16,10 +17,9 @@ from grpo_kernels.speculative_sampling._tiles_triton import (
     RESIDUAL,
     below_one,
     exponentials,
-    load_tile,
+    load_logits,
     random_words,
     scale_of,
-    tile,
 )
 
 MARGIN = tl.constexpr(1.0 - 2.0**-20)
@@ -51,11 +51,11 @@ def fastest(
     best = 0.0
     winner = NO_TOKEN + 0
     for start in range(begin, end, SLOTS * WIDTH):
-        x = load_tile(target, start, end, SLOTS, WIDTH, True)
+        x = load_logits(target, start, end, SLOTS, WIDTH, True)
         weight = weights(x, top, scale, log2_weight, threshold, FILTERED)
         if HAS_DRAFT:
             # Where there is no residual nothing is read: -inf, weight 0.
-            y = load_tile(draft, start, tl.where(kind == RESIDUAL, end, start), SLOTS, WIDTH, True)
+            y = load_logits(draft, start, tl.where(kind == RESIDUAL, end, start), SLOTS, WIDTH, True)
             weight -= weights(y, draft_top, scale, draft_weight, draft_threshold, FILTERED)
         else:
             weight = tl.where(tile(start, SLOTS, WIDTH, True) == excluded, 0.0, weight)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from grpo_kernels._math_triton import LOG2E, LOWEST
+from grpo_kernels._tiles_triton import load_tile
 
 NO_TOKEN = tl.constexpr(2147483647)
 RECORD = tl.constexpr(8)
@@ -23,28 +24,9 @@ EXCLUDED = tl.constexpr(2)
 
 
 @triton.jit
-def tile(origin, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """[SLOTS, WIDTH] columns, or addresses, of the tile that begins at `origin`."""
-    slot = tl.arange(0, SLOTS)[:, None]
-    element = tl.arange(0, WIDTH)[None, :]
-    if NEIGHBOURS:
-        found = (origin + slot * WIDTH) + element
-    else:
-        # The hidden zero keeps Triton from seeing that some rows are aligned after all: it would then exchange elements.
-        hidden = tl.where(tl.program_id(0) < 0, 1, 0)
-        found = (origin + hidden + slot) + element * SLOTS
-    return found
-
-
-@triton.jit
-def load_tile(row, start, end, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """Columns [start, end) of a row, -inf behind them. Whole tiles need no mask, which would cost them wide loads."""
-    pointers = tile(row + start, SLOTS, WIDTH, NEIGHBOURS)
-    if start + SLOTS * WIDTH <= end:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=tile(start, SLOTS, WIDTH, NEIGHBOURS) < end, other=float("-inf"))
-    return x.to(tl.float32)
+def load_logits(row, start, end, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """Columns [start, end) of a row in float32, -inf behind them."""
+    return load_tile(row, start, end, float("-inf"), SLOTS, WIDTH, NEIGHBOURS).to(tl.float32)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from grpo_kernels._math_triton import LOG2E, LOWEST, tanh
+from grpo_kernels._tiles_triton import load_tile, tile
 
 UNDERFLOW = tl.constexpr(-120.0)  # e^u is 0 here; u is clamped, since u * 0 is 0 but -inf * 0 is NaN
 
@@ -68,32 +69,6 @@ def _transform(x, in_factor, in_low, CAPPED: tl.constexpr):
     return y
 
 
-@triton.jit
-def _tile(origin, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """[SLOTS, WIDTH] columns, or addresses, of the tile that begins at `origin`."""
-    slot = tl.arange(0, SLOTS)[:, None]
-    element = tl.arange(0, WIDTH)[None, :]
-    if NEIGHBOURS:
-        tile = (origin + slot * WIDTH) + element
-    else:
-        # The hidden zero keeps Triton from seeing that some rows are aligned after all; it would load 16 bytes a thread and
-        # then exchange them. What is constant in a thread is added last: it goes into the instructions, not into registers.
-        hidden = tl.where(tl.program_id(0) < 0, 1, 0)
-        tile = (origin + hidden + slot) + element * SLOTS
-    return tile
-
-
-@triton.jit
-def _load_block(row_pointer, start, count, padding, SLOTS: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """A block of a row, `padding` behind its end. Whole blocks need no mask, which would cost aligned rows their wide loads."""
-    pointers = _tile(row_pointer + start, SLOTS, WIDTH, NEIGHBOURS)
-    if start + SLOTS * WIDTH <= count:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=_tile(start, SLOTS, WIDTH, NEIGHBOURS) < count, other=padding)
-    return x
-
-
 @triton.jit(do_not_specialize=["rows", "inner"])
 def forward_kernel(
     logits,
@@ -144,10 +119,10 @@ def forward_kernel(
     squared = tl.zeros((SLOTS,), tl.float32)
     first = tl.zeros((SLOTS,), tl.int32)
 
-    following = _load_block(row_pointer, 0, count, padding, SLOTS, WIDTH, NEIGHBOURS)
+    following = load_tile(row_pointer, 0, count, padding, SLOTS, WIDTH, NEIGHBOURS)
     for start in range(0, count, BLOCK):
         x = following
-        following = _load_block(row_pointer, start + BLOCK, count, padding, SLOTS, WIDTH, NEIGHBOURS)
+        following = load_tile(row_pointer, start + BLOCK, count, padding, SLOTS, WIDTH, NEIGHBOURS)
         y = _transform(x, in_factor, in_low, CAPPED)
         largest = tl.maximum(y_max, tl.max(y, axis=1))
         if TOP1:
@@ -204,8 +179,8 @@ def forward_kernel(
         known = live & (bad == 0)
         begin = tl.min(tl.where((y_max == row_y) & known, first, 2147483647), axis=0)
         begin = tl.where(known, begin, 0)
-        x = _load_block(row_pointer, begin, tl.where(known, vocab, 0), padding, SLOTS, WIDTH, NEIGHBOURS)
-        columns = _tile(begin, SLOTS, WIDTH, NEIGHBOURS)
+        x = load_tile(row_pointer, begin, tl.where(known, vocab, 0), padding, SLOTS, WIDTH, NEIGHBOURS)
+        columns = tile(begin, SLOTS, WIDTH, NEIGHBOURS)
         best = tl.min(tl.where(_transform(x, in_factor, in_low, CAPPED) == row_y, columns, 2147483647))
         tl.store(top1_ids + row, tl.where(known, best, -1).to(tl.int64))
 
@@ -276,13 +251,13 @@ def backward_kernel(
     row_pointer = logits + _row_start(row, inner, outer_stride, inner_stride)
     grad_pointer = grad_logits + _row_start(row, inner, grad_outer_stride, grad_inner_stride)
     BLOCK: tl.constexpr = SLOTS * WIDTH
-    columns = _tile(0, SLOTS, WIDTH, NEIGHBOURS)
+    columns = tile(0, SLOTS, WIDTH, NEIGHBOURS)
     begin = tl.program_id(1) * (BLOCKS * BLOCK)
     end = tl.minimum(begin + BLOCKS * BLOCK, vocab)
     readable_end = tl.where(live, end, 0)
 
     for start in range(begin, end, BLOCK):
-        x = _load_block(row_pointer, start, readable_end, padding, SLOTS, WIDTH, NEIGHBOURS)
+        x = load_tile(row_pointer, start, readable_end, padding, SLOTS, WIDTH, NEIGHBOURS)
         y = _transform(x, in_factor, in_low, CAPPED)
         u = tl.fma(y, out, -row_max)
         u = tl.maximum(u, UNDERFLOW, propagate_nan=tl.PropagateNan.ALL)
@@ -293,7 +268,7 @@ def backward_kernel(
         if CAPPED:
             grad = grad * tl.where(tl.abs(y) < float("inf"), 1.0 - y * y, 1.0)
         grad = tl.where(live, grad, 0.0).to(grad_logits.dtype.element_ty)
-        pointers = _tile(grad_pointer + start, SLOTS, WIDTH, NEIGHBOURS)
+        pointers = tile(grad_pointer + start, SLOTS, WIDTH, NEIGHBOURS)
         if start + BLOCK <= end:
             tl.store(pointers, grad)
         else:
