@@ -306,15 +306,25 @@ struct Backward {
     const A* w = static_cast<const A*>(a.topk_weights) + token * top_k;
     const A* g = static_cast<const A*>(a.grad_weights) + token * top_k;
     alignas(64) A slopes[router::kMaxTopK] = {};
-    A sum = 0;
+    double sum = 0.0;
     if (!is_softmax(a.options.scoring)) {
       alignas(64) A z[router::kMaxTopK], score[router::kMaxTopK];
       const int count = padded(top_k, 8);
       for (int k = 0; k < count; ++k) z[k] = to_arithmetic(x[ids[k < top_k ? k : 0]]);
       chosen_scores(a.options.scoring, count, z, score, slopes);
-      for (int k = 0; k < top_k; ++k) sum += score[k];
+      for (int k = 0; k < top_k; ++k) sum += double(score[k]);
     }
-    for (int k = 0; k < top_k; ++k) at[k] = chosen_gradient(a.options, g[k], w[k], dot, slopes[k], sum);
+    for (int k = 0; k < top_k; ++k) at[k] = chosen_gradient(a.options, g[k], w[k], dot, slopes[k], A(sum));
+  }
+
+  // <g, w> over the slots. Where weights add up to the scaling they do so up to rounding, and its use cancels.
+  A slots_dot(const A* g, const A* w) const {
+    double dot = 0.0, total = 0.0;
+    for (int k = 0; k < a.rows.top_k; ++k) {
+      dot += double(g[k]) * double(w[k]);
+      total += double(w[k]);
+    }
+    return A(over_chosen(a.options) ? dot * (double(a.options.scaling) / total) : dot);
   }
 
   void run(int64_t token) const {
@@ -334,8 +344,7 @@ struct Backward {
     A at[router::kMaxTopK] = {};
     A dot = 0;
     if (a.grad_weights != nullptr) {
-      const A* g = static_cast<const A*>(a.grad_weights) + token * top_k;
-      for (int k = 0; k < top_k; ++k) dot += g[k] * w[k];
+      dot = slots_dot(static_cast<const A*>(a.grad_weights) + token * top_k, w);
       chosen(token, dot, x, at);
     }
     if (!all) {

@@ -93,7 +93,7 @@ inline bool weigh_row(const RouterOptions& o, const Row<A>& row, const int32_t* 
   alignas(64) A z[router::kMaxTopK], terms[router::kMaxTopK];
   const bool all = o.scoring == router::kSoftmax && !o.normalize;
   const int count = padded(top_k, 8);
-  A max = A(-__builtin_inff()), sum = 0;
+  A max = A(-__builtin_inff());
   for (int k = 0; k < top_k; ++k) {
     z[k] = row.z[ids[k]];
     max = z[k] > max ? z[k] : max;
@@ -101,8 +101,9 @@ inline bool weigh_row(const RouterOptions& o, const Row<A>& row, const int32_t* 
   for (int k = top_k; k < count; ++k) z[k] = max;
   max = all ? row.max : max;
   chosen_terms(o.scoring, count, z, max, terms);  // over all experts the same terms as row.score
-  for (int k = 0; k < top_k; ++k) sum += terms[k];
-  sum = all ? row.sum : sum;
+  double chosen = 0.0;                            // one after another: float would round at each of 32
+  for (int k = 0; k < top_k; ++k) chosen += double(terms[k]);
+  const A sum = all ? row.sum : A(chosen);
   const bool broken = row.broken || (is_softmax(o.scoring) && max == A(-__builtin_inff()));
   const A poison = broken ? A(__builtin_nanf("")) : A(1);
   for (int k = 0; k < top_k; ++k) weights[k] = weight(o, terms[k], sum) * poison;
