@@ -36,10 +36,12 @@ def test_other_options_count_beside_it() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_experts_in_fp8_learn_by_imitation_and_by_rewards(tmp_path: Path) -> None:
-    """The first two stages of the quick run."""
+    """The first two stages of the quick run, the second twice as long: after 45 steps half of the seeds are still near
+    the bounds, after 90 none of eight is (gains of 0.26 to 0.44, of samples 0.31 to 0.51)."""
     options = ["--quick", "--model", "moe", "--recipe", "fp8_block128", "--output", str(tmp_path)]
     settings = parse_arguments([*options, "--stages", "cold_start", "reasoning_rl"])
-    settings = replace(settings, threads=1, save_every=0, evaluate_every=1000)
+    steps = 2 * settings.reasoning_rl_steps
+    settings = replace(settings, threads=1, save_every=0, evaluate_every=1000, reasoning_rl_steps=steps)
     pipeline = Pipeline(Run.prepare(settings), Console(quiet=True))
     model = pipeline.train().model
     cold_start, reasoning = pipeline.results
