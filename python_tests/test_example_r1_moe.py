@@ -273,7 +273,7 @@ def test_a_step_says_how_routes_differ(replay: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_moe_model_learns() -> None:
-    """Fifty steps of digit sorting after a short cold start: greedy .82 -> .91, sampled .34 -> .73 with seed 0."""
+    """Fifty steps of digit sorting after a short cold start: greedy .82 -> .91, sampled .34 -> .69 with seed 0."""
     run = Run.prepare(
         Settings(threads=1, model="moe", evaluation_prompts=128, cold_start_steps=80, reasoning_rl_steps=80, prompts=16)
     )
