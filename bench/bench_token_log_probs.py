@@ -137,7 +137,7 @@ def _part_percent(rows: Rows, share: float, time: Callable[[float, float], float
 
 def _targets(device: str, dtype: torch.dtype) -> tuple[Target, ...]:
     memory = (
-        Target("extra memory <= 1.2x the logits", 1.2, figure("extra_memory_ratio", "ours"), at_least=False),
+        Target("extra memory <= 1.2x the logits", 1.2, figure("extra_memory_ratio"), at_least=False),
         Target(
             "extra memory in place about 0 (<= 0.05x)",
             0.05,

@@ -101,7 +101,8 @@ inline bool weigh_row(const RouterOptions& o, const Row<A>& row, const int32_t* 
   for (int k = top_k; k < count; ++k) z[k] = max;
   max = all ? row.max : max;
   chosen_terms(o.scoring, count, z, max, terms);  // over all experts the same terms as row.score
-  double chosen = 0.0;                            // one after another: float would round at each of 32
+  // One after another: float would round at each of up to 32.
+  double chosen = 0.0;
   for (int k = 0; k < top_k; ++k) chosen += double(terms[k]);
   const A sum = all ? row.sum : A(chosen);
   const bool broken = row.broken || (is_softmax(o.scoring) && max == A(-__builtin_inff()));
